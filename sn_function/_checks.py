@@ -1,0 +1,96 @@
+"""Checks of what users pass, before anything is computed or changed."""
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import Any
+
+import chainer
+import numpy
+from chainer import backend
+from chainer.backends import cuda
+
+from sn_function import _matrix, errors
+from sn_function import _power_iteration as _pi
+
+
+def check_settings(n_power_iteration: int, factor: float,
+                   eps: float) -> None:
+    """Raises an error that tells which setting is out of its range."""
+    check_count('n_power_iteration', n_power_iteration, 1)
+    if not (is_real(factor) and 0 < factor < math.inf):
+        raise errors.FactorError(factor)
+    if not (is_real(eps) and 0 <= eps < math.inf):
+        raise errors.EpsError(eps)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    try:
+        valid = operator.index(value) >= least
+    except TypeError:
+        valid = False
+    if not valid or isinstance(value, bool):
+        raise errors.IterationCountError(name, value, least)
+
+
+def is_real(x: Any) -> bool:
+    return type(x) is float or (
+        isinstance(x, numbers.Real) and not isinstance(x, bool))
+
+
+def check_arrays(W: Any, u: Any, axis: int, update_u: bool) -> int:
+    """Checks W and u, and returns the axis counted from the front."""
+    array = W.array if isinstance(W, chainer.Variable) else W
+    vector = u.array if isinstance(u, chainer.Variable) else u
+    if array is None and array is not W:
+        raise errors.UninitializedWeightError('Parameter', W.name or 'W')
+    if not _is_float_array(array):
+        raise errors.WeightTypeError(W)
+    shape = array.shape
+    if len(shape) < 2 or 0 in shape:
+        raise errors.WeightShapeError(shape)
+    axis = _matrix.normalize_axis(axis, len(shape))
+    accumulator = _pi.accumulator_dtype(array.dtype)
+    if not (_is_float_array(vector)
+            and vector.dtype in (array.dtype, accumulator)):
+        raise errors.VectorTypeError(u, array.dtype)
+    if vector.shape != (shape[axis],):
+        raise errors.VectorShapeError(vector.shape, shape, axis)
+    if isinstance(array, numpy.ndarray) and isinstance(vector, numpy.ndarray):
+        # Not on a device, where it would have to be waited for.
+        if not 0 < vector.dot(vector) < math.inf and not (
+                0 < abs(vector).max() < math.inf):
+            raise errors.VectorValueError(vector)
+    else:
+        _check_same_device(vector, array)
+    if update_u and not (vector is u and _is_writable(u)):
+        raise errors.VectorUpdateError(u)
+    return axis
+
+
+def _is_float_array(x: Any) -> bool:
+    return isinstance(x, (numpy.ndarray, cuda.ndarray)) and (
+        x.dtype.char in 'efd')
+
+
+def _is_writable(u: Any) -> bool:
+    return not isinstance(u, numpy.ndarray) or u.flags.writeable
+
+
+def _check_same_device(u: Any, W: Any) -> None:
+    u_device = backend.get_device_from_array(u)
+    W_device = backend.get_device_from_array(W)
+    if u_device != W_device:
+        raise errors.VectorDeviceError(u_device, W_device)
+
+
+def check_gamma(gamma: Any, W: Any) -> None:
+    if is_real(gamma):
+        return
+    array = gamma.array if isinstance(gamma, chainer.Variable) else gamma
+    W = W.array if isinstance(W, chainer.Variable) else W
+    if not (_is_float_array(array) and array.shape == ()
+            and isinstance(array, numpy.ndarray)
+            == isinstance(W, numpy.ndarray)):
+        raise errors.GammaError(gamma)

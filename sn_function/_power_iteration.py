@@ -1,0 +1,205 @@
+"""K power iterations and their adjoint, on arrays.
+
+Forward, from any non-zero ``u_0``, for ``k = 1..K``:
+
+    s_k = W^T u_{k-1}    v_k = s_k / |s_k|
+    t_k = W v_k          u_k = t_k / |t_k|        sigma = |t_K| = u_K^T W v_K
+
+Adjoint, the derivative of sigma through every iteration (a bar marks the
+derivative of sigma with respect to what is under it):
+
+    tbar_K = u_K
+    for k = K..1:
+        G      += tbar_k v_k^T
+        vbar    = W^T tbar_k
+        sbar_k  = (vbar - v_k (v_k . vbar)) / |s_k|
+        G      += u_{k-1} sbar_k^T
+        ubar    = W sbar_k
+        tbar_{k-1} = (ubar - u_{k-1} (u_{k-1} . ubar)) / |t_{k-1}|      (k > 1)
+
+so ``d sigma / d W = G`` has rank 2K, and ``d sigma / d u_0 = ubar`` after
+k = 1.  With u and v held constant it is ``u_K v_K^T``, of rank 1.
+
+On NumPy the norms are Python floats and decisions are taken on them; on a
+device they are arrays of shape ``()`` and nothing here waits for them.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any, Callable, NamedTuple
+
+import numpy
+from chainer import backend
+
+from sn_function import _matrix
+
+# The norms of ordinary weights.  Outside of this range the squares in them may
+# have lost digits to overflow or underflow: see _rescaled.
+_ORDINARY = {'f': (1e-15, 1e15), 'd': (1e-140, 1e140)}
+
+
+def accumulator_dtype(dtype: Any) -> Any:
+    """The dtype in which sums over entries of ``dtype`` are made."""
+    return numpy.dtype(numpy.float32) if dtype == numpy.float16 else dtype
+
+
+class PowerIteration(NamedTuple):
+    """What K iterations computed; all that the adjoint needs beside W.
+
+    ``us`` holds ``u_0 .. u_K``, ``vs`` holds ``v_1 .. v_K``.  A norm that is
+    zero is stored as 1, so that the vector divided by it is zero, too.
+    Everything is in units of ``W / scale``; ``scale`` is 1 unless W is out of
+    the range in which squares are safe.  ``restarted`` tells that ``u_0`` is
+    not the one that was given.
+    """
+
+    us: list[Any]
+    vs: list[Any]
+    s_norms: list[Any]
+    t_norms: list[Any]
+    sigma: Any
+    scale: float = 1.0
+    u_scale: float = 1.0
+    restarted: bool = False
+
+    @property
+    def u(self) -> Any:
+        return self.us[-1]
+
+    @property
+    def v(self) -> Any:
+        return self.vs[-1]
+
+
+def unfold(W: Any, axis: int, scale: float = 1.0) -> _matrix.Matrix:
+    """Returns ``W / scale`` as a matrix in the accumulator's dtype."""
+    W = W.astype(accumulator_dtype(W.dtype), copy=False)
+    return _matrix.Matrix(W if scale == 1.0 else W / scale, axis)
+
+
+class _ExtremeNorm(ArithmeticError):
+    pass
+
+
+def _ordinary_norm(dtype: Any) -> Callable[[Any], tuple[Any, Any]]:
+    low, high = _ORDINARY[dtype.char]
+
+    def norm(x: Any) -> tuple[Any, Any]:
+        norm = math.sqrt(x.dot(x))
+        if not low < norm < high:
+            raise _ExtremeNorm
+        return norm, norm
+
+    return norm
+
+
+def _host_norm(x: Any) -> tuple[Any, Any]:
+    norm = math.sqrt(x.dot(x))
+    return norm, norm or 1.0
+
+
+def _device_norm(x: Any) -> tuple[Any, Any]:
+    xp = backend.get_array_module(x)
+    largest = abs(x).max()
+    y = x / xp.where(largest == 0, 1, largest)
+    norm = (largest * xp.sqrt(y.dot(y))).astype(x.dtype, copy=False)
+    return norm, xp.where(norm == 0, 1, norm).astype(x.dtype, copy=False)
+
+
+def _iterate(
+        A: _matrix.Matrix, u: Any, n: int,
+        norm: Callable[[Any], tuple[Any, Any]]) -> PowerIteration:
+    us, vs, s_norms, t_norms = [u], [], [], []
+    sigma = None
+    for _ in range(n):
+        s = A.tdot(u)
+        _, divisor = norm(s)
+        v = s / divisor
+        s_norms.append(divisor)
+        t = A.dot(v)
+        sigma, divisor = norm(t)
+        u = t / divisor
+        t_norms.append(divisor)
+        us.append(u)
+        vs.append(v)
+    return PowerIteration(us, vs, s_norms, t_norms, sigma)
+
+
+def power_iteration(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
+    """Runs ``n`` power iterations on ``A`` from ``u``, shape ``(m,)``.
+
+    A weight that holds NaN or Inf gives a sigma that is NaN.
+
+    """
+    dtype = A.array.dtype
+    u = u.astype(dtype, copy=False)
+    if not isinstance(u, numpy.ndarray):
+        return _iterate(A, u, n, _device_norm)
+    try:
+        return _iterate(A, u, n, _ordinary_norm(dtype))
+    except _ExtremeNorm:
+        # NaN and overflow show in the result; they need no warning as well.
+        with numpy.errstate(all='ignore'):
+            return _rescaled(A, u, n)
+
+
+def _rescaled(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
+    """The same for a weight or a ``u`` of extreme size, or a zero product."""
+    scale = float(abs(A.array).max())
+    if not math.isfinite(scale):
+        nan = numpy.full(A.m, numpy.nan, u.dtype)
+        return _iterate(A, nan, n, _host_norm)._replace(sigma=math.nan)
+    if scale == 0:
+        return _iterate(A, u, n, _host_norm)
+    # A power of two: dividing by it loses no digit.
+    scale = 2.0 ** math.frexp(scale)[1]
+    u_scale = float(abs(u).max())
+    A = A.scaled(scale)
+    it = _iterate(A, u / u_scale, n, _host_norm)
+    if not it.sigma:
+        # W^T u_0 is zero and W is not: u_0 would be stuck, and sigma 0.  The
+        # largest row of W is never orthogonal to itself.
+        e = numpy.zeros_like(u)
+        e[A.largest_row()] = 1
+        it = _iterate(A, e, n, _host_norm)._replace(restarted=True)
+    return it._replace(scale=scale, u_scale=u_scale)
+
+
+def adjoint(
+        A: _matrix.Matrix, it: PowerIteration, detach_uv: bool, need_u: bool
+) -> tuple[Any, Any, Any]:
+    """Differentiates sigma with respect to ``A`` and ``u_0``.
+
+    Args:
+        A: The matrix that ``it`` was computed from.
+        it: The iterations.
+        detach_uv: Take u and v as constants.
+        need_u: Whether the derivative with respect to ``u_0`` is wanted.
+
+    Returns:
+        ``P``, shape ``(r, m)``, and ``Q``, shape ``(r, n)``, such that
+        ``d sigma / d A = P^T Q``; and ``ubar``, shape ``(m,)``, or ``None``.
+
+    """
+    if detach_uv:
+        return it.u[None], it.v[None], None
+    xp = backend.get_array_module(it.u)
+    K = len(it.vs)
+    P = xp.empty((2 * K, A.m), it.u.dtype)
+    Q = xp.empty((2 * K, A.n), it.u.dtype)
+    tbar, ubar = it.u, P[0]
+    for k in range(K - 1, -1, -1):
+        u, v = it.us[k], it.vs[k]
+        vbar = A.tdot(tbar)
+        sbar = (vbar - v * v.dot(vbar)) / it.s_norms[k]
+        P[2 * k], Q[2 * k] = tbar, v
+        P[2 * k + 1], Q[2 * k + 1] = u, sbar
+        if k > 0 or need_u:
+            ubar = A.dot(sbar)
+        if k > 0:
+            tbar = (ubar - u * u.dot(ubar)) / it.t_norms[k - 1]
+    if not need_u:
+        return P, Q, None
+    if it.restarted:
+        return P, Q, xp.zeros_like(ubar)
+    return P, Q, ubar * (it.scale / it.u_scale)

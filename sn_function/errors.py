@@ -1,0 +1,180 @@
+"""Exceptions.  Each builds its own message: what is wrong, what was given,
+and what to do.  Every one is raised before anything has been changed."""
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+
+class SpectralNormalizationError(Exception):
+    """Base class of all errors of this package."""
+
+
+def _describe(x: Any) -> str:
+    shape, dtype = getattr(x, 'shape', None), getattr(x, 'dtype', None)
+    if shape is None or dtype is None:
+        return f'{type(x).__name__} {x!r}'
+    return f'{type(x).__name__} of shape {tuple(shape)} and dtype {dtype}'
+
+
+# Weights
+
+class WeightTypeError(SpectralNormalizationError, TypeError):
+    """The weight is not an array of floating point numbers."""
+
+    def __init__(self, W: Any) -> None:
+        super().__init__(
+            f'W must be a NumPy or CuPy array, or a Variable of one, with '
+            f'dtype float16, float32 or float64, but is a {_describe(W)}. '
+            f'Convert it first, e.g. W.astype(numpy.float32).')
+
+
+class WeightShapeError(SpectralNormalizationError, ValueError):
+    """The weight cannot be seen as a matrix, or is an empty one."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        what = ('has fewer than 2 dimensions' if len(shape) < 2
+                else 'has an empty dimension')
+        super().__init__(
+            f'W of shape {tuple(shape)} {what}, so it has no largest '
+            f'singular value. Give a weight with 2 or more dimensions, each '
+            f'at least 1.')
+
+
+class UninitializedWeightError(SpectralNormalizationError, ValueError):
+    """The weight has no array yet."""
+
+    def __init__(self, owner: str, weight_name: str) -> None:
+        super().__init__(
+            f'{owner}.{weight_name} has no array yet, so its spectral norm '
+            f'is undefined, and the input of this call does not tell its '
+            f'shape. Initialize it first: give the input size when you make '
+            f'the link, or call {weight_name}.initialize(shape).')
+
+
+class WeightNotFoundError(SpectralNormalizationError, ValueError):
+    """The link has no parameter of the name given to the hook."""
+
+    def __init__(self, link: Any, weight_name: str) -> None:
+        name = type(link).__name__
+        known = ', '.join(repr(n) for n in sorted(link._params)) or 'none'
+        super().__init__(
+            f'Weight {weight_name!r} does not exist: {name} has '
+            f'{"no such attribute" if not hasattr(link, weight_name) else "an attribute of this name that is not a Parameter"}. '  # NOQA: E501
+            f'Its own parameters: {known}. Give one of them as weight_name, '
+            f'or add the hook to the child link that holds the weight.')
+
+
+class AxisError(SpectralNormalizationError, ValueError, IndexError):
+    """The output axis is out of range."""
+
+    def __init__(self, axis: Any, ndim: int) -> None:
+        super().__init__(
+            f'axis {axis!r} is not an output axis of a weight with {ndim} '
+            f'dimensions. Give an integer from {-ndim} to {ndim - 1}.')
+
+
+# Start vectors
+
+class VectorTypeError(SpectralNormalizationError, TypeError):
+    """The start vector has the wrong type or dtype."""
+
+    def __init__(self, u: Any, expected: Any) -> None:
+        super().__init__(
+            f'u must be an array of dtype {expected}, as W is, but is a '
+            f'{_describe(u)}. Convert it, e.g. u.astype(W.dtype).')
+
+
+class VectorShapeError(SpectralNormalizationError, ValueError):
+    """The start vector's length is not that of the output axis."""
+
+    def __init__(self, shape: Sequence[int], W_shape: Sequence[int],
+                 axis: int) -> None:
+        super().__init__(
+            f'u has shape {tuple(shape)}, but W of shape {tuple(W_shape)} '
+            f'with output axis {axis} needs shape ({W_shape[axis]},). Make u '
+            f'anew, or check axis.')
+
+
+class VectorDeviceError(SpectralNormalizationError, ValueError):
+    """The start vector and the weight are on different devices."""
+
+    def __init__(self, u_device: Any, W_device: Any) -> None:
+        super().__init__(
+            f'u is on {u_device} and W is on {W_device}. Send u there: '
+            f'u = chainer.get_device({str(W_device)!r}).send(u).')
+
+
+class VectorValueError(SpectralNormalizationError, ValueError):
+    """The start vector is zero or not finite."""
+
+    def __init__(self, u: Any) -> None:
+        what = 'is all zero' if not u.any() else 'holds NaN or Inf'
+        super().__init__(
+            f'u of shape {tuple(u.shape)} {what}, so power iteration cannot '
+            f'start from it. Give a finite, non-zero vector, e.g. '
+            f'numpy.random.normal(size={u.shape[0]}).astype(W.dtype).')
+
+
+class VectorUpdateError(SpectralNormalizationError, TypeError):
+    """The start vector cannot be overwritten."""
+
+    def __init__(self, u: Any) -> None:
+        what = ('is read-only' if getattr(u, 'flags', None) is not None
+                else f'is a {type(u).__name__}')
+        super().__init__(
+            f'update_u=True overwrites u, which must then be a writable '
+            f'array, but u {what}. Give a writable array, or '
+            f'update_u=False.')
+
+
+# Settings
+
+class IterationCountError(SpectralNormalizationError, ValueError):
+    """A number of iterations is not an integer in its range."""
+
+    def __init__(self, name: str, value: Any, least: int) -> None:
+        super().__init__(
+            f'{name} must be an integer of at least {least}, but is '
+            f'{value!r}.')
+
+
+class EpsError(SpectralNormalizationError, ValueError):
+    """The floor on sigma is negative or not a number."""
+
+    def __init__(self, eps: Any) -> None:
+        super().__init__(
+            f'eps, the floor on sigma, must be a finite number of at least '
+            f'0, but is {eps!r}. The default is 1e-6.')
+
+
+class FactorError(SpectralNormalizationError, ValueError):
+    """The factor is not a positive number."""
+
+    def __init__(self, factor: Any) -> None:
+        super().__init__(
+            f'factor, the norm that the normalized weight gets, must be a '
+            f'finite number above 0, but is {factor!r}. Leave it out for 1.')
+
+
+class GammaError(SpectralNormalizationError, TypeError):
+    """gamma is not a number."""
+
+    def __init__(self, gamma: Any) -> None:
+        super().__init__(
+            f'gamma must be a number, or an array or Variable of shape () '
+            f'and floating point dtype on the device of W, but is a '
+            f'{_describe(gamma)}. Reshape it, e.g. gamma.reshape(()).')
+
+
+# Hooks
+
+class HookCollisionError(SpectralNormalizationError, ValueError):
+    """The weight has a hook already."""
+
+    def __init__(self, link: Any, attribute: str, weight_name: str) -> None:
+        super().__init__(
+            f'{type(link).__name__} already has an attribute '
+            f'{attribute!r}, which this hook would use for '
+            f'{weight_name!r}. If the weight is normalized already, delete '
+            f'that hook first with link.delete_hook(name); if the attribute '
+            f'is your own, rename it.')

@@ -1,0 +1,461 @@
+"""Spectral normalization and the spectral norm, as differentiable functions.
+
+.. math::
+
+    Y = \\gamma f W / \\max(\\sigma, \\epsilon)
+
+where :math:`\\sigma` is the estimate of the largest singular value of ``W``
+that ``K`` power iterations give.  The iterations and their adjoint are in
+:mod:`sn_function._power_iteration`; here are the nodes of the graph.  With
+upstream gradients :math:`g_Y` and :math:`g_\\sigma`, and
+:math:`G = \\partial \\sigma / \\partial W`,
+
+.. math::
+
+    g_W = \\gamma f g_Y / \\sigma + c G, \\quad
+    c = g_\\sigma - \\gamma f \\langle g_Y, W \\rangle / \\sigma^2, \\quad
+    g_\\gamma = f \\langle g_Y, W \\rangle / \\sigma, \\quad
+    g_u = c \\, \\partial \\sigma / \\partial u,
+
+and, where :math:`\\sigma` is below :math:`\\epsilon`, that constant in its
+place.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any, Iterator, NamedTuple, Sequence, Union
+
+import chainer
+import numpy
+from chainer import backend, function_node
+from chainer import functions as F
+
+from sn_function import _checks
+from sn_function import _power_iteration as _pi
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+ArrayOrVariable = Any  # Array or chainer.Variable
+Number = Union[int, float]
+
+_TINY = {c: float(numpy.finfo(c).tiny) for c in 'fd'}
+
+
+class _Settings(NamedTuple):
+    n_power_iteration: int
+    axis: int
+    detach_uv: bool
+    factor: Number = 1.0
+    eps: Number = 0.0
+
+
+class _Node(function_node.FunctionNode):
+    """What the nodes share: the arguments, by name, among the inputs.
+
+    ``constants`` holds those that no gradient is wanted for: leaving them
+    out of the graph is what makes it cheap.
+    """
+
+    def __init__(
+            self, settings: _Settings, names: Sequence[str],
+            constants: dict[str, Any]) -> None:
+        super().__init__()
+        self.settings = settings
+        self.names = names
+        self.constants = constants
+
+    def arguments(self, inputs: tuple[Array, ...]) -> dict[str, Any]:
+        self.retain_inputs(tuple(range(len(inputs))))
+        x = self.constants.copy()
+        x.update(zip(self.names, inputs))
+        return x
+
+
+class SpectralNormalize(_Node):
+    """``(W[, u][, gamma]) -> Y[, sigma]``, or ``-> sigma`` alone."""
+
+    it: _pi.PowerIteration
+
+    def __init__(
+            self, settings: _Settings, names: Sequence[str],
+            constants: dict[str, Any], outputs: Sequence[str]) -> None:
+        super().__init__(settings, names, constants)
+        self.output_names = outputs
+
+    def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(self._forward(**self.arguments(inputs)))
+
+    def _forward(self, W: Array, u: Array, gamma: Any) -> Iterator[Array]:
+        settings = self.settings
+        A = _pi.unfold(W, settings.axis)
+        self.it = it = _pi.power_iteration(A, u, settings.n_power_iteration)
+        if 'Y' in self.output_names:
+            sigma, _ = _floored(it, settings.eps)
+            x = A.array if it.scale == 1.0 else A.array / it.scale
+            Y = x * (_number(gamma) * settings.factor / sigma)
+            yield Y.astype(W.dtype, copy=False)
+        if 'sigma' in self.output_names:
+            xp = backend.get_array_module(W)
+            yield xp.asarray(it.sigma * it.scale, dtype=A.array.dtype)
+
+    def backward(
+            self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        names = self.names
+        wanted = [
+            names[i] for i in indexes
+            if not (names[i] == 'u' and self.settings.detach_uv)]
+        if not wanted:
+            return tuple(None for _ in indexes)
+        inputs = dict(zip(names, self.get_retained_inputs()))
+        for name, g in zip(self.output_names, grad_outputs):
+            if g is not None:
+                inputs['g' + name] = g
+        node = SpectralNormalizeGrad(
+            self.settings, list(inputs), self.constants, self.it, wanted)
+        grads = node.gradients(tuple(inputs.values()))
+        if len(wanted) == len(indexes):
+            return grads
+        found = dict(zip(wanted, grads))
+        return tuple(found.get(names[i]) for i in indexes)
+
+
+class SpectralNormalizeGrad(_Node):
+    """``(W[, u][, gamma][, gY][, gsigma]) -> (gW, gu, ggamma)``, as wanted."""
+
+    def __init__(
+            self, settings: _Settings, names: Sequence[str],
+            constants: dict[str, Any], it: _pi.PowerIteration,
+            wanted: Sequence[str]) -> None:
+        super().__init__(settings, names, constants)
+        self.it = it
+        self.wanted = wanted
+
+    def gradients(
+            self, inputs: tuple[chainer.Variable, ...]
+    ) -> tuple[chainer.Variable, ...]:
+        if chainer.config.enable_backprop:
+            return self.apply(inputs)
+        # No graph is wanted: spare a small weight the cost of a node.
+        grads = self.forward(tuple([x.array for x in inputs]))
+        return tuple([chainer.as_variable(g) for g in grads])
+
+    def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        x = self.arguments(inputs)
+        # An overflow in gY shows in gW; it needs no warning as well.
+        with numpy.errstate(all='ignore'):
+            grads = self._gradients(**x)
+            return tuple([
+                grads[name].astype(x[name].dtype, copy=False)
+                for name in self.wanted])
+
+    def _gradients(
+            self, W: Array, u: Array, gamma: Any,
+            gY: Any = None, gsigma: Any = None) -> dict[str, Array]:
+        settings, it, wanted = self.settings, self.it, self.wanted
+        A = _pi.unfold(W, settings.axis, it.scale)
+        grads: dict[str, Array] = {}
+        a, c, dot = 0.0, 0.0, 0.0  # gW = a gY + c G
+        if gsigma is not None:
+            c = _number(gsigma)
+        if gY is not None:
+            gY = gY.astype(A.array.dtype, copy=False)
+            sigma, is_above = _floored(it, settings.eps)
+            # Twice divided: sigma ** 2 could overflow.
+            dot = gY.ravel().dot(A.array.ravel()) / sigma
+            a = _number(gamma) * settings.factor / sigma / it.scale
+            c = c - is_above * (a * dot)
+        if 'gamma' in wanted:
+            grads['gamma'] = backend.get_array_module(W).asarray(
+                settings.factor * dot)
+        if 'W' in wanted or 'u' in wanted:
+            P, Q, ubar = _pi.adjoint(A, it, settings.detach_uv, 'u' in wanted)
+            if ubar is not None:
+                grads['u'] = ubar * c
+            if 'W' in wanted:
+                grads['W'] = A.outer(P * c, Q)
+                if gY is not None:
+                    grads['W'] += gY * a
+        return grads
+
+    def backward(
+            self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        # The gradients are written once more, as a graph of Chainer's
+        # functions, and differentiated.  The inputs go through an identity:
+        # chainer.grad must stop there, for gY may itself depend on W.
+        with chainer.force_backprop_mode():
+            inputs = {name: F.identity(x) for name, x in
+                      zip(self.names, self.get_retained_inputs())}
+            x = dict(self.constants, **inputs)
+            outputs = dict(zip(('gY', 'gsigma'), _compose(
+                self.settings, self.it, x['W'], x['u'], x['gamma'])))
+            given = [name for name in outputs if name in x]
+            grads = chainer.grad(
+                [outputs[name] for name in given],
+                [x[name] for name in self.wanted],
+                [x[name] for name in given], enable_double_backprop=True)
+        pairs = [(g, gg) for g, gg in zip(grads, grad_outputs)
+                 if g is not None and gg is not None]
+        return tuple(chainer.grad(
+            [g for g, _ in pairs], [x[self.names[i]] for i in indexes],
+            [gg for _, gg in pairs],
+            enable_double_backprop=chainer.config.enable_backprop))
+
+
+def _number(x: Any) -> Any:
+    """A scalar: a Python float, except that device values stay there."""
+    return x.item() if isinstance(x, (numpy.ndarray, numpy.generic)) else x
+
+
+def _floored(it: _pi.PowerIteration, eps: Number) -> tuple[Any, Any]:
+    """``max(sigma, eps)``, and whether it is sigma, in units of ``scale``."""
+    sigma = it.sigma
+    # With eps 0 the floor is the least number that can be divided by.
+    eps = max(eps / it.scale, _TINY[it.u.dtype.char])
+    if isinstance(sigma, float):
+        return (eps, False) if sigma < eps else (sigma, True)
+    xp = backend.get_array_module(sigma)
+    return xp.maximum(sigma, sigma.dtype.type(eps)), ~(sigma < eps)
+
+
+def _compose(
+        settings: _Settings, it: _pi.PowerIteration, W: chainer.Variable,
+        u: ArrayOrVariable, gamma: Any,
+) -> tuple[chainer.Variable, chainer.Variable]:
+    """``Y`` and ``sigma`` out of Chainer's functions, for higher orders."""
+    dtype = it.u.dtype
+    A = _Blocks(F.cast(W, dtype) / it.scale, settings.axis)
+    if settings.detach_uv:
+        sigma = F.sum(it.u * A.dot(chainer.as_variable(it.v)))
+    else:
+        u = chainer.as_variable(it.us[0] if it.restarted else u)
+        u = F.cast(u, dtype) / (1.0 if it.restarted else it.u_scale)
+        for _ in range(settings.n_power_iteration):
+            t = A.dot(_unit(A.tdot(u)))
+            u = _unit(t)
+        sigma = F.sum(u * t)
+    divisor, is_above = _floored(it, settings.eps)
+    xp = backend.get_array_module(it.u)
+    mask = xp.asarray(is_above, dtype=dtype)
+    coefficient = settings.factor / (sigma * mask + divisor * (1 - mask))
+    if isinstance(gamma, chainer.Variable):
+        gamma = F.cast(gamma, dtype)
+    coefficient *= gamma
+    Y = A.W * F.broadcast_to(coefficient, A.W.shape)
+    return F.cast(Y, W.dtype), sigma * it.scale
+
+
+def _unit(x: chainer.Variable) -> chainer.Variable:
+    """``x / |x|``, or zero where x is zero; to any order."""
+    xp = backend.get_array_module(x.array)
+    largest = abs(x.array).max()
+    x = x / xp.where(largest == 0, 1, largest).astype(x.dtype)
+    square = F.sum(x * x)
+    square += (square.array == 0).astype(x.dtype)
+    return x / F.broadcast_to(F.sqrt(square), x.shape)
+
+
+class _Blocks:
+    """:class:`_matrix.Matrix` for Variables."""
+
+    def __init__(self, W: chainer.Variable, axis: int) -> None:
+        shape = W.shape
+        self.W = W
+        self.m = shape[axis]
+        self.l = math.prod(shape[:axis])
+        self.blocks = F.reshape(W, (self.l, self.m, -1))
+
+    def dot(self, v: chainer.Variable) -> chainer.Variable:
+        v = F.reshape(v, (self.l, -1, 1))
+        return F.reshape(F.sum(F.matmul(self.blocks, v), axis=0), (self.m,))
+
+    def tdot(self, u: chainer.Variable) -> chainer.Variable:
+        u = F.broadcast_to(F.reshape(u, (1, 1, -1)), (self.l, 1, self.m))
+        return F.reshape(F.matmul(u, self.blocks), (-1,))
+
+
+def spectral_normalize(
+        W: ArrayOrVariable,
+        u: ArrayOrVariable,
+        n_power_iteration: int = 1,
+        gamma: Number | ArrayOrVariable | None = None,
+        factor: Number = 1.0,
+        eps: Number = 1e-6,
+        axis: int = 0,
+        *,
+        detach_uv: bool = False,
+        update_u: bool = False,
+        return_sigma: bool = False,
+) -> chainer.Variable | tuple[chainer.Variable, ...]:
+    """Divides a weight by an estimate of its largest singular value.
+
+    ``W`` is seen as a matrix with ``m = W.shape[axis]`` rows and all other
+    axes, in their order, as its ``n`` columns.  From ``u``,
+    ``K = n_power_iteration`` iterations
+
+    .. math::
+
+        v \\leftarrow W^T u / \\|W^T u\\|_2, \\quad
+        u \\leftarrow W v / \\|W v\\|_2
+
+    give :math:`\\sigma = u^T W v`, and
+
+    .. math::
+
+        Y = \\gamma f W / \\max(\\sigma, \\epsilon).
+
+    The gradient is that of what was computed, through every iteration, for
+    any ``u``; with ``detach_uv=True`` it takes ``u`` and ``v`` as constants,
+    as the paper does.  Gradients of any order are available in both modes.
+
+    Args:
+        W (:class:`~chainer.Variable` or :ref:`ndarray`): Weight with 2 or
+            more dimensions, of dtype float16, float32 or float64.  Sums over
+            float16 are made in float32.
+        u (:class:`~chainer.Variable` or :ref:`ndarray`): Start vector of
+            shape ``(m,)``, of the dtype of ``W`` (or float32 for a float16
+            weight).  Any finite non-zero vector; it need not have norm 1.
+        n_power_iteration (int): Number ``K`` of iterations, 1 or more.
+        gamma (:class:`~chainer.Variable`, :ref:`ndarray`, float or None):
+            Scale of shape ``()``; ``None`` means 1.
+        factor (float): A constant factor :math:`f` above 0: the norm that
+            ``Y`` gets when gamma is 1.
+        eps (float): Floor :math:`\\epsilon` on sigma, in units of sigma.
+            Below it ``Y`` is ``W`` times a constant, so that ``Y`` tends to
+            zero as ``W`` does, and its norm is never above that of an
+            ordinary weight.
+        axis (int): Output axis of ``W``; may be negative.
+        detach_uv (bool): Take ``u`` and ``v`` as constants in the gradient.
+        update_u (bool): Overwrite the array ``u`` with the last ``u``,
+            unless that is zero or not finite.  ``False`` leaves it alone.
+        return_sigma (bool): Return sigma, too.
+
+    Returns:
+        ~chainer.Variable: ``Y``, of the shape and dtype of ``W``.  With
+        ``return_sigma=True`` a tuple of ``Y`` and sigma, the latter of shape
+        ``()`` and of the dtype of ``W`` (float32 for a float16 weight), not
+        multiplied by ``gamma`` or ``factor``, and without the floor.
+
+    Raises:
+        SpectralNormalizationError: One of :mod:`sn_function.errors`, for
+            arguments that do not fit together or have no spectral norm.
+
+    A weight that holds NaN or Inf gives a ``Y`` that holds NaN, and does not
+    change ``u``.
+
+    See: T. Miyato et al., `Spectral Normalization for Generative Adversarial
+    Networks <https://arxiv.org/abs/1802.05957>`_
+
+    .. admonition:: Example
+
+        >>> import numpy as np
+        >>> from sn_function import functions as F
+        >>> W = np.diag([3., 2., 1.])
+        >>> u = np.ones(3)
+        >>> Y, sigma = F.spectral_normalize(
+        ...     W, u, n_power_iteration=20, return_sigma=True)
+        >>> print('%.4f' % sigma.array)
+        3.0000
+        >>> print('%.4f' % np.linalg.norm(Y.array, 2))
+        1.0000
+
+    """
+    _checks.check_settings(n_power_iteration, factor, eps)
+    axis = _checks.check_arrays(W, u, axis, update_u)
+    if gamma is None:
+        gamma = 1.0
+    elif not isinstance(gamma, float):
+        _checks.check_gamma(gamma, W)
+    settings = _Settings(
+        n_power_iteration, axis, detach_uv, float(factor), float(eps))
+    outputs, it = _apply(
+        settings, W, u, gamma, ('Y', 'sigma') if return_sigma else ('Y',))
+    if update_u:
+        _update(u, it)
+    return outputs if return_sigma else outputs[0]
+
+
+def spectral_norm(
+        W: ArrayOrVariable,
+        u: ArrayOrVariable,
+        n_power_iteration: int = 1,
+        axis: int = 0,
+        *,
+        detach_uv: bool = False,
+        update_u: bool = False,
+) -> chainer.Variable:
+    """Estimates the largest singular value of a weight, differentiably.
+
+    For penalties and for logging.  The estimate is never above the true
+    value, but for rounding.  Its gradient with respect to ``W`` is
+    :math:`u v^T` once ``u`` and ``v`` have converged.
+
+    Args:
+        W (:class:`~chainer.Variable` or :ref:`ndarray`): Weight, as in
+            :func:`spectral_normalize`.
+        u (:class:`~chainer.Variable` or :ref:`ndarray`): Start vector of
+            shape ``(W.shape[axis],)``, as in :func:`spectral_normalize`.
+        n_power_iteration (int): Number of iterations, 1 or more.
+        axis (int): Output axis of ``W``; may be negative.
+        detach_uv (bool): Take ``u`` and ``v`` as constants in the gradient.
+        update_u (bool): Overwrite the array ``u`` with the last ``u``,
+            unless that is zero or not finite.
+
+    Returns:
+        ~chainer.Variable: Sigma, of shape ``()`` and of the dtype of ``W``
+        (float32 for a float16 weight).
+
+    Raises:
+        SpectralNormalizationError: One of :mod:`sn_function.errors`.
+
+    See: Y. Yoshida and T. Miyato, `Spectral Norm Regularization for Improving
+    the Generalizability of Deep Learning <https://arxiv.org/abs/1705.10941>`_
+
+    .. admonition:: Example
+
+        >>> import chainer
+        >>> import numpy as np
+        >>> from sn_function import functions as F
+        >>> W = chainer.Parameter(np.diag([3., 1.]))
+        >>> sigma = F.spectral_norm(W, np.ones(2), n_power_iteration=20)
+        >>> sigma.backward()
+        >>> print(np.round(W.grad, 4) + 0)
+        [[1. 0.]
+         [0. 0.]]
+
+    """
+    _checks.check_count('n_power_iteration', n_power_iteration, 1)
+    axis = _checks.check_arrays(W, u, axis, update_u)
+    settings = _Settings(n_power_iteration, axis, detach_uv)
+    outputs, it = _apply(settings, W, u, 1.0, ('sigma',))
+    if update_u:
+        _update(u, it)
+    return outputs[0]
+
+
+def _apply(
+        settings: _Settings, W: ArrayOrVariable, u: ArrayOrVariable,
+        gamma: Any, outputs: Sequence[str],
+) -> tuple[tuple[chainer.Variable, ...], _pi.PowerIteration]:
+    names, inputs = ['W'], [W]
+    constants: dict[str, Any] = {}
+    for name, x in (('u', u), ('gamma', gamma)):
+        if isinstance(x, chainer.Variable):
+            names.append(name)
+            inputs.append(x)
+        else:
+            # A copy: the owner of an array is free to change it.
+            constants[name] = x if _checks.is_real(x) else x.copy()
+    node = SpectralNormalize(settings, names, constants, outputs)
+    return node.apply(inputs), node.it
+
+
+def _update(u: Array, it: _pi.PowerIteration) -> None:
+    """Overwrites u with u_K, unless that is zero or not finite."""
+    if isinstance(u, numpy.ndarray):
+        if 0 < it.sigma < math.inf:
+            u[...] = it.u
+    else:
+        xp = backend.get_array_module(u)
+        is_good = (it.sigma > 0) & xp.isfinite(it.sigma)
+        u[...] = xp.where(is_good, it.u, u)
