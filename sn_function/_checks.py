@@ -39,17 +39,21 @@ def is_real(x: Any) -> bool:
         isinstance(x, numbers.Real) and not isinstance(x, bool))
 
 
+def check_weight(W: Any) -> None:
+    if not _is_float_array(W):
+        raise errors.WeightTypeError(W)
+    if len(W.shape) < 2 or 0 in W.shape:
+        raise errors.WeightShapeError(W.shape)
+
+
 def check_arrays(W: Any, u: Any, axis: int, update_u: bool) -> int:
     """Checks W and u, and returns the axis counted from the front."""
     array = W.array if isinstance(W, chainer.Variable) else W
     vector = u.array if isinstance(u, chainer.Variable) else u
     if array is None and array is not W:
         raise errors.UninitializedWeightError('Parameter', W.name or 'W')
-    if not _is_float_array(array):
-        raise errors.WeightTypeError(W)
+    check_weight(array)
     shape = array.shape
-    if len(shape) < 2 or 0 in shape:
-        raise errors.WeightShapeError(shape)
     axis = _matrix.normalize_axis(axis, len(shape))
     accumulator = _pi.accumulator_dtype(array.dtype)
     if not (_is_float_array(vector)

@@ -165,6 +165,17 @@ def _rescaled(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
     return it._replace(scale=scale, u_scale=u_scale)
 
 
+def store(u: Any, it: PowerIteration) -> None:
+    """Overwrites ``u`` with ``u_K``, unless that is zero or not finite."""
+    if isinstance(u, numpy.ndarray):
+        if 0 < it.sigma < math.inf:
+            u[...] = it.u
+    else:
+        xp = backend.get_array_module(u)
+        is_good = (it.sigma > 0) & xp.isfinite(it.sigma)
+        u[...] = xp.where(is_good, it.u, u)
+
+
 def adjoint(
         A: _matrix.Matrix, it: PowerIteration, detach_uv: bool, need_u: bool
 ) -> tuple[Any, Any, Any]:

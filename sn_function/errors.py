@@ -56,12 +56,13 @@ class WeightNotFoundError(SpectralNormalizationError, ValueError):
 
     def __init__(self, link: Any, weight_name: str) -> None:
         name = type(link).__name__
-        known = ', '.join(repr(n) for n in sorted(link._params)) or 'none'
+        what = ('has an attribute of this name that is not a Parameter'
+                if hasattr(link, weight_name) else 'has no such attribute')
+        known = ', '.join(map(repr, sorted(link._params))) or 'none'
         super().__init__(
-            f'Weight {weight_name!r} does not exist: {name} has '
-            f'{"no such attribute" if not hasattr(link, weight_name) else "an attribute of this name that is not a Parameter"}. '  # NOQA: E501
-            f'Its own parameters: {known}. Give one of them as weight_name, '
-            f'or add the hook to the child link that holds the weight.')
+            f'Weight {weight_name!r} does not exist: {name} {what}. Its own '
+            f'parameters: {known}. Give one of them as weight_name, or add '
+            f'the hook to the child link that holds the weight.')
 
 
 class AxisError(SpectralNormalizationError, ValueError, IndexError):

@@ -23,7 +23,7 @@ place.
 from __future__ import annotations
 
 import math
-from typing import Any, Iterator, NamedTuple, Sequence, Union
+from typing import Any, NamedTuple, Sequence, Union
 
 import chainer
 import numpy
@@ -65,9 +65,7 @@ class _Node(function_node.FunctionNode):
 
     def arguments(self, inputs: tuple[Array, ...]) -> dict[str, Any]:
         self.retain_inputs(tuple(range(len(inputs))))
-        x = self.constants.copy()
-        x.update(zip(self.names, inputs))
-        return x
+        return dict(zip(self.names, inputs), **self.constants)
 
 
 class SpectralNormalize(_Node):
@@ -82,20 +80,22 @@ class SpectralNormalize(_Node):
         self.output_names = outputs
 
     def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(self._forward(**self.arguments(inputs)))
+        return self._forward(**self.arguments(inputs))
 
-    def _forward(self, W: Array, u: Array, gamma: Any) -> Iterator[Array]:
+    def _forward(self, W: Array, u: Array, gamma: Any) -> tuple[Array, ...]:
         settings = self.settings
         A = _pi.unfold(W, settings.axis)
         self.it = it = _pi.power_iteration(A, u, settings.n_power_iteration)
+        outputs = []
         if 'Y' in self.output_names:
             sigma, _ = _floored(it, settings.eps)
             x = A.array if it.scale == 1.0 else A.array / it.scale
             Y = x * (_number(gamma) * settings.factor / sigma)
-            yield Y.astype(W.dtype, copy=False)
+            outputs.append(Y.astype(W.dtype, copy=False))
         if 'sigma' in self.output_names:
             xp = backend.get_array_module(W)
-            yield xp.asarray(it.sigma * it.scale, dtype=A.array.dtype)
+            outputs.append(xp.asarray(it.sigma * it.scale, A.array.dtype))
+        return tuple(outputs)
 
     def backward(
             self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]
@@ -141,12 +141,10 @@ class SpectralNormalizeGrad(_Node):
 
     def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         x = self.arguments(inputs)
-        # An overflow in gY shows in gW; it needs no warning as well.
-        with numpy.errstate(all='ignore'):
-            grads = self._gradients(**x)
-            return tuple([
-                grads[name].astype(x[name].dtype, copy=False)
-                for name in self.wanted])
+        grads = self._gradients(**x)
+        return tuple([
+            grads[name].astype(x[name].dtype, copy=False)
+            for name in self.wanted])
 
     def _gradients(
             self, W: Array, u: Array, gamma: Any,
@@ -161,7 +159,7 @@ class SpectralNormalizeGrad(_Node):
             gY = gY.astype(A.array.dtype, copy=False)
             sigma, is_above = _floored(it, settings.eps)
             # Twice divided: sigma ** 2 could overflow.
-            dot = gY.ravel().dot(A.array.ravel()) / sigma
+            dot = _number(gY.ravel().dot(A.array.ravel())) / sigma
             a = _number(gamma) * settings.factor / sigma / it.scale
             c = c - is_above * (a * dot)
         if 'gamma' in wanted:
@@ -371,7 +369,7 @@ def spectral_normalize(
     outputs, it = _apply(
         settings, W, u, gamma, ('Y', 'sigma') if return_sigma else ('Y',))
     if update_u:
-        _update(u, it)
+        _pi.store(u, it)
     return outputs if return_sigma else outputs[0]
 
 
@@ -429,7 +427,7 @@ def spectral_norm(
     settings = _Settings(n_power_iteration, axis, detach_uv)
     outputs, it = _apply(settings, W, u, 1.0, ('sigma',))
     if update_u:
-        _update(u, it)
+        _pi.store(u, it)
     return outputs[0]
 
 
@@ -449,13 +447,3 @@ def _apply(
     node = SpectralNormalize(settings, names, constants, outputs)
     return node.apply(inputs), node.it
 
-
-def _update(u: Array, it: _pi.PowerIteration) -> None:
-    """Overwrites u with u_K, unless that is zero or not finite."""
-    if isinstance(u, numpy.ndarray):
-        if 0 < it.sigma < math.inf:
-            u[...] = it.u
-    else:
-        xp = backend.get_array_module(u)
-        is_good = (it.sigma > 0) & xp.isfinite(it.sigma)
-        u[...] = xp.where(is_good, it.u, u)

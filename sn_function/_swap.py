@@ -1,0 +1,111 @@
+"""A link's weight, exchanged for another for the time of one call.
+
+``Link.__call__`` gives a hook no word of an exception.  So the link's
+``forward`` is shadowed, too, by one that puts the weight back whatever
+happens, and that removes itself before anything else.  What remains is an
+exception between the two, in another hook: then the arguments of the callback
+die, and the weight is put back by that.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import chainer
+
+# In link.__dict__ during a call only: {weight name: [exchanges, outer first]}
+_STATE = '_sn_exchanges'
+
+
+def original(link: chainer.Link, name: str) -> Any:
+    """Returns the link's own weight, also from within a call of it."""
+    stack = link.__dict__.get(_STATE, {}).get(name)
+    return stack[0].previous if stack else getattr(link, name)
+
+
+def exchange(cb_args: Any, name: str, Y: Any) -> None:
+    """Puts ``Y`` in the place of the weight until the call ends."""
+    cb_args.__dict__['_sn_lifeline_' + name] = _Lifeline(
+        _Exchange(cb_args.link, name, Y))
+
+
+def restore_uncalled(link: chainer.Link, name: str) -> None:
+    """Puts the weight back where the call did not go through ``forward``.
+
+    A class may inject its own ``__call__``, which Chainer then prefers.
+
+    """
+    stack = link.__dict__.get(_STATE, {}).get(name)
+    if stack and not stack[-1].is_called:
+        stack[-1].restore()
+
+
+class _Exchange:
+
+    def __init__(self, link: chainer.Link, name: str, Y: Any) -> None:
+        attributes = link.__dict__
+        self.link = link
+        self.name = name
+        self.Y = Y
+        self.is_called = False
+        self.is_active = True
+        self.previous = attributes[name]
+        self.shadowed = attributes.get('forward')
+        attributes.setdefault(_STATE, {}).setdefault(name, []).append(self)
+        attributes['forward'] = self.forward
+        attributes[name] = Y
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.is_called = True
+        self._unshadow()
+        try:
+            return self.link.forward(*args, **kwargs)
+        finally:
+            self.restore()
+
+    def _unshadow(self) -> None:
+        attributes = self.link.__dict__
+        if attributes.get('forward') != self.forward:
+            return
+        shadowed = self.shadowed
+        while isinstance(getattr(shadowed, '__self__', None), _Exchange):
+            if shadowed.__self__.is_active:
+                break
+            shadowed = shadowed.__self__.shadowed
+        if shadowed is None:
+            del attributes['forward']
+        else:
+            attributes['forward'] = shadowed
+
+    def restore(self) -> None:
+        if not self.is_active:
+            return
+        self.is_active = False
+        self._unshadow()
+        attributes = self.link.__dict__
+        stacks = attributes[_STATE]
+        stack = stacks[self.name]
+        first = stack[0].previous
+        stack.remove(self)
+        # A forward that gave the link a new parameter keeps it.
+        if not isinstance(attributes[self.name], chainer.Parameter):
+            attributes[self.name] = self.previous if stack else first
+        if not stack:
+            del stacks[self.name]
+            if not stacks:
+                del attributes[_STATE]
+
+    def repair(self) -> None:
+        self.restore()
+        # Another hook may have put back what it found before forward.
+        attributes = self.link.__dict__
+        if attributes[self.name] is self.Y:
+            attributes[self.name] = self.previous
+
+
+class _Lifeline:
+
+    def __init__(self, exchange: _Exchange) -> None:
+        self.exchange = exchange
+
+    def __del__(self) -> None:
+        self.exchange.repair()

@@ -1,0 +1,347 @@
+"""The link hook: a drop-in for ``chainer.link_hooks.SpectralNormalization``.
+
+What a link needs to remember is on the link: the vector ``W_u`` (persistent,
+so it is saved and loaded) and, on request, the parameter ``gamma``.  A hook
+holds settings only, and may serve any number of links.
+"""
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import chainer
+import numpy
+from chainer import link_hook
+from chainer import links as L
+from chainer.utils import size_of_shape
+
+from sn_function import _checks, _recompute, _swap, errors, functions
+from sn_function import _power_iteration as _pi
+
+
+class SpectralNormalization(link_hook.LinkHook):
+    """Divides a link's weight by its largest singular value at each call.
+
+    At each call of the link its weight is replaced, for the time of the call,
+    by :func:`~sn_function.functions.spectral_normalize` of it:
+
+    .. math::
+
+        \\bar W = \\gamma f W / \\max(\\sigma(W), \\epsilon), \\quad
+        \\sigma(W) = \\max_{\\|h\\|_2 \\le 1} \\|W h\\|_2
+
+    Outside of a call, ``link.W`` is the raw parameter, also when
+    ``link.forward`` raises.  The estimate of sigma uses ``link.W_u``, which
+    each call in training mode moves on by ``n_power_iteration`` iterations;
+    with ``chainer.config.train`` false it is left alone.
+
+    The hook serves :class:`~chainer.links.Linear`,
+    :class:`~chainer.links.EmbedID`, the convolutions and deconvolutions of 1
+    to N dimensions, grouped or not, initialized or not, and, by
+    ``weight_name``, any other link that uses one of its own parameters as a
+    weight.  Add it before ``optimizer.setup(model)`` if ``use_gamma`` is
+    true, as that adds a parameter.
+
+    ``SpectralNormalization(detach_uv=True, n_warmup=0)`` follows the numbers
+    of Chainer's hook.
+
+    Args:
+        n_power_iteration (int): Number of power iterations a call, 1 or more.
+        eps (float): Floor on sigma; see
+            :func:`~sn_function.functions.spectral_normalize`.
+        use_gamma (bool): Multiply by a trainable parameter of shape ``()``,
+            ``link.gamma``, that starts as the largest singular value of the
+            initial weight.  Where that name is taken, ``link.W_gamma``.
+        factor (float or None): Divides sigma, and so multiplies the weight;
+            above 0.  ``None`` means 1.
+        weight_name (str): Name of the link's weight.
+        name (str or None): Name of this hook, ``'SpectralNormalization'`` if
+            ``None``.  Hooks on one link need different names.
+        detach_uv (bool): Take u and v as constants in the gradient, as
+            Chainer's hook does.  The default is the exact gradient.
+        n_warmup (int): Number of iterations that are run, once, when the
+            link's vector is made, so that sigma is right from the first
+            call.  None are run if the vector came from a snapshot.
+
+    Attributes:
+        vector_name (str): Name of the link's vector, ``weight_name + '_u'``.
+            It is ``None`` while the weight is not initialized.
+        axis (int): Output axis of the weight of the link that the hook was
+            last added to: 1 for deconvolutions, else 0.
+        name (str): Name of this hook.
+
+    Raises:
+        SpectralNormalizationError: One of :mod:`sn_function.errors`, for a
+            setting out of its range; and from
+            :meth:`~chainer.Link.add_hook`, which then leaves the link as it
+            was, for a link that lacks the weight.
+
+    See: T. Miyato et al., `Spectral Normalization for Generative Adversarial
+    Networks <https://arxiv.org/abs/1802.05957>`_
+
+    .. admonition:: Example
+
+        There are two ways to use it.  Make the link and the hook one by one,
+        which gives a handle on what the hook registers:
+
+            >>> import sn_function
+            >>> import chainer.links as L
+            >>> l = L.Convolution2D(3, 5, 3)
+            >>> hook = sn_function.SpectralNormalization()
+            >>> _ = l.add_hook(hook)
+            >>> # The shape of the first left singular vector.
+            >>> getattr(l, hook.vector_name).shape
+            (5,)
+            >>> # Delete the hook from this link.
+            >>> l.delete_hook(hook.name)
+
+        Or both at once, which is handy in a :class:`~chainer.Chain`:
+
+            >>> # The hook handles lazy initialization.
+            >>> layer = L.Convolution2D(
+            ...     5, 3, stride=1, pad=1).add_hook(
+            ...         sn_function.SpectralNormalization())
+
+    """
+
+    name = 'SpectralNormalization'
+
+    def __init__(
+            self,
+            n_power_iteration: int = 1,
+            eps: float = 1e-6,
+            use_gamma: bool = False,
+            factor: float | None = None,
+            weight_name: str = 'W',
+            name: str | None = None,
+            *,
+            detach_uv: bool = False,
+            n_warmup: int = 15,
+    ) -> None:
+        _checks.check_settings(
+            n_power_iteration, 1.0 if factor is None else factor, eps)
+        _checks.check_count('n_warmup', n_warmup, 0)
+        self.n_power_iteration = n_power_iteration
+        self.eps = eps
+        self.use_gamma = use_gamma
+        self.factor = factor
+        self.weight_name = weight_name
+        self.vector_name = weight_name + '_u'
+        self.axis = 0
+        self.detach_uv = detach_uv
+        self.n_warmup = n_warmup
+        if name is not None:
+            self.name = name
+
+    def __enter__(self) -> None:
+        raise NotImplementedError(
+            'This hook is not supposed to be used as context manager. Add it '
+            'to a link: link.add_hook(SpectralNormalization()).')
+
+    def __exit__(self, *_: Any) -> None:
+        raise NotImplementedError
+
+    # Adding and deleting
+
+    def added(self, link: chainer.Link) -> None:
+        """Registers the vector and, with ``use_gamma``, the parameter."""
+        try:
+            gamma_name = self._check_link(link)
+        except errors.SpectralNormalizationError:
+            # Link.add_hook has put the hook in before it calls this.
+            link.local_link_hooks.popitem()
+            raise
+        self.axis = output_axis(link)
+        W = getattr(link, self.weight_name)
+        setattr(link, self.vector_name, None)
+        link.register_persistent(self.vector_name)
+        if gamma_name is not None:
+            gamma = chainer.Parameter(_LargestSingularValue(W, self.axis))
+            gamma.to_device(link.device)
+            with link.init_scope():
+                setattr(link, gamma_name, gamma)
+        if W.array is not None:
+            self._vector(link, W.array)
+
+    def _check_link(self, link: chainer.Link) -> str | None:
+        """Checks that the hook can be added, and returns gamma's name."""
+        weight_name = self.weight_name
+        W = getattr(link, weight_name, None)
+        if not isinstance(W, chainer.Parameter):
+            raise errors.WeightNotFoundError(link, weight_name)
+        if hasattr(link, self.vector_name):
+            raise errors.HookCollisionError(
+                link, self.vector_name, weight_name)
+        if W.array is not None:
+            _checks.check_weight(W.array)
+        if not self.use_gamma:
+            return None
+        for name in ('gamma', weight_name + '_gamma'):
+            if not hasattr(link, name):
+                return name
+        raise errors.HookCollisionError(link, name, weight_name)
+
+    def deleted(self, link: chainer.Link) -> None:
+        """Removes the vector and, with ``use_gamma``, the parameter."""
+        if self.use_gamma:
+            delattr(link, self._gamma_name(link))
+        delattr(link, self.vector_name)
+        _recompute.forget(link, self.vector_name)
+
+    def _gamma_name(self, link: chainer.Link) -> str:
+        name = self.weight_name + '_gamma'
+        gamma = getattr(link, name, None)
+        is_own = isinstance(
+            getattr(gamma, 'initializer', None), _LargestSingularValue)
+        return name if is_own else 'gamma'
+
+    # Calling
+
+    def forward_preprocess(self, cb_args: Any) -> None:
+        """Replaces the weight by the normalized one until the call ends."""
+        link = cb_args.link
+        W = _swap.original(link, self.weight_name)
+        if W.array is None:
+            _initialize_weight(cb_args, W, self.weight_name)
+        _swap.exchange(cb_args, self.weight_name, self.normalize_weight(link))
+
+    def forward_postprocess(self, cb_args: Any) -> None:
+        """Sees to it that the weight is the link's own parameter again."""
+        _swap.restore_uncalled(cb_args.link, self.weight_name)
+
+    def normalize_weight(self, link: chainer.Link) -> chainer.Variable:
+        """Returns the link's weight, normalized, and moves its vector on.
+
+        Args:
+            link (~chainer.Link): A link that this hook was added to.
+
+        Returns:
+            ~chainer.Variable: The normalized weight.
+
+        Raises:
+            UninitializedWeightError: The weight has no array yet.
+
+        """
+        W = _swap.original(link, self.weight_name)
+        if W.array is None:
+            raise errors.UninitializedWeightError(
+                type(link).__name__, self.weight_name)
+        u = self._vector(link, W.array)
+        start = _recompute.start_vector(link, self.vector_name, u)
+        gamma = (getattr(link, self._gamma_name(link)) if self.use_gamma
+                 else None)
+        try:
+            return functions.spectral_normalize(
+                W, start, self.n_power_iteration, gamma,
+                1.0 if self.factor is None else self.factor, self.eps,
+                output_axis(link), detach_uv=self.detach_uv,
+                update_u=(chainer.config.train
+                          and not _recompute.is_second_run()))
+        except errors.VectorValueError:
+            # As other hooks leave it behind after one NaN.
+            warnings.warn(
+                f'{type(link).__name__}.{self.vector_name} was zero or not '
+                f'finite, as in a snapshot of a model that had met a NaN. It '
+                f'was made anew.', stacklevel=2)
+            setattr(link, self.vector_name, None)
+            _recompute.forget(link, self.vector_name)
+            return self.normalize_weight(link)
+
+    def reshape_W(self, W: Any) -> Any:
+        """Returns ``W``, a Variable or an array, as a matrix.
+
+        Args:
+            W (:class:`~chainer.Variable` or :ref:`ndarray`): Weight of a link
+                whose output axis is :attr:`axis`.
+
+        Returns:
+            The same in the shape ``(W.shape[axis], -1)``.
+
+        """
+        if self.axis != 0:
+            axes = [k for k in range(W.ndim) if k != self.axis]
+            W = W.transpose([self.axis, *axes])
+        return W if W.ndim == 2 else W.reshape(W.shape[0], -1)
+
+    # The vector and gamma
+
+    def _vector(self, link: chainer.Link, W: Any) -> Any:
+        """Returns the link's vector on the device and in the dtype of W."""
+        u = getattr(link, self.vector_name)
+        if u is None:
+            u = self._make_vector(link, W)
+            setattr(link, self.vector_name, u)
+        elif u.dtype != W.dtype or type(u) is not type(W):
+            # A snapshot loaded before the first call, or a new dtype of W.
+            u = link.device.send(u).astype(W.dtype, copy=False)
+            setattr(link, self.vector_name, u)
+        if self.use_gamma:
+            gamma = getattr(link, self._gamma_name(link))
+            if gamma.array is None:
+                gamma.initialize(())
+        return u
+
+    def _make_vector(self, link: chainer.Link, W: Any) -> Any:
+        _checks.check_weight(W)
+        axis = output_axis(link)
+        with chainer.using_device(link.device):
+            u = link.xp.random.normal(size=(W.shape[axis],)).astype(W.dtype)
+            if self.n_warmup > 0:
+                _pi.store(u, _pi.power_iteration(
+                    _pi.unfold(W, axis), u, self.n_warmup))
+        return u
+
+
+class _LargestSingularValue:
+    """Initializer of gamma, from the weight as it is then."""
+
+    def __init__(self, W: chainer.Parameter, axis: int) -> None:
+        self.W = W
+        self.axis = axis
+
+    @property
+    def dtype(self) -> Any:
+        if self.W.array is None:
+            return getattr(self.W.initializer, 'dtype', None)
+        return self.W.array.dtype
+
+    def __call__(self, array: Any) -> None:
+        W: Any = self.W.array
+        if W is None:
+            array[...] = numpy.nan  # being loaded before the weight is
+            return
+        W = W.astype(_pi.accumulator_dtype(W.dtype), copy=False)
+        xp = chainer.backend.get_array_module(W)
+        matrix = xp.moveaxis(W, self.axis, 0).reshape(W.shape[self.axis], -1)
+        try:
+            array[...] = xp.linalg.svd(matrix, compute_uv=False)[0]
+        except numpy.linalg.LinAlgError:
+            array[...] = numpy.nan  # as the weight is
+
+
+def output_axis(link: chainer.Link) -> int:
+    """Returns the output axis of the link's weight."""
+    return int(isinstance(link, (L.Deconvolution2D, L.DeconvolutionND)))
+
+
+def _initialize_weight(
+        cb_args: Any, W: chainer.Parameter, weight_name: str) -> None:
+    """Initializes the weight for the input of this call, as its link does."""
+    link = cb_args.link
+    arguments = inspect.signature(link.forward).bind(
+        *cb_args.args, **cb_args.kwargs)
+    arguments.apply_defaults()
+    x = next(iter(arguments.arguments.values()), None)
+    if getattr(x, 'ndim', 0) >= 2 and hasattr(link, '_initialize_params'):
+        if isinstance(link, L.Linear):
+            n_batch_axes = arguments.arguments['n_batch_axes']
+            in_size = size_of_shape(x.shape[n_batch_axes:])
+        else:
+            in_size = chainer.memory_layouts.get_semantic_shape(
+                chainer.as_variable(x),
+                assumed_layout=getattr(link, 'x_layout', None))[1]
+        link._initialize_params(in_size)
+    if W.array is None:
+        raise errors.UninitializedWeightError(
+            type(link).__name__, weight_name)
