@@ -61,12 +61,8 @@ def check_arrays(W: Any, u: Any, axis: int, update_u: bool) -> int:
         raise errors.VectorTypeError(u, array.dtype)
     if vector.shape != (shape[axis],):
         raise errors.VectorShapeError(vector.shape, shape, axis)
-    if isinstance(array, numpy.ndarray) and isinstance(vector, numpy.ndarray):
-        # Not on a device, where it would have to be waited for.
-        if not 0 < vector.dot(vector) < math.inf and not (
-                0 < abs(vector).max() < math.inf):
-            raise errors.VectorValueError(vector)
-    else:
+    if not (isinstance(array, numpy.ndarray)
+            and isinstance(vector, numpy.ndarray)):
         _check_same_device(vector, array)
     if update_u and not (vector is u and _is_writable(u)):
         raise errors.VectorUpdateError(u)

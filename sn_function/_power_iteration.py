@@ -31,7 +31,7 @@ from typing import Any, Callable, NamedTuple
 import numpy
 from chainer import backend
 
-from sn_function import _matrix
+from sn_function import _matrix, errors
 
 # The norms of ordinary weights.  Outside of this range the squares in them may
 # have lost digits to overflow or underflow: see _rescaled.
@@ -130,21 +130,28 @@ def power_iteration(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
 
     A weight that holds NaN or Inf gives a sigma that is NaN.
 
+    Raises:
+        VectorValueError: ``u`` is zero or not finite.  On a device this is
+            not looked at, as it would have to be waited for.
+
     """
     dtype = A.array.dtype
     u = u.astype(dtype, copy=False)
     if not isinstance(u, numpy.ndarray):
         return _iterate(A, u, n, _device_norm)
-    try:
-        return _iterate(A, u, n, _ordinary_norm(dtype))
-    except _ExtremeNorm:
-        # NaN and overflow show in the result; they need no warning as well.
-        with numpy.errstate(all='ignore'):
+    # NaN and overflow show in the result; they need no warning as well.
+    with numpy.errstate(all='ignore'):
+        try:
+            return _iterate(A, u, n, _ordinary_norm(dtype))
+        except _ExtremeNorm:
             return _rescaled(A, u, n)
 
 
 def _rescaled(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
     """The same for a weight or a ``u`` of extreme size, or a zero product."""
+    u_scale = float(abs(u).max())
+    if not 0 < u_scale < math.inf:
+        raise errors.VectorValueError(u)
     scale = float(abs(A.array).max())
     if not math.isfinite(scale):
         nan = numpy.full(A.m, numpy.nan, u.dtype)
@@ -153,7 +160,6 @@ def _rescaled(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
         return _iterate(A, u, n, _host_norm)
     # A power of two: dividing by it loses no digit.
     scale = 2.0 ** math.frexp(scale)[1]
-    u_scale = float(abs(u).max())
     A = A.scaled(scale)
     it = _iterate(A, u / u_scale, n, _host_norm)
     if not it.sigma:

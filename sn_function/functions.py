@@ -141,10 +141,12 @@ class SpectralNormalizeGrad(_Node):
 
     def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         x = self.arguments(inputs)
-        grads = self._gradients(**x)
-        return tuple([
-            grads[name].astype(x[name].dtype, copy=False)
-            for name in self.wanted])
+        # As in the forward, an overflow shows in the result.
+        with numpy.errstate(all='ignore'):
+            grads = self._gradients(**x)
+            return tuple([
+                grads[name].astype(x[name].dtype, copy=False)
+                for name in self.wanted])
 
     def _gradients(
             self, W: Array, u: Array, gamma: Any,

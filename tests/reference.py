@@ -1,0 +1,54 @@
+"""The oracle: plain NumPy in float64 or complex128, sharing no code with us.
+
+Everything is analytic (a norm is ``sqrt(sum(x * x))``, without ``abs``), so
+that a complex step gives derivatives to rounding error.
+"""
+import numpy as np
+
+
+def as_matrix(W, axis):
+    return np.moveaxis(W, axis, 0).reshape(W.shape[axis], -1)
+
+
+def _norm(x):
+    return np.sqrt(np.sum(x * x))
+
+
+def power_iteration(W, u, n_power_iteration=1, axis=0):
+    """Returns u_K, v_K and sigma."""
+    A = as_matrix(W, axis)
+    for _ in range(n_power_iteration):
+        s = A.T @ u
+        v = s / _norm(s)
+        t = A @ v
+        u = t / _norm(t)
+    return u, v, _norm(t)
+
+
+def spectral_normalize(W, u, n_power_iteration=1, gamma=1.0, factor=1.0,
+                       eps=1e-6, axis=0, uv=None):
+    """Returns Y and sigma; with ``uv`` given, those are constants."""
+    W = np.asarray(W)
+    W = W.astype(np.result_type(W, np.float64))
+    if uv is None:
+        _, _, sigma = power_iteration(W, u, n_power_iteration, axis)
+    else:
+        sigma = uv[0] @ as_matrix(W, axis) @ uv[1]
+    floored = sigma if sigma.real >= eps else eps
+    return gamma * factor * W / floored, sigma
+
+
+def complex_step(f, x):
+    """The derivative of the scalar function ``f`` at the array ``x``."""
+    g = np.empty(x.shape)
+    for i in np.ndindex(*x.shape):
+        z = x.astype(np.complex128)
+        z[i] += 1e-200j
+        g[i] = f(z).imag / 1e-200
+    return g
+
+
+def true_norm(W, axis=0):
+    """The largest singular value, by a float64 SVD."""
+    A = as_matrix(np.asarray(W, dtype=np.float64), axis)
+    return np.linalg.svd(A, compute_uv=False)[0]

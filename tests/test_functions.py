@@ -1,0 +1,654 @@
+"""``spectral_normalize`` and ``spectral_norm`` against the oracle."""
+import itertools
+import math
+
+import chainer
+import numpy as np
+import pytest
+from chainer import gradient_check, testing
+
+from sn_function import _power_iteration, errors
+from sn_function import functions as F
+from tests import reference
+
+# (shape, axis): matrices of every proportion, and the output axis in front,
+# in the middle, at the end, and counted from the end.
+WEIGHTS = [
+    ((4, 3), 0), ((3, 7), 1), ((1, 5), 0), ((5, 1), 0), ((5, 1), 1),
+    ((4, 3, 2, 2), 0), ((3, 4, 2, 2), 1), ((3, 2, 4), -1), ((2, 3, 2, 3), -2),
+    ((2, 3, 2, 2, 2), 2),
+]
+
+
+def random(*shape):
+    return np.random.normal(size=shape)
+
+
+def grad(outputs, inputs, grad_outputs):
+    return [g if g is None else g.array for g in chainer.grad(
+        outputs, inputs, [chainer.as_variable(np.asarray(g))
+                          for g in grad_outputs])]
+
+
+@testing.parameterize(*testing.product_dict(
+    [{'shape': s, 'axis': a} for s, a in WEIGHTS],
+    [{'dtype': np.float16, 'forward': 3e-3, 'backward': 3e-2},
+     {'dtype': np.float32, 'forward': 1e-5, 'backward': 1e-3},
+     {'dtype': np.float64, 'forward': 1e-12, 'backward': 1e-5}],
+    [{'n_power_iteration': 1}, {'n_power_iteration': 2},
+     {'n_power_iteration': 3}],
+    [{'use_gamma': True}, {'use_gamma': False}],
+))
+@testing.inject_backend_tests(
+    None, [{}, {'use_cuda': True, 'cuda_device': 0}])
+class TestSpectralNormalizeExact(testing.FunctionTestCase):
+    """The exact gradient is that of the forward, at an unconverged u."""
+
+    dodge_nondifferentiable = True
+
+    def setUp(self):
+        self.check_forward_options = {
+            'atol': self.forward, 'rtol': self.forward}
+        self.check_backward_options = {
+            'atol': self.backward, 'rtol': self.backward, 'eps': 1e-5}
+        self.check_double_backward_options = {
+            'atol': self.backward, 'rtol': self.backward, 'eps': 1e-5}
+        self.forward = self.run_function
+        self.u = random(self.shape[self.axis])
+
+    def generate_inputs(self):
+        W = random(*self.shape).astype(self.dtype)
+        if not self.use_gamma:
+            return W,
+        return W, np.array(1.7, dtype=self.dtype)
+
+    def run_function(self, inputs, device):
+        W, *gamma = inputs
+        # u is in the dtype that a float64 numerical check runs in, too.
+        u = device.send(self.u.astype(W.dtype))
+        Y, sigma = F.spectral_normalize(
+            W, u, self.n_power_iteration, gamma[0] if gamma else None,
+            factor=1.3, axis=self.axis, return_sigma=True)
+        return Y, chainer.functions.cast(sigma, W.dtype)
+
+    def forward_expected(self, inputs):
+        W, *gamma = inputs
+        u = self.u.astype(W.dtype).astype(np.float64)
+        Y, sigma = reference.spectral_normalize(
+            W, u, self.n_power_iteration, float(gamma[0]) if gamma else 1.0,
+            1.3, axis=self.axis)
+        return Y.astype(self.dtype), np.asarray(sigma).astype(self.dtype)
+
+
+@pytest.mark.parametrize('n_power_iteration', [1, 2, 3, 5])
+@pytest.mark.parametrize(('shape', 'axis'), WEIGHTS)
+def test_exact_gradient_equals_complex_step(shape, axis, n_power_iteration):
+    W, u, gamma = random(*shape), random(shape[axis]), np.array(0.7)
+    gY, gsigma = random(*shape), 0.3
+    variables = [chainer.Variable(x) for x in (W, u, gamma)]
+    outputs = F.spectral_normalize(
+        variables[0], variables[1], n_power_iteration, variables[2], 1.3,
+        axis=axis, return_sigma=True)
+    actual = grad(outputs, variables, (gY, gsigma))
+
+    def scalar(W, u, gamma):
+        Y, sigma = reference.spectral_normalize(
+            W, u, n_power_iteration, gamma, 1.3, axis=axis)
+        return np.sum(Y * gY) + gsigma * sigma
+
+    for g, expected in zip(actual, (
+            reference.complex_step(lambda z: scalar(z, u, gamma), W),
+            reference.complex_step(lambda z: scalar(W, z, gamma), u),
+            reference.complex_step(lambda z: scalar(W, u, z), gamma))):
+        np.testing.assert_allclose(g, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('n_power_iteration', [1, 2, 3])
+@pytest.mark.parametrize(('shape', 'axis'), WEIGHTS)
+def test_detached_gradient_equals_its_definition(
+        shape, axis, n_power_iteration):
+    W, u, gamma = random(*shape), random(shape[axis]), np.array(0.7)
+    gY, gsigma = random(*shape), 0.3
+    variables = [chainer.Variable(x) for x in (W, u, gamma)]
+    outputs = F.spectral_normalize(
+        variables[0], variables[1], n_power_iteration, variables[2], 1.3,
+        axis=axis, detach_uv=True, return_sigma=True)
+    gW, gu, ggamma = grad(outputs, variables, (gY, gsigma))
+    uv = reference.power_iteration(W, u, n_power_iteration, axis)[:2]
+
+    def scalar(W, gamma):
+        Y, sigma = reference.spectral_normalize(
+            W, u, n_power_iteration, gamma, 1.3, axis=axis, uv=uv)
+        return np.sum(Y * gY) + gsigma * sigma
+
+    assert gu is None
+    np.testing.assert_allclose(
+        gW, reference.complex_step(lambda z: scalar(z, gamma), W),
+        rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        ggamma, reference.complex_step(lambda z: scalar(W, z), gamma),
+        rtol=1e-9)
+
+
+def check_options(**options):
+    return dict({'dtype': np.float64, 'eps': 1e-5, 'atol': 1e-5,
+                 'rtol': 1e-5}, **options)
+
+
+def double_backward_case(shape, axis, n, detach_uv):
+    u = random(shape[axis])
+    if detach_uv:
+        # Its own definition: u and v are those of one place, for good.
+        W0 = random(*shape)
+        uv = reference.power_iteration(W0, u, n, axis)[:2]
+
+        def f(W, gamma):
+            A = chainer.functions.moveaxis(W, axis, 0)
+            A = A.reshape(shape[axis], -1)
+            sigma = chainer.functions.sum(
+                uv[0] * chainer.functions.matmul(A, uv[1]))
+            return gamma * W / chainer.functions.broadcast_to(
+                sigma, W.shape)
+
+        return W0, u, f
+    return random(*shape), u, None
+
+
+@pytest.mark.parametrize('n_power_iteration', [1, 2, 3])
+@pytest.mark.parametrize(('shape', 'axis'), WEIGHTS[::2])
+def test_double_backward_exact(shape, axis, n_power_iteration):
+    inputs = random(*shape), random(shape[axis]), np.array(0.7)
+
+    def f(W, u, gamma):
+        return F.spectral_normalize(
+            W, u, n_power_iteration, gamma, axis=axis, return_sigma=True)
+
+    gradient_check.check_double_backward(
+        f, inputs, (random(*shape), np.array(0.3)),
+        (random(*shape), random(shape[axis]), np.array(0.4)),
+        **check_options())
+
+
+@pytest.mark.parametrize('n_power_iteration', [1, 3])
+@pytest.mark.parametrize(('shape', 'axis'), WEIGHTS[::2])
+def test_double_backward_detached(shape, axis, n_power_iteration):
+    W0, u, definition = double_backward_case(
+        shape, axis, n_power_iteration, True)
+    gY, ggW, ggamma2 = random(*shape), random(*shape), np.array(0.4)
+    results = []
+    for f in (definition, lambda W, gamma: F.spectral_normalize(
+            W, u, n_power_iteration, gamma, axis=axis, detach_uv=True)):
+        W, gamma = chainer.Variable(W0), chainer.Variable(np.array(0.7))
+        gy = chainer.Variable(gY)
+        first = chainer.grad(
+            [f(W, gamma)], [W, gamma], [gy], enable_double_backprop=True)
+        results.append(grad(first, [W, gamma, gy], (ggW, ggamma2)))
+    for expected, actual in zip(*results):
+        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('detach_uv', [False, True])
+def test_third_order(detach_uv):
+    shape = (4, 3)
+    W0, u, definition = double_backward_case(shape, 0, 1, detach_uv)
+    if definition is None:
+        def definition(W, gamma):
+            s = chainer.functions.matmul(W, u, transa=True)
+            v = s / chainer.functions.broadcast_to(
+                chainer.functions.sqrt(chainer.functions.sum(s ** 2)),
+                s.shape)
+            t = chainer.functions.matmul(W, v)
+            sigma = chainer.functions.sqrt(chainer.functions.sum(t ** 2))
+            return gamma * W / chainer.functions.broadcast_to(sigma, shape)
+
+    directions = [random(*shape) for _ in range(3)]
+    results = []
+    for f in (definition, lambda W, gamma: F.spectral_normalize(
+            W, u, 1, gamma, detach_uv=detach_uv)):
+        W, gamma = chainer.Variable(W0), chainer.Variable(np.array(0.7))
+        y = f(W, gamma)
+        for d in directions:
+            y, = chainer.grad([y], [W], [chainer.Variable(d)],
+                              enable_double_backprop=True)
+        results.append(y.array)
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-8, atol=1e-8)
+
+
+def test_double_backward_when_gy_depends_on_W():
+    """Each path is counted once."""
+    shape = (4, 3)
+    W0, u = random(*shape), random(4)
+
+    def second(normalize):
+        W = chainer.Variable(W0)
+        Y = normalize(W)
+        g, = chainer.grad([chainer.functions.sum(Y ** 3)], [W],
+                          enable_double_backprop=True)
+        chainer.functions.sum(g ** 2).backward()
+        return W.grad
+
+    def composed(W):
+        s = chainer.functions.matmul(W, u, transa=True)
+        v = s / chainer.functions.broadcast_to(
+            chainer.functions.sqrt(chainer.functions.sum(s ** 2)), s.shape)
+        t = chainer.functions.matmul(W, v)
+        sigma = chainer.functions.sqrt(chainer.functions.sum(t ** 2))
+        return W / chainer.functions.broadcast_to(sigma, shape)
+
+    np.testing.assert_allclose(
+        second(lambda W: F.spectral_normalize(W, u)), second(composed),
+        rtol=1e-9)
+
+
+@pytest.mark.parametrize('sign', ['none', 't', 's', 'G', 'gY', 'gamma'])
+def test_a_flipped_sign_in_the_backward_is_found(sign, monkeypatch):
+    """The gradient check is able to fail, for each term."""
+    adjoint = _power_iteration.adjoint
+    gradients = F.SpectralNormalizeGrad._gradients
+
+    def flipped_adjoint(*args):
+        P, Q, ubar = adjoint(*args)
+        P[{'t': slice(0, 1), 's': slice(1, 2), 'G': slice(0, 2)}.get(
+            sign, slice(0, 0))] *= -1
+        return P, Q, ubar
+
+    def flipped_gradients(self, gY, **x):
+        grads = gradients(self, gY=gY, **x)
+        if sign == 'gamma':
+            grads['gamma'] *= -1
+        elif sign == 'gY':
+            sigma = self.it.sigma
+            grads['W'] -= 2 * x['gamma'] * gY / sigma
+        return grads
+
+    monkeypatch.setattr(_power_iteration, 'adjoint', flipped_adjoint)
+    monkeypatch.setattr(
+        F.SpectralNormalizeGrad, '_gradients', flipped_gradients)
+    u, inputs = random(4), (random(4, 3), np.array(0.7))
+
+    def check():
+        gradient_check.check_backward(
+            lambda W, gamma: F.spectral_normalize(W, u, gamma=gamma),
+            inputs, random(4, 3), **check_options())
+
+    if sign == 'none':
+        check()
+    else:
+        with pytest.raises(AssertionError):
+            check()
+
+
+@pytest.mark.parametrize('wanted', ['Y', 'sigma'])
+def test_only_one_of_two_outputs_is_used(wanted):
+    W, u = chainer.Variable(random(4, 3)), random(4)
+    Y, sigma = F.spectral_normalize(W, u, return_sigma=True)
+    if wanted == 'Y':
+        other = F.spectral_normalize(W, u)
+        g = random(4, 3)
+        pair = grad([Y], [W], [g]), grad([other], [W], [g])
+    else:
+        pair = grad([sigma], [W], [1.0]), grad(
+            [F.spectral_norm(W, u)], [W], [1.0])
+    np.testing.assert_array_equal(*[g for g, in pair])
+
+
+@pytest.mark.parametrize(('shape', 'axis'), WEIGHTS)
+@pytest.mark.parametrize('detach_uv', [False, True])
+def test_spectral_norm(shape, axis, detach_uv):
+    W, u = random(*shape), random(shape[axis])
+    variable = chainer.Variable(W)
+    sigma = F.spectral_norm(variable, u, 200, axis, detach_uv=detach_uv)
+    np.testing.assert_allclose(
+        sigma.array, reference.true_norm(W, axis), rtol=1e-6)
+    assert sigma.shape == ()
+    # At convergence the gradient is u v^T, in either mode.
+    sigma.backward()
+    u, v, _ = reference.power_iteration(W, u, 2000, axis)
+    np.testing.assert_allclose(
+        reference.as_matrix(variable.grad, axis), np.outer(u, v), atol=1e-4)
+
+
+class TestArguments:
+
+    @pytest.mark.parametrize('dtype', [np.float16, np.float32, np.float64])
+    def test_dtypes_of_outputs_and_gradients(self, dtype):
+        W = chainer.Variable(random(4, 3).astype(dtype))
+        gamma = chainer.Variable(np.array(0.5, dtype))
+        Y, sigma = F.spectral_normalize(
+            W, random(4).astype(dtype), gamma=gamma, return_sigma=True)
+        chainer.functions.sum(Y).backward()
+        assert Y.dtype == W.grad.dtype == gamma.grad.dtype == dtype
+        assert sigma.dtype == (np.float32 if dtype == np.float16 else dtype)
+
+    @pytest.mark.parametrize('kind', [
+        chainer.Variable, chainer.Parameter, lambda x: x])
+    def test_kinds_of_W(self, kind):
+        W, u = random(4, 3), random(4)
+        Y = F.spectral_normalize(kind(W), u)
+        assert isinstance(Y, chainer.Variable)
+        np.testing.assert_allclose(
+            Y.array, reference.spectral_normalize(W, u)[0])
+
+    @pytest.mark.parametrize('gamma', [
+        2, 2.0, np.float32(2), np.array(2.0), chainer.Variable(np.array(2.))])
+    def test_kinds_of_gamma(self, gamma):
+        W, u = random(4, 3), random(4)
+        np.testing.assert_allclose(
+            F.spectral_normalize(W, u, gamma=gamma).array,
+            2 * F.spectral_normalize(W, u).array)
+
+    @pytest.mark.parametrize('factor', [2, np.float64(2)])
+    def test_numpy_scalars_do_not_widen(self, factor):
+        W = chainer.Variable(random(4, 3).astype('f'))
+        Y = F.spectral_normalize(
+            W, random(4).astype('f'), factor=factor, eps=np.float64(1e-6))
+        chainer.functions.sum(Y).backward()
+        assert Y.dtype == W.grad.dtype == np.float32
+
+    @pytest.mark.parametrize('layout', [
+        lambda W: W[:, ::2], lambda W: W[::-1], lambda W: W.T.copy().T,
+        lambda W: np.broadcast_to(W[:1], W.shape),
+        lambda W: W.transpose(1, 0)])
+    @pytest.mark.parametrize('axis', [0, 1])
+    def test_non_contiguous(self, layout, axis):
+        W, u = layout(random(6, 6)), random(6)
+        u = u[:W.shape[axis]]
+        variable = chainer.Variable(W)
+        gY = layout(random(6, 6))
+        Y = F.spectral_normalize(variable, u, axis=axis)
+        expected = chainer.Variable(np.ascontiguousarray(W))
+        Y2 = F.spectral_normalize(expected, u, axis=axis)
+        np.testing.assert_allclose(Y.array, Y2.array, rtol=1e-12)
+        np.testing.assert_allclose(
+            grad([Y], [variable], [gY])[0], grad([Y2], [expected], [gY])[0],
+            rtol=1e-10, atol=1e-12)
+
+    def test_no_backprop_mode(self):
+        W = chainer.Parameter(random(4, 3))
+        with chainer.no_backprop_mode():
+            Y = F.spectral_normalize(W, random(4))
+        assert Y.creator is None
+
+    def test_u_need_not_be_a_unit_vector(self):
+        W, u = random(4, 3), random(4)
+        np.testing.assert_allclose(
+            F.spectral_normalize(W, u).array,
+            F.spectral_normalize(W, 1e3 * u).array)
+
+    def test_no_copy_of_the_weight_in_the_graph(self):
+        """Beside W and Y the graph retains vectors only."""
+        W = chainer.Variable(random(3, 40, 5, 5))
+        Y = F.spectral_normalize(W, random(40), axis=1)
+        node = Y.creator_node
+        kept = [x for x in (*node.it.us, *node.it.vs)]
+        assert sum(x.size for x in kept) == 2 * 40 + 75
+        retained, = node.get_retained_inputs()
+        assert retained.array is W.array
+
+
+class TestUpdate:
+
+    def test_u_is_left_alone(self):
+        u = random(4)
+        before = u.copy()
+        F.spectral_normalize(random(4, 3), u)
+        F.spectral_norm(random(4, 3), u)
+        np.testing.assert_array_equal(u, before)
+
+    @pytest.mark.parametrize('f', [F.spectral_normalize, F.spectral_norm])
+    def test_u_becomes_u_K(self, f):
+        W, u = random(4, 3), random(4)
+        expected = reference.power_iteration(W, u, 3)[0]
+        f(W, u, 3, update_u=True)
+        np.testing.assert_allclose(u, expected, rtol=1e-12)
+
+    @pytest.mark.parametrize('detach_uv', [False, True])
+    def test_a_live_graph_is_not_changed(self, detach_uv):
+        """As with a hook: u moves on between forward and backward."""
+        W, u, gY = chainer.Variable(random(4, 3)), random(4), random(4, 3)
+        alone = F.spectral_normalize(W, u.copy(), 2, detach_uv=detach_uv)
+        Y = F.spectral_normalize(W, u, 2, detach_uv=detach_uv, update_u=True)
+        F.spectral_normalize(W, u, 2, update_u=True)
+        np.testing.assert_array_equal(
+            grad([Y], [W], [gY])[0], grad([alone], [W], [gY])[0])
+
+    @pytest.mark.parametrize('value', [0, np.nan, np.inf])
+    @pytest.mark.parametrize('where', [slice(None), (0, 0)])
+    def test_a_bad_weight_does_not_reach_u(self, value, where):
+        W, u = random(4, 3), random(4)
+        W[where] = value
+        before = u.copy()
+        Y = F.spectral_normalize(W, u, update_u=True)
+        if np.isfinite(value) and where == (0, 0):
+            assert not np.array_equal(u, before)
+        else:
+            np.testing.assert_array_equal(u, before)
+        assert np.isnan(Y.array).any() == (not np.isfinite(value))
+
+
+class TestExtremes:
+
+    @pytest.mark.parametrize('dtype', ['e', 'f', 'd'])
+    def test_the_norm_is_one_at_any_scale(self, dtype):
+        limits = np.finfo(dtype)
+        base = random(20, 30)
+        base /= abs(base).max()
+        exponents = range(
+            int(np.log10(limits.tiny)) + 2, int(np.log10(limits.max)))
+        for exponent in exponents:
+            W = (base * 10.0 ** exponent).astype(dtype)
+            Y, sigma = F.spectral_normalize(
+                W, random(20).astype(dtype), 200, eps=0, return_sigma=True)
+            np.testing.assert_allclose(
+                reference.true_norm(Y.array), 1,
+                rtol=2e-2 if dtype == 'e' else 1e-3, err_msg=str(exponent))
+            np.testing.assert_allclose(
+                sigma.array, reference.true_norm(W), rtol=1e-3)
+
+    @pytest.mark.parametrize('scale', [1e-30, 1e-18, 1e18, 1e30])
+    @pytest.mark.parametrize('n_power_iteration', [1, 3])
+    def test_gradients_at_extreme_scales(self, scale, n_power_iteration):
+        """Y is scale-invariant, so its gradient is that of W, over scale."""
+        W, u, gY = random(4, 3), random(4).astype('f'), random(4, 3)
+
+        def gradients(scale):
+            x = chainer.Variable((W * scale).astype('f'))
+            v = chainer.Variable(u)
+            Y, sigma = F.spectral_normalize(
+                x, v, n_power_iteration, eps=0, return_sigma=True)
+            return (grad([Y], [x, v], [gY.astype('f')])
+                    + grad([sigma], [x], [np.float32(0.3)]))
+
+        for a, b, unit in zip(gradients(scale), gradients(1),
+                              (scale, 1, 1)):
+            np.testing.assert_allclose(
+                a.astype('d') * unit, b, rtol=1e-4, atol=1e-5)
+
+    def test_double_backward_at_an_extreme_scale(self):
+        W, u = random(4, 3), random(4)
+        gY, ggW = random(4, 3), random(4, 3)
+
+        def second(scale):
+            x, gy = chainer.Variable(W * scale), chainer.Variable(gY)
+            Y = F.spectral_normalize(x, u, eps=0)
+            g, = chainer.grad([Y], [x], [gy], enable_double_backprop=True)
+            return grad([g], [x, gy], [ggW])
+
+        for a, b, unit in zip(second(1e150), second(1.0), (1e300, 1e150)):
+            np.testing.assert_allclose(a * unit, b, rtol=1e-9)
+
+    def test_below_the_floor_Y_is_W_over_eps(self):
+        W, u = chainer.Variable(1e-9 * random(4, 3)), random(4)
+        gamma = chainer.Variable(np.array(0.7))
+        gY = random(4, 3)
+        Y = F.spectral_normalize(W, u, gamma=gamma, factor=2, eps=1e-6)
+        np.testing.assert_allclose(Y.array, 1.4e6 * W.array)
+        gW, ggamma = grad([Y], [W, gamma], [gY])
+        np.testing.assert_allclose(gW, 1.4e6 * gY)
+        np.testing.assert_allclose(ggamma, 2e6 * np.sum(gY * W.array))
+        gradient_check.check_double_backward(
+            lambda W: F.spectral_normalize(W, u, gamma=0.7, eps=1e3),
+            random(4, 3), gY, random(4, 3), **check_options())
+
+    @pytest.mark.parametrize('eps', [0, 1e-6])
+    @pytest.mark.parametrize('n_power_iteration', [1, 2])
+    def test_zero_weight(self, eps, n_power_iteration):
+        W, u = chainer.Variable(np.zeros((4, 3))), chainer.Variable(random(4))
+        Y, sigma = F.spectral_normalize(
+            W, u, n_power_iteration, eps=eps, return_sigma=True)
+        assert not Y.array.any()
+        assert sigma.array == 0
+        for g in grad([Y, sigma], [W, u], [random(4, 3), 1.0]):
+            assert np.isfinite(g).all()
+
+    def test_u_in_the_left_null_space_is_no_trap(self):
+        """W^T u = 0: W / eps would be 1e6 times too large."""
+        W = np.diag([0.0, 2.0, 1.0])
+        u = np.array([1.0, 0.0, 0.0])
+        Y, sigma = F.spectral_normalize(
+            W, u, update_u=True, return_sigma=True)
+        assert sigma.array == 2
+        np.testing.assert_array_equal(u, [0, 1, 0])
+        np.testing.assert_array_equal(Y.array, W / 2)
+
+    def test_the_norm_is_never_hidden_nan(self):
+        W = random(4, 3)
+        W[1, 2] = np.nan
+        x = chainer.Variable(W)
+        Y = F.spectral_normalize(x, random(4))
+        assert np.isnan(Y.array).all()
+
+    @pytest.mark.parametrize('n_power_iteration', [1, 2, 5, 20])
+    def test_the_estimate_is_never_above_the_norm(self, n_power_iteration):
+        for _ in range(50):
+            W, u = random(6, 5), random(6)
+            sigma = F.spectral_norm(W, u, n_power_iteration).array
+            assert sigma <= reference.true_norm(W) * (1 + 1e-12)
+
+
+class TestDeviceArithmetic:
+    """The branch-free arithmetic of devices, run on NumPy."""
+
+    @pytest.mark.parametrize('scale', [0, 1e-30, 1, 1e30])
+    def test_norms(self, scale):
+        x = (scale * random(7)).astype('f')
+        norm, divisor = _power_iteration._device_norm(x)
+        expected = np.linalg.norm(x.astype('d'))
+        np.testing.assert_allclose(norm, expected, rtol=1e-6)
+        np.testing.assert_allclose(divisor, expected or 1, rtol=1e-6)
+
+    def test_iterations(self):
+        A = _power_iteration.unfold(random(4, 3), 0)
+        u = random(4)
+        host = _power_iteration.power_iteration(A, u, 3)
+        device = _power_iteration._iterate(
+            A, u, 3, _power_iteration._device_norm)
+        np.testing.assert_allclose(device.sigma, host.sigma)
+        np.testing.assert_allclose(device.u, host.u)
+
+
+BAD_ARGUMENTS = {
+    'u of the wrong length': (
+        dict(u=np.ones(3)), errors.VectorShapeError, r'needs shape \(4,\)'),
+    'u of two dimensions': (
+        dict(u=np.ones((4, 1))), errors.VectorShapeError, 'Make u anew'),
+    'u of an integer dtype': (
+        dict(u=np.ones(4, int)), errors.VectorTypeError, 'astype'),
+    'u of another dtype': (
+        dict(u=np.ones(4, 'f')), errors.VectorTypeError, 'float64'),
+    'u is a list': (dict(u=[1.0] * 4), errors.VectorTypeError, 'list'),
+    'u is None': (dict(u=None), errors.VectorTypeError, 'None'),
+    'u all zero': (
+        dict(u=np.zeros(4)), errors.VectorValueError, 'all zero'),
+    'u holds NaN': (
+        dict(u=np.array([1, np.nan, 1, 1])), errors.VectorValueError, 'NaN'),
+    'W with one dimension': (
+        dict(W=np.ones(4)), errors.WeightShapeError, 'fewer than 2'),
+    'W without dimensions': (
+        dict(W=np.array(1.0)), errors.WeightShapeError, 'fewer than 2'),
+    'W with an empty dimension': (
+        dict(W=np.ones((4, 0))), errors.WeightShapeError, 'empty'),
+    'W of an integer dtype': (
+        dict(W=np.ones((4, 3), int)), errors.WeightTypeError, 'int64'),
+    'W is a list': (dict(W=[[1.0]]), errors.WeightTypeError, 'list'),
+    'W is not initialized': (
+        dict(W=chainer.Parameter(name='W')),
+        errors.UninitializedWeightError, 'no array yet'),
+    'axis too large': (dict(axis=2), errors.AxisError, 'from -2 to 1'),
+    'axis too small': (dict(axis=-3), errors.AxisError, 'from -2 to 1'),
+    'axis not an integer': (dict(axis=0.5), errors.AxisError, '0.5'),
+    'no iteration': (
+        dict(n_power_iteration=0), errors.IterationCountError, 'least 1'),
+    'a negative number of iterations': (
+        dict(n_power_iteration=-1), errors.IterationCountError, '-1'),
+    'iterations not an integer': (
+        dict(n_power_iteration=1.5), errors.IterationCountError, '1.5'),
+    'iterations a bool': (
+        dict(n_power_iteration=True), errors.IterationCountError, 'True'),
+    'eps negative': (dict(eps=-1e-6), errors.EpsError, '-1e-06'),
+    'eps NaN': (dict(eps=math.nan), errors.EpsError, 'nan'),
+    'factor zero': (dict(factor=0), errors.FactorError, 'above 0'),
+    'factor infinite': (dict(factor=math.inf), errors.FactorError, 'inf'),
+    'gamma of the wrong shape': (
+        dict(gamma=np.ones(4)), errors.GammaError, r'shape \(\)'),
+    'gamma a string': (dict(gamma='1'), errors.GammaError, 'str'),
+    'update of a read-only u': (
+        dict(u=np.broadcast_to(np.ones(1), 4), update_u=True),
+        errors.VectorUpdateError, 'read-only'),
+    'update of a Variable': (
+        dict(u=chainer.Variable(np.ones(4)), update_u=True),
+        errors.VectorUpdateError, 'Variable'),
+}
+
+
+@pytest.mark.parametrize('name', BAD_ARGUMENTS)
+def test_bad_argument(name):
+    changes, error, message = BAD_ARGUMENTS[name]
+    arguments = dict({'W': random(4, 3), 'u': np.ones(4), 'update_u': True},
+                     **changes)
+    u = arguments['u']
+    before = None if not isinstance(u, np.ndarray) else u.copy()
+    if 'update_u' not in changes and not isinstance(u, np.ndarray):
+        arguments['update_u'] = False
+    with pytest.raises(error, match=message) as info:
+        F.spectral_normalize(**arguments)
+    assert isinstance(info.value, errors.SpectralNormalizationError)
+    if before is not None:
+        np.testing.assert_array_equal(u, before)
+
+
+@pytest.mark.gpu
+def test_u_on_another_device():
+    cupy = chainer.backends.cuda.cupy
+    with pytest.raises(errors.VectorDeviceError, match='cuda'):
+        F.spectral_normalize(cupy.ones((4, 3)), np.ones(4))
+
+
+def test_errors_are_what_a_user_may_already_catch():
+    """ValueError or TypeError, as elsewhere in Chainer and NumPy."""
+    classes = [c for c in vars(errors).values() if isinstance(c, type)
+               and issubclass(c, errors.SpectralNormalizationError)
+               and c is not errors.SpectralNormalizationError]
+    assert len(classes) > 10
+    assert all(issubclass(c, (ValueError, TypeError)) for c in classes)
+
+
+def test_every_error_has_a_test():
+    named = {error for _, error, _ in BAD_ARGUMENTS.values()}
+    elsewhere = {errors.VectorDeviceError, errors.WeightNotFoundError,
+                 errors.HookCollisionError,
+                 errors.SpectralNormalizationError}
+    classes = {c for c in vars(errors).values() if isinstance(c, type)
+               and issubclass(c, errors.SpectralNormalizationError)}
+    assert classes == named | elsewhere
+
+
+def test_all_axes_give_the_same_as_a_transposed_copy():
+    for shape in itertools.permutations((2, 3, 4)):
+        for axis in range(-3, 3):
+            W, u = random(*shape), random(shape[axis])
+            Y = F.spectral_normalize(W, u, 2, axis=axis).array
+            expected = F.spectral_normalize(
+                reference.as_matrix(W, axis).copy(), u, 2).array
+            np.testing.assert_allclose(
+                reference.as_matrix(Y, axis), expected, rtol=1e-12)
