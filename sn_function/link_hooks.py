@@ -329,13 +329,13 @@ def _initialize_weight(
         cb_args: Any, W: chainer.Parameter, weight_name: str) -> None:
     """Initializes the weight for the input of this call, as its link does."""
     link = cb_args.link
-    arguments = inspect.signature(link.forward).bind(
-        *cb_args.args, **cb_args.kwargs)
-    arguments.apply_defaults()
-    x = next(iter(arguments.arguments.values()), None)
+    # Of the class: the instance's may be shadowed by another hook.
+    bound = inspect.signature(type(link).forward).bind(
+        link, *cb_args.args, **cb_args.kwargs)
+    _, x, *_ = [*bound.args, *bound.kwargs.values(), None]
     if getattr(x, 'ndim', 0) >= 2 and hasattr(link, '_initialize_params'):
         if isinstance(link, L.Linear):
-            n_batch_axes = arguments.arguments['n_batch_axes']
+            n_batch_axes = bound.arguments.get('n_batch_axes', 1)
             in_size = size_of_shape(x.shape[n_batch_axes:])
         else:
             in_size = chainer.memory_layouts.get_semantic_shape(

@@ -7,13 +7,6 @@ from chainer.backends import cuda
 assert sn_function  # it is imported for what it does
 
 
-def pytest_configure(config):
-    for name in ('gpu: needs a CUDA device', 'cudnn: needs cuDNN',
-                 'ideep: needs iDeep', 'chainerx: needs ChainerX',
-                 'cupy: needs CuPy', 'slow: takes more than a few seconds'):
-        config.addinivalue_line('markers', name)
-
-
 def _has_device():
     if not cuda.available:
         return False

@@ -1,0 +1,31 @@
+"""Each row of the table of defects: wrong in Chainer's hook, right in ours."""
+import pytest
+
+from tests import defects
+
+
+@pytest.mark.parametrize('case', [
+    pytest.param(c, id=c.run.__name__) for c in defects.CASES])
+def test_defect(case):
+    text, ok = defects.run(case.run, defects.ours)
+    assert ok, text
+    text, ok = defects.run(case.run, defects.builtin)
+    assert not ok, f'not a defect of the built-in hook any more: {text}'
+
+
+def test_an_exception_is_an_outcome_that_is_not_right():
+    def fails(make_hook):
+        raise KeyError
+
+    assert defects.run(fails, defects.ours) == ('`KeyError`', False)
+
+
+@pytest.mark.parametrize('arguments', [[], ['--markdown']])
+def test_command_prints_every_case(arguments, capsys, monkeypatch):
+    cases = defects.CASES[:3]
+    monkeypatch.setattr(defects, 'CASES', cases)
+    assert defects.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert 'Chainer 7.8.1' in out
+    for c in cases:
+        assert c.name.split()[0].replace('`', '') in out.replace('`', '')
