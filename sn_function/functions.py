@@ -18,7 +18,7 @@ upstream gradients :math:`g_Y` and :math:`g_\\sigma`, and
     g_u = c \\, \\partial \\sigma / \\partial u,
 
 and, where :math:`\\sigma` is below :math:`\\epsilon`, that constant in its
-place.
+place and :math:`c = g_\\sigma`.
 """
 from __future__ import annotations
 
@@ -318,12 +318,11 @@ def spectral_normalize(
         n_power_iteration (int): Number ``K`` of iterations, 1 or more.
         gamma (:class:`~chainer.Variable`, :ref:`ndarray`, float or None):
             Scale of shape ``()``; ``None`` means 1.
-        factor (float): A constant factor :math:`f` above 0: the norm that
-            ``Y`` gets when gamma is 1.
+        factor (float): A constant factor :math:`f` above 0: the norm of
+            ``Y``, once u has converged, when gamma is 1.
         eps (float): Floor :math:`\\epsilon` on sigma, in units of sigma.
-            Below it ``Y`` is ``W`` times a constant, so that ``Y`` tends to
-            zero as ``W`` does, and its norm is never above that of an
-            ordinary weight.
+            Below it ``Y`` is ``W`` times a constant, and so tends to zero
+            as ``W`` does.
         axis (int): Output axis of ``W``; may be negative.
         detach_uv (bool): Take ``u`` and ``v`` as constants in the gradient.
         update_u (bool): Overwrite the array ``u`` with the last ``u``,
@@ -340,8 +339,9 @@ def spectral_normalize(
         SpectralNormalizationError: One of :mod:`sn_function.errors`, for
             arguments that do not fit together or have no spectral norm.
 
-    A weight that holds NaN or Inf gives a ``Y`` that holds NaN, and does not
-    change ``u``.
+    Sigma is never above the true norm of ``W``, but for rounding, so the norm
+    of ``Y`` comes down to :math:`\\gamma f` as ``u`` converges.  A weight that
+    holds NaN or Inf gives a ``Y`` of NaN, and does not change ``u``.
 
     See: T. Miyato et al., `Spectral Normalization for Generative Adversarial
     Networks <https://arxiv.org/abs/1802.05957>`_

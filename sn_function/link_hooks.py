@@ -52,7 +52,8 @@ class SpectralNormalization(link_hook.LinkHook):
             :func:`~sn_function.functions.spectral_normalize`.
         use_gamma (bool): Multiply by a trainable parameter of shape ``()``,
             ``link.gamma``, that starts as the largest singular value of the
-            initial weight.  Where that name is taken, ``link.W_gamma``.
+            initial weight.  Where that name is taken, it is called
+            ``weight_name + '_gamma'``.
         factor (float or None): Divides sigma, and so multiplies the weight;
             above 0.  ``None`` means 1.
         weight_name (str): Name of the link's weight.
@@ -66,7 +67,8 @@ class SpectralNormalization(link_hook.LinkHook):
 
     Attributes:
         vector_name (str): Name of the link's vector, ``weight_name + '_u'``.
-            It is ``None`` while the weight is not initialized.
+            That attribute of the link is ``None`` while the weight is not
+            initialized.
         axis (int): Output axis of the weight of the link that the hook was
             last added to: 1 for deconvolutions, else 0.
         name (str): Name of this hook.

@@ -242,7 +242,7 @@ def two_gammas(make_hook):
     link.add_hook(make_hook(use_gamma=True, weight_name='H', name='H'))
     link(x_of(2, 5))
     n = len(list(link.params())) - 2
-    return f'{n} gammas for 2 weights', n == 2
+    return f'{n} gamma for 2 weights' if n == 1 else 'one gamma each', n == 2
 
 
 @case('`repeat()` or `copy("init")` with `use_gamma`')
