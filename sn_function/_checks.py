@@ -19,9 +19,9 @@ def check_settings(n_power_iteration: int, factor: float,
                    eps: float) -> None:
     """Raises an error that tells which setting is out of its range."""
     check_count('n_power_iteration', n_power_iteration, 1)
-    if not (is_real(factor) and 0 < factor < math.inf):
+    if not 0 < as_float(factor) < math.inf:
         raise errors.FactorError(factor)
-    if not (is_real(eps) and 0 <= eps < math.inf):
+    if not 0 <= as_float(eps) < math.inf:
         raise errors.EpsError(eps)
 
 
@@ -37,6 +37,14 @@ def check_count(name: str, value: int, least: int) -> None:
 def is_real(x: Any) -> bool:
     return type(x) is float or (
         isinstance(x, numbers.Real) and not isinstance(x, bool))
+
+
+def as_float(x: Any) -> float:
+    """A number as a float; NaN for what is none, or is too large."""
+    try:
+        return float(x) if is_real(x) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def check_weight(W: Any) -> None:
@@ -85,12 +93,17 @@ def _check_same_device(u: Any, W: Any) -> None:
         raise errors.VectorDeviceError(u_device, W_device)
 
 
-def check_gamma(gamma: Any, W: Any) -> None:
+def check_gamma(gamma: Any, W: Any) -> Any:
+    """Checks gamma, and returns it with a number made a float."""
     if is_real(gamma):
-        return
+        try:
+            return float(gamma)
+        except OverflowError:
+            raise errors.GammaError(gamma) from None
     array = gamma.array if isinstance(gamma, chainer.Variable) else gamma
     W = W.array if isinstance(W, chainer.Variable) else W
     if not (_is_float_array(array) and array.shape == ()
             and isinstance(array, numpy.ndarray)
             == isinstance(W, numpy.ndarray)):
         raise errors.GammaError(gamma)
+    return gamma

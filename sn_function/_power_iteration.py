@@ -40,7 +40,7 @@ _ORDINARY = {'f': (1e-15, 1e15), 'd': (1e-140, 1e140)}
 
 def accumulator_dtype(dtype: Any) -> Any:
     """The dtype in which sums over entries of ``dtype`` are made."""
-    return numpy.dtype(numpy.float32) if dtype == numpy.float16 else dtype
+    return numpy.dtype(numpy.float32) if dtype.char == 'e' else dtype
 
 
 class PowerIteration(NamedTuple):
@@ -128,7 +128,8 @@ def _iterate(
 def power_iteration(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
     """Runs ``n`` power iterations on ``A`` from ``u``, shape ``(m,)``.
 
-    A weight that holds NaN or Inf gives a sigma that is NaN.
+    A weight that holds NaN or Inf gives a sigma that is NaN.  Call it with
+    NumPy's warnings off: what overflows is done again, and NaN shows.
 
     Raises:
         VectorValueError: ``u`` is zero or not finite.  On a device this is
@@ -139,12 +140,10 @@ def power_iteration(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
     u = u.astype(dtype, copy=False)
     if not isinstance(u, numpy.ndarray):
         return _iterate(A, u, n, _device_norm)
-    # NaN and overflow show in the result; they need no warning as well.
-    with numpy.errstate(all='ignore'):
-        try:
-            return _iterate(A, u, n, _ordinary_norm(dtype))
-        except _ExtremeNorm:
-            return _rescaled(A, u, n)
+    try:
+        return _iterate(A, u, n, _ordinary_norm(dtype))
+    except _ExtremeNorm:
+        return _rescaled(A, u, n)
 
 
 def _rescaled(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
@@ -158,8 +157,9 @@ def _rescaled(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
         return _iterate(A, nan, n, _host_norm)._replace(sigma=math.nan)
     if scale == 0:
         return _iterate(A, u, n, _host_norm)
-    # A power of two: dividing by it loses no digit.
-    scale = 2.0 ** math.frexp(scale)[1]
+    # Powers of two: dividing by them loses no digit.
+    scale = 2.0 ** (math.frexp(scale)[1] - 1)
+    u_scale = 2.0 ** (math.frexp(u_scale)[1] - 1)
     A = A.scaled(scale)
     it = _iterate(A, u / u_scale, n, _host_norm)
     if not it.sigma:

@@ -15,6 +15,8 @@ from typing import Any, Iterator
 import chainer
 from chainer.functions.util.forget import Forget
 
+from sn_function._state import LinkState
+
 _FIRST_RUN = Forget.forward.__code__
 _SECOND_RUN = Forget.backward.__code__
 
@@ -23,43 +25,36 @@ def is_second_run() -> bool:
     return chainer.config.in_recomputing
 
 
-def start_vector(link: chainer.Link, name: str, u: Any) -> Any:
+def start_vector(link: chainer.Link, state: LinkState, u: Any) -> Any:
     """Returns the vector that this call of the link must start from.
 
     Args:
         link: The link being called.
-        name: Name of its vector.
+        state: Its state.
         u: The vector as it is now.
 
     """
+    if not chainer.config.in_recomputing:
+        return u
+    for node, run in _forget_nodes():
+        if run is not None:
+            return _replay(node, run, (id(link), state.weight_name), u)
+    # Without a Forget node it is the latest call that is run again.
+    start = state.start
+    is_usable = type(start) is type(u) and start.dtype == u.dtype
+    return start if is_usable else u
+
+
+def record(link: chainer.Link, state: LinkState, start: Any) -> None:
+    """Keeps the vector that a call started from, for a second run."""
     config = chainer.config
-    if config.in_recomputing:
-        # Without a Forget node it is the latest call that is run again.
-        latest = link.__dict__.get(_latest(name))
-        if type(latest) is type(u) and latest.dtype == u.dtype:
-            u = latest
-    elif config.train:
-        link.__dict__[_latest(name)] = u.copy()
+    if config.train and not config.in_recomputing:
+        state.start = start
     if config.in_recomputing or config._will_recompute:
-        key = (id(link), name)
-        nodes = []
         for node, run in _forget_nodes():
-            if run is not None:
-                u = _replay(node, run, key, u)
-                break
-            nodes.append(node)
-        for node in nodes:
-            _starts(node, key).append(u.copy())
-    return u
-
-
-def forget(link: chainer.Link, name: str) -> None:
-    """Removes what this module keeps on the link."""
-    link.__dict__.pop(_latest(name), None)
-
-
-def _latest(name: str) -> str:
-    return f'_{name}_start'
+            if run is None:
+                key = id(link), state.weight_name
+                _starts(node, key).append(start)
 
 
 def _forget_nodes() -> Iterator[tuple[Any, Any]]:

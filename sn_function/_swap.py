@@ -31,7 +31,8 @@ def exchange(cb_args: Any, name: str, Y: Any) -> None:
 def restore_uncalled(link: chainer.Link, name: str) -> None:
     """Puts the weight back where the call did not go through ``forward``.
 
-    A class may inject its own ``__call__``, which Chainer then prefers.
+    A class may inject its own ``__call__``, which Chainer then prefers.  If
+    that raises, the weight is put back when the exception has been handled.
 
     """
     stack = link.__dict__.get(_STATE, {}).get(name)
@@ -51,7 +52,8 @@ class _Exchange:
         self.previous = attributes[name]
         self.shadowed = attributes.get('forward')
         attributes.setdefault(_STATE, {}).setdefault(name, []).append(self)
-        attributes['forward'] = self.forward
+        if not _has_injected_call(link):
+            attributes['forward'] = self.forward
         attributes[name] = Y
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +102,13 @@ class _Exchange:
         attributes = self.link.__dict__
         if attributes[self.name] is self.Y:
             attributes[self.name] = self.previous
+
+
+def _has_injected_call(link: chainer.Link) -> bool:
+    # It may call forward more than once, and all of these with Y.
+    injected = getattr(
+        super(chainer.Link, link), '__call__', None)  # NOQA: B004, as Chainer
+    return injected is not None
 
 
 class _Lifeline:

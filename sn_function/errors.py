@@ -46,9 +46,9 @@ class UninitializedWeightError(SpectralNormalizationError, ValueError):
     def __init__(self, owner: str, weight_name: str) -> None:
         super().__init__(
             f'{owner}.{weight_name} has no array yet, so its spectral norm '
-            f'is undefined, and the input of this call does not tell its '
-            f'shape. Initialize it first: give the input size when you make '
-            f'the link, or call {weight_name}.initialize(shape).')
+            f'is undefined. Initialize it first: give the input size when the '
+            f'link is made, call the link once without the hook, or call '
+            f'{weight_name}.initialize(shape).')
 
 
 class WeightNotFoundError(SpectralNormalizationError, ValueError):

@@ -37,8 +37,6 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 ArrayOrVariable = Any  # Array or chainer.Variable
 Number = Union[int, float]
 
-_TINY = {c: float(numpy.finfo(c).tiny) for c in 'fd'}
-
 
 class _Settings(NamedTuple):
     n_power_iteration: int
@@ -80,7 +78,9 @@ class SpectralNormalize(_Node):
         self.output_names = outputs
 
     def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        return self._forward(**self.arguments(inputs))
+        # NaN and overflow show in the outputs; they need no warning as well.
+        with numpy.errstate(all='ignore'):
+            return self._forward(**self.arguments(inputs))
 
     def _forward(self, W: Array, u: Array, gamma: Any) -> tuple[Array, ...]:
         settings = self.settings
@@ -88,13 +88,14 @@ class SpectralNormalize(_Node):
         self.it = it = _pi.power_iteration(A, u, settings.n_power_iteration)
         outputs = []
         if 'Y' in self.output_names:
-            sigma, _ = _floored(it, settings.eps)
-            x = A.array if it.scale == 1.0 else A.array / it.scale
-            Y = x * (_number(gamma) * settings.factor / sigma)
+            divisor, scale, _ = _floored(it, settings.eps)
+            x = A.array if scale == 1.0 else A.array / scale
+            Y = x * (_number(gamma) * settings.factor / divisor)
             outputs.append(Y.astype(W.dtype, copy=False))
         if 'sigma' in self.output_names:
             xp = backend.get_array_module(W)
-            outputs.append(xp.asarray(it.sigma * it.scale, A.array.dtype))
+            sigma = xp.asarray(it.sigma * it.scale)
+            outputs.append(sigma.astype(A.array.dtype))
         return tuple(outputs)
 
     def backward(
@@ -137,7 +138,7 @@ class SpectralNormalizeGrad(_Node):
             return self.apply(inputs)
         # No graph is wanted: spare a small weight the cost of a node.
         grads = self.forward(tuple([x.array for x in inputs]))
-        return tuple([chainer.as_variable(g) for g in grads])
+        return tuple([chainer.Variable(g) for g in grads])
 
     def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         x = self.arguments(inputs)
@@ -159,10 +160,11 @@ class SpectralNormalizeGrad(_Node):
             c = _number(gsigma)
         if gY is not None:
             gY = gY.astype(A.array.dtype, copy=False)
-            sigma, is_above = _floored(it, settings.eps)
+            divisor, scale, is_above = _floored(it, settings.eps)
             # Twice divided: sigma ** 2 could overflow.
-            dot = _number(gY.ravel().dot(A.array.ravel())) / sigma
-            a = _number(gamma) * settings.factor / sigma / it.scale
+            dot = _number(gY.ravel().dot(A.array.ravel()))
+            dot = dot * (it.scale / scale) / divisor
+            a = _number(gamma) * settings.factor / divisor / scale
             c = c - is_above * (a * dot)
         if 'gamma' in wanted:
             grads['gamma'] = backend.get_array_module(W).asarray(
@@ -183,7 +185,7 @@ class SpectralNormalizeGrad(_Node):
         # The gradients are written once more, as a graph of Chainer's
         # functions, and differentiated.  The inputs go through an identity:
         # chainer.grad must stop there, for gY may itself depend on W.
-        with chainer.force_backprop_mode():
+        with chainer.force_backprop_mode(), numpy.errstate(all='ignore'):
             inputs = {name: F.identity(x) for name, x in
                       zip(self.names, self.get_retained_inputs())}
             x = dict(self.constants, **inputs)
@@ -196,10 +198,11 @@ class SpectralNormalizeGrad(_Node):
                 [x[name] for name in given], enable_double_backprop=True)
         pairs = [(g, gg) for g, gg in zip(grads, grad_outputs)
                  if g is not None and gg is not None]
-        return tuple(chainer.grad(
-            [g for g, _ in pairs], [x[self.names[i]] for i in indexes],
-            [gg for _, gg in pairs],
-            enable_double_backprop=chainer.config.enable_backprop))
+        with numpy.errstate(all='ignore'):
+            return tuple(chainer.grad(
+                [g for g, _ in pairs], [x[self.names[i]] for i in indexes],
+                [gg for _, gg in pairs],
+                enable_double_backprop=chainer.config.enable_backprop))
 
 
 def _number(x: Any) -> Any:
@@ -207,15 +210,17 @@ def _number(x: Any) -> Any:
     return x.item() if isinstance(x, (numpy.ndarray, numpy.generic)) else x
 
 
-def _floored(it: _pi.PowerIteration, eps: Number) -> tuple[Any, Any]:
-    """``max(sigma, eps)``, and whether it is sigma, in units of ``scale``."""
+def _floored(it: _pi.PowerIteration, eps: Number) -> tuple[Any, float, Any]:
+    """``max(sigma, eps)``, the scale it is in units of, and if it is sigma."""
     sigma = it.sigma
-    # With eps 0 the floor is the least number that can be divided by.
-    eps = max(eps / it.scale, _TINY[it.u.dtype.char])
     if isinstance(sigma, float):
-        return (eps, False) if sigma < eps else (sigma, True)
+        if sigma * it.scale < eps or sigma == 0:
+            return eps or 1.0, 1.0, False  # with eps 0, W is 0
+        return sigma, it.scale, True
     xp = backend.get_array_module(sigma)
-    return xp.maximum(sigma, sigma.dtype.type(eps)), ~(sigma < eps)
+    # With eps 0 the floor is the least number that can be divided by.
+    eps = max(eps, float(numpy.finfo(sigma.dtype).tiny))
+    return xp.maximum(sigma, sigma.dtype.type(eps)), 1.0, ~(sigma < eps)
 
 
 def _compose(
@@ -224,25 +229,41 @@ def _compose(
 ) -> tuple[chainer.Variable, chainer.Variable]:
     """``Y`` and ``sigma`` out of Chainer's functions, for higher orders."""
     dtype = it.u.dtype
-    A = _Blocks(F.cast(W, dtype) / it.scale, settings.axis)
+    xp = backend.get_array_module(it.u)
+    A = _Blocks(_divide(F.cast(W, dtype), it.scale), settings.axis)
     if settings.detach_uv:
         sigma = F.sum(it.u * A.dot(chainer.as_variable(it.v)))
     else:
-        u = chainer.as_variable(it.us[0] if it.restarted else u)
-        u = F.cast(u, dtype) / (1.0 if it.restarted else it.u_scale)
+        if it.restarted:
+            u = chainer.as_variable(it.us[0])
+        else:
+            u = chainer.as_variable(u)
+            u = _divide(F.cast(u, dtype), it.u_scale)
         for _ in range(settings.n_power_iteration):
             t = A.dot(_unit(A.tdot(u)))
             u = _unit(t)
         sigma = F.sum(u * t)
-    divisor, is_above = _floored(it, settings.eps)
-    xp = backend.get_array_module(it.u)
-    mask = xp.asarray(is_above, dtype=dtype)
-    coefficient = settings.factor / (sigma * mask + divisor * (1 - mask))
+    divisor, scale, is_above = _floored(it, settings.eps)
+    factor = settings.factor * (it.scale / scale)
+    if is_above is False:
+        coefficient = chainer.as_variable(xp.asarray(factor / divisor, dtype))
+    else:
+        mask = xp.asarray(is_above, dtype=dtype)
+        coefficient = factor / (sigma * mask + divisor * (1 - mask))
     if isinstance(gamma, chainer.Variable):
         gamma = F.cast(gamma, dtype)
-    coefficient *= gamma
+    coefficient *= _number(gamma)
     Y = A.W * F.broadcast_to(coefficient, A.W.shape)
     return F.cast(Y, W.dtype), sigma * it.scale
+
+
+def _divide(x: chainer.Variable, scale: float) -> chainer.Variable:
+    """``x / scale`` for a power of two, whose inverse may overflow."""
+    if scale == 1.0:
+        return x
+    exponent = math.frexp(scale)[1] - 1
+    half = exponent // 2
+    return x * 2.0 ** -half * 2.0 ** (half - exponent)
 
 
 def _unit(x: chainer.Variable) -> chainer.Variable:
@@ -362,10 +383,7 @@ def spectral_normalize(
     """
     _checks.check_settings(n_power_iteration, factor, eps)
     axis = _checks.check_arrays(W, u, axis, update_u)
-    if gamma is None:
-        gamma = 1.0
-    elif not isinstance(gamma, float):
-        _checks.check_gamma(gamma, W)
+    gamma = 1.0 if gamma is None else _checks.check_gamma(gamma, W)
     settings = _Settings(
         n_power_iteration, axis, detach_uv, float(factor), float(eps))
     outputs, it = _apply(

@@ -18,6 +18,7 @@ from chainer.utils import size_of_shape
 
 from sn_function import _checks, _recompute, _swap, errors, functions
 from sn_function import _power_iteration as _pi
+from sn_function._state import LinkState
 
 
 class SpectralNormalization(link_hook.LinkHook):
@@ -156,6 +157,7 @@ class SpectralNormalization(link_hook.LinkHook):
             raise
         self.axis = output_axis(link)
         W = getattr(link, self.weight_name)
+        LinkState(self.weight_name, gamma_name).put(link)
         setattr(link, self.vector_name, None)
         link.register_persistent(self.vector_name)
         if gamma_name is not None:
@@ -164,7 +166,7 @@ class SpectralNormalization(link_hook.LinkHook):
             with link.init_scope():
                 setattr(link, gamma_name, gamma)
         if W.array is not None:
-            self._vector(link, W.array)
+            self._vector(link, W.array, LinkState.of(link, self.weight_name))
 
     def _check_link(self, link: chainer.Link) -> str | None:
         """Checks that the hook can be added, and returns gamma's name."""
@@ -186,17 +188,11 @@ class SpectralNormalization(link_hook.LinkHook):
 
     def deleted(self, link: chainer.Link) -> None:
         """Removes the vector and, with ``use_gamma``, the parameter."""
-        if self.use_gamma:
-            delattr(link, self._gamma_name(link))
+        gamma_name = LinkState.of(link, self.weight_name).gamma_name
+        if gamma_name is not None:
+            delattr(link, gamma_name)
         delattr(link, self.vector_name)
-        _recompute.forget(link, self.vector_name)
-
-    def _gamma_name(self, link: chainer.Link) -> str:
-        name = self.weight_name + '_gamma'
-        gamma = getattr(link, name, None)
-        is_own = isinstance(
-            getattr(gamma, 'initializer', None), _LargestSingularValue)
-        return name if is_own else 'gamma'
+        LinkState.remove(link, self.weight_name)
 
     # Calling
 
@@ -229,17 +225,18 @@ class SpectralNormalization(link_hook.LinkHook):
         if W.array is None:
             raise errors.UninitializedWeightError(
                 type(link).__name__, self.weight_name)
-        u = self._vector(link, W.array)
-        start = _recompute.start_vector(link, self.vector_name, u)
-        gamma = (getattr(link, self._gamma_name(link)) if self.use_gamma
-                 else None)
+        state = LinkState.of(link, self.weight_name)
+        u = self._vector(link, W.array, state)
+        start = _recompute.start_vector(link, state, u)
+        kept = start.copy()
+        gamma = state.gamma_name and getattr(link, state.gamma_name)
         try:
-            return functions.spectral_normalize(
+            Y = functions.spectral_normalize(
                 W, start, self.n_power_iteration, gamma,
                 1.0 if self.factor is None else self.factor, self.eps,
                 output_axis(link), detach_uv=self.detach_uv,
                 update_u=(chainer.config.train
-                          and not _recompute.is_second_run()))
+                          and not chainer.config.in_recomputing))
         except errors.VectorValueError:
             # As other hooks leave it behind after one NaN.
             warnings.warn(
@@ -247,8 +244,10 @@ class SpectralNormalization(link_hook.LinkHook):
                 f'finite, as in a snapshot of a model that had met a NaN. It '
                 f'was made anew.', stacklevel=2)
             setattr(link, self.vector_name, None)
-            _recompute.forget(link, self.vector_name)
+            state.start = None
             return self.normalize_weight(link)
+        _recompute.record(link, state, kept)
+        return Y
 
     def reshape_W(self, W: Any) -> Any:
         """Returns ``W``, a Variable or an array, as a matrix.
@@ -268,19 +267,20 @@ class SpectralNormalization(link_hook.LinkHook):
 
     # The vector and gamma
 
-    def _vector(self, link: chainer.Link, W: Any) -> Any:
+    def _vector(self, link: chainer.Link, W: Any, state: LinkState) -> Any:
         """Returns the link's vector on the device and in the dtype of W."""
         u = getattr(link, self.vector_name)
-        if u is None:
+        is_stale = state.is_stale(W, u) and self.n_warmup > 0
+        if u is None or is_stale:
             u = self._make_vector(link, W)
             setattr(link, self.vector_name, u)
         elif u.dtype != W.dtype or type(u) is not type(W):
             # A snapshot loaded before the first call, or a new dtype of W.
             u = link.device.send(u).astype(W.dtype, copy=False)
             setattr(link, self.vector_name, u)
-        if self.use_gamma:
-            gamma = getattr(link, self._gamma_name(link))
-            if gamma.array is None:
+        if state.gamma_name is not None:
+            gamma = getattr(link, state.gamma_name)
+            if gamma.array is None or is_stale:
                 gamma.initialize(())
         return u
 
@@ -290,13 +290,19 @@ class SpectralNormalization(link_hook.LinkHook):
         with chainer.using_device(link.device):
             u = link.xp.random.normal(size=(W.shape[axis],)).astype(W.dtype)
             if self.n_warmup > 0:
-                _pi.store(u, _pi.power_iteration(
-                    _pi.unfold(W, axis), u, self.n_warmup))
+                with numpy.errstate(all='ignore'):
+                    _pi.store(u, _pi.power_iteration(
+                        _pi.unfold(W, axis), u, self.n_warmup))
         return u
 
 
 class _LargestSingularValue:
-    """Initializer of gamma, from the weight as it is then."""
+    """Initializer of gamma, from the weight as it is then.
+
+    Where the weight has no finite norm, as before a snapshot is loaded, gamma
+    is 1: a NaN would stay.
+
+    """
 
     def __init__(self, W: chainer.Parameter, axis: int) -> None:
         self.W = W
@@ -304,22 +310,22 @@ class _LargestSingularValue:
 
     @property
     def dtype(self) -> Any:
-        if self.W.array is None:
-            return getattr(self.W.initializer, 'dtype', None)
-        return self.W.array.dtype
+        W = self.W
+        dtype = (getattr(W.initializer, 'dtype', None) if W.array is None
+                 else W.array.dtype)
+        # The norm of a float16 weight need not fit in float16.
+        return _pi.accumulator_dtype(chainer.get_dtype(dtype))
 
     def __call__(self, array: Any) -> None:
+        array[...] = 1
         W: Any = self.W.array
         if W is None:
-            array[...] = numpy.nan  # being loaded before the weight is
             return
-        W = W.astype(_pi.accumulator_dtype(W.dtype), copy=False)
         xp = chainer.backend.get_array_module(W)
+        W = W.astype(_pi.accumulator_dtype(W.dtype), copy=False)
         matrix = xp.moveaxis(W, self.axis, 0).reshape(W.shape[self.axis], -1)
-        try:
+        if xp.isfinite(matrix).all():
             array[...] = xp.linalg.svd(matrix, compute_uv=False)[0]
-        except numpy.linalg.LinAlgError:
-            array[...] = numpy.nan  # as the weight is
 
 
 def output_axis(link: chainer.Link) -> int:

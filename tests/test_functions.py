@@ -375,6 +375,18 @@ class TestArguments:
             F.spectral_normalize(W, u).array,
             F.spectral_normalize(W, 1e3 * u).array)
 
+    @pytest.mark.parametrize('dtype', ['>f2', '>f4', '>f8'])
+    def test_foreign_byte_order(self, dtype):
+        W, u = random(4, 3), random(4)
+        Y = F.spectral_normalize(W.astype(dtype), u.astype(dtype))
+        expected = F.spectral_normalize(W, u)
+        np.testing.assert_allclose(Y.array, expected.array, rtol=1e-2)
+
+    def test_the_gradient_variable_can_be_differentiated(self):
+        W = chainer.Parameter(random(4, 3))
+        chainer.functions.sum(F.spectral_normalize(W, random(4))).backward()
+        assert W.grad_var.requires_grad
+
     def test_no_copy_of_the_weight_in_the_graph(self):
         """Beside W and Y the graph retains vectors only."""
         W = chainer.Variable(random(3, 40, 5, 5))
@@ -435,15 +447,17 @@ class TestExtremes:
         base /= abs(base).max()
         exponents = range(
             int(np.log10(limits.tiny)) + 2, int(np.log10(limits.max)))
-        for exponent in exponents:
-            W = (base * 10.0 ** exponent).astype(dtype)
+        scales = [10.0 ** n for n in exponents] + [float(limits.max)]
+        for scale in scales:
+            W = (base * scale).astype(dtype)
             Y, sigma = F.spectral_normalize(
                 W, random(20).astype(dtype), 200, eps=0, return_sigma=True)
             np.testing.assert_allclose(
                 reference.true_norm(Y.array), 1,
-                rtol=2e-2 if dtype == 'e' else 1e-3, err_msg=str(exponent))
-            np.testing.assert_allclose(
-                sigma.array, reference.true_norm(W), rtol=1e-3)
+                rtol=2e-2 if dtype == 'e' else 1e-3, err_msg=str(scale))
+            if scale < limits.max / 100:
+                np.testing.assert_allclose(
+                    sigma.array, reference.true_norm(W), rtol=1e-3)
 
     @pytest.mark.parametrize('scale', [1e-30, 1e-18, 1e18, 1e30])
     @pytest.mark.parametrize('n_power_iteration', [1, 3])
@@ -476,6 +490,38 @@ class TestExtremes:
 
         for a, b, unit in zip(second(1e150), second(1.0), (1e300, 1e150)):
             np.testing.assert_allclose(a * unit, b, rtol=1e-9)
+
+    @pytest.mark.parametrize('dtype', ['f', 'd'])
+    @pytest.mark.parametrize('value', ['max', 'smallest_subnormal'])
+    def test_at_the_limits_of_a_dtype(self, dtype, value):
+        limit = getattr(np.finfo(dtype), value)
+        W = chainer.Variable(np.full((4, 3), limit, dtype))
+        Y, sigma = F.spectral_normalize(
+            W, np.ones(4, dtype), eps=0, return_sigma=True)
+        np.testing.assert_allclose(Y.array, 12 ** -0.5, rtol=1e-6)
+        assert sigma.dtype == dtype
+        gW, = grad([Y], [W], [random(4, 3).astype(dtype)])
+        assert gW.dtype == dtype
+        Y = F.spectral_normalize(W, np.ones(4, dtype))
+        if value != 'max':
+            np.testing.assert_allclose(
+                Y.array, W.array * W.dtype.type(1e6), rtol=1e-6)
+            gW, = grad([Y], [W], [np.ones((4, 3), dtype)])
+            np.testing.assert_allclose(gW, 1e6, rtol=1e-6)
+
+    @pytest.mark.parametrize(('W_scale', 'u_scale'), [
+        (1e-39, 1), (1, 1e-39), (1e-20, 1), (1e30, 1e-30)])
+    def test_second_order_of_a_tiny_weight_or_vector(self, W_scale, u_scale):
+        W = chainer.Variable((W_scale * random(4, 3)).astype('f'))
+        u = (u_scale * random(4)).astype('f')
+        Y = F.spectral_normalize(W, u)
+        g, = chainer.grad([Y], [W], [chainer.Variable(
+            random(4, 3).astype('f'))], enable_double_backprop=True)
+        gg, = grad([g], [W], [random(4, 3).astype('f')])
+        if W_scale < 1e-6:
+            assert gg is None or not gg.any()  # linear, below the floor
+        else:
+            assert np.isfinite(gg).all()
 
     def test_below_the_floor_Y_is_W_over_eps(self):
         W, u = chainer.Variable(1e-9 * random(4, 3)), random(4)
@@ -591,6 +637,9 @@ BAD_ARGUMENTS = {
     'factor infinite': (dict(factor=math.inf), errors.FactorError, 'inf'),
     'gamma of the wrong shape': (
         dict(gamma=np.ones(4)), errors.GammaError, r'shape \(\)'),
+    'gamma too large': (
+        dict(gamma=10 ** 400), errors.GammaError, 'a number'),
+    'factor too large': (dict(factor=10 ** 400), errors.FactorError, '1000'),
     'gamma a string': (dict(gamma='1'), errors.GammaError, 'str'),
     'update of a read-only u': (
         dict(u=np.broadcast_to(np.ones(1), 4), update_u=True),

@@ -100,7 +100,7 @@ class TestDocumentation:
     def test_gamma_of_a_float16_weight(self):
         with chainer.using_config('dtype', np.float16):
             link = linear(use_gamma=True)
-        assert link.gamma.dtype == np.float16
+        assert link.gamma.dtype == np.float32
         with np.errstate(all='raise'):
             backward(link, F.sum(link(x_of(2, 5).astype(np.float16))))
         assert np.isfinite(link.gamma.grad)
@@ -324,8 +324,10 @@ class TestWeightIsPutBack:
         class Mixin:
 
             def __call__(self, x):
+                y = self.forward(x)
                 assert not isinstance(self.W, chainer.Parameter)
-                return self.forward(x)
+                np.testing.assert_array_equal(y.array, self.forward(x).array)
+                return y
 
         class Mixed(L.Linear, Mixin):
             pass
@@ -559,6 +561,64 @@ class TestCopies:
                 link.gamma.array, reference.true_norm(link.W.array),
                 rtol=1e-6)
 
+    @pytest.mark.parametrize('use_gamma', [False, True])
+    def test_repeat_warms_up_for_the_new_weights(self, use_gamma):
+        links = linear(n_in=50, n_out=60, use_gamma=use_gamma).repeat(
+            3, mode='init')
+        first = links[0].W_u.copy()
+        for link in links:
+            sigma = float(link.gamma.array) if use_gamma else 1
+            assert norm(link) == pytest.approx(sigma, rel=3e-2)
+        assert not np.array_equal(links[0].W_u, first)
+
+    def test_a_snapshot_loaded_into_a_repeated_link_is_kept(self):
+        source = linear(use_gamma=True)
+        source(x_of(2, 5))
+        link, = linear(use_gamma=True).repeat(1, mode='init')
+        serializers.load_npz(save(source), link)
+        with chainer.using_config('train', False):
+            link(x_of(2, 5))
+        np.testing.assert_array_equal(link.W_u, source.W_u)
+        np.testing.assert_array_equal(link.gamma.array, source.gamma.array)
+
+    def test_gamma_of_a_weight_that_is_initialized_after_it(self):
+        class Late(chainer.Link):
+
+            def __init__(self):
+                super().__init__()
+                with self.init_scope():
+                    self.weight = chainer.Parameter(
+                        chainer.initializers.Normal(1.0), (6, 5))
+
+            def forward(self, x):
+                return F.linear(x, self.weight)
+
+        link, = Late().add_hook(SpectralNormalization(
+            use_gamma=True, weight_name='weight')).repeat(1, mode='init')
+        link(x_of(2, 5))
+        np.testing.assert_allclose(
+            link.gamma.array, reference.true_norm(link.weight.array),
+            rtol=1e-6)
+
+    def test_no_warm_up_no_new_u(self):
+        """As the built-in hook, whose numbers n_warmup=0 follows."""
+        link = linear(n_warmup=0)
+        copied, = link.repeat(1, mode='init')
+        with chainer.using_config('train', False):
+            copied(x_of(2, 5))
+        np.testing.assert_array_equal(copied.W_u, link.W_u)
+
+    def test_gamma_is_finite_before_the_weight_is(self):
+        """chainer.Link.copyparams initializes parameters in any order."""
+        link = linear(use_gamma=True)
+        link.copyparams(L.Linear(None, 6).add_hook(
+            SpectralNormalization(use_gamma=True)), copy_persistent=False)
+        assert np.isfinite(link.gamma.array)
+        spoilt = L.Linear(5, 6)
+        spoilt.W.array[0, 0] = np.nan
+        spoilt.add_hook(SpectralNormalization(use_gamma=True))
+        assert spoilt.gamma.array == 1
+
     def test_shared_copies_share_u(self):
         link = linear()
         other = link.copy('share')
@@ -635,6 +695,16 @@ class TestForget:
         link.cleargrads()
         F.sum(expected ** 2).backward()
         np.testing.assert_allclose(g, W.grad, rtol=1e-5, atol=1e-6)
+
+    def test_a_poisoned_u_is_made_anew_once(self):
+        link = L.Linear(5, 6, nobias=True).add_hook(SpectralNormalization())
+        link.W_u[...] = 0
+        link.cleargrads()
+        with pytest.warns(UserWarning, match='made anew'):
+            y = F.sum(F.forget(link, chainer.Variable(x_of(2, 5))) ** 2)
+        u = link.W_u.copy()
+        y.backward()
+        np.testing.assert_array_equal(link.W_u, u)
 
     def test_recomputing_without_forget(self):
         """As other code does that runs a link twice."""

@@ -1,0 +1,280 @@
+import argparse
+import json
+import os
+import sys
+import urllib.error
+
+import chainer
+import numpy as np
+import pytest
+from chainer import training
+
+EXAMPLES = os.path.join(os.path.dirname(__file__), '..', 'examples')
+sys.path.insert(0, os.path.abspath(EXAMPLES))
+
+import digits_data  # noqa: E402
+import digits_score  # noqa: E402
+import sigma_report  # noqa: E402
+import sngan_models  # noqa: E402
+import train_sngan_digits as example  # noqa: E402
+
+SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
+SHORT = ['--display-interval', '2', '--snapshot-interval', '2',
+         '--batchsize', '8', '--n-power-iteration', '50']
+
+
+def make_images(shape, n=20):
+    x = np.random.uniform(-1, 1, (n, *shape)).astype('f')
+    t = (np.arange(n) % 10).astype('i')
+    return digits_data.Images(x, t, x, t)
+
+
+def load(path):
+    with np.load(path, allow_pickle=True) as f:
+        return {key: f[key] for key in f.files}
+
+
+class TestFrechetDistance:
+
+    def test_commuting_gaussians(self):
+        # Equal eigenvectors: the distance is that of the axes, one by one.
+        V = np.linalg.qr(np.random.normal(size=(5, 5)))[0]
+        a, b = np.random.uniform(0, 3, (2, 5))
+        a[0] = b[1] = 0  # singular
+        m1, m2 = np.random.normal(size=(2, 5))
+        actual = digits_score.frechet_distance(
+            (m1, (V * a) @ V.T), (m2, (V * b) @ V.T))
+        expected = ((m1 - m2) ** 2).sum() + ((a ** .5 - b ** .5) ** 2).sum()
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+    def test_general_gaussians(self):
+        A, B = np.random.normal(size=(2, 6, 6))
+        C1, C2 = A @ A.T, B @ B.T
+        # The eigenvalues of C1 C2 are real and positive.
+        root = np.sqrt(np.linalg.eigvals(C1 @ C2).real).sum()
+        zero = np.zeros(6)
+        np.testing.assert_allclose(
+            digits_score.frechet_distance((zero, C1), (zero, C2)),
+            np.trace(C1) + np.trace(C2) - 2 * root, rtol=1e-6)
+
+    def test_of_itself_is_zero(self):
+        A = np.random.normal(size=(6, 3))  # rank 3
+        p = np.ones(6), A @ A.T
+        assert abs(digits_score.frechet_distance(p, p)) < 1e-6
+
+
+class TestLosses:
+
+    def test_hinge_loss_of_the_discriminator(self):
+        real, fake = np.random.normal(scale=2, size=(2, 50, 1)).astype('f')
+        expected = np.where(real < 1, 1 - real, 0).mean()
+        expected += np.where(fake > -1, 1 + fake, 0).mean()
+        np.testing.assert_allclose(
+            sngan_models.loss_dis(real, fake).array, expected, rtol=1e-6)
+
+    def test_loss_of_the_generator(self):
+        fake = np.random.normal(size=(50, 1)).astype('f')
+        np.testing.assert_allclose(
+            sngan_models.loss_gen(fake).array, -fake.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+class TestEachImageShape:
+
+    @pytest.mark.parametrize('hook', ['sn_function', 'chainer', 'none'])
+    def test_one_step_of_training(self, shape, hook):
+        images = make_images(shape)
+        args = argparse.Namespace(hook=hook, n_power_iteration=1)
+        gen = sngan_models.Generator(shape, ch=2)
+        dis = sngan_models.Discriminator(
+            shape, example.make_normalizer(args), ch=4)
+        iterator = chainer.iterators.SerialIterator(
+            chainer.datasets.TupleDataset(images.train, images.train_labels),
+            4)
+        updater = example.SNGANUpdater(iterator, {
+            'gen': chainer.optimizers.Adam().setup(gen),
+            'dis': chainer.optimizers.Adam().setup(dis)}, n_dis=2)
+        before = [(model, model.copy('copy')) for model in (gen, dis)]
+        trainer = training.Trainer(updater)
+        with trainer.reporter.scope({}):
+            updater.update()
+        for model, old in before:
+            for p, q in zip(model.params(), old.params()):
+                assert np.isfinite(p.array).all()
+                # The gradient of the last bias is 0: real minus fake.
+                assert p.size == 1 or (p.array != q.array).any()
+        assert iterator.epoch_detail == 0.4  # n_dis batches
+
+        x = gen.sample(gen.make_noise(5), images.train_labels[:5], 2)
+        assert x.shape == (5, *shape)
+        assert x.dtype == np.float32
+        assert abs(x).max() <= 1
+        layers = list(sigma_report.measure(dis))
+        assert len(layers) == len(dis.convs) + 2
+        assert all((layer.estimate is None) == (hook == 'none')
+                   for layer in layers)
+
+    def test_classifier(self, shape):
+        images = make_images(shape)
+        model = digits_score.train_classifier(
+            images, chainer.get_device('@numpy'), iterations=2, batchsize=4)
+        mean, covariance = digits_score.fit_gaussian(model, images.test)
+        assert mean.dtype == np.float64
+        assert covariance.shape == (digits_score.N_FEATURES,) * 2
+
+
+def test_measure_agrees_with_the_singular_values():
+    link = chainer.links.Linear(5, 4)
+    s = np.linalg.svd(link.W.array, compute_uv=False)[0]
+    args = argparse.Namespace(hook='sn_function', n_power_iteration=1)
+    model = chainer.ChainList(example.make_normalizer(args)(link))
+    for _ in range(100):
+        link(np.ones((1, 5), 'f'))
+    u = link.W_u.copy()
+    layer, = sigma_report.measure(model)
+    np.testing.assert_allclose(layer.estimate, s, rtol=1e-5)
+    np.testing.assert_allclose(layer.norm, 1, rtol=1e-5)
+    np.testing.assert_array_equal(link.W_u, u)  # it is left alone
+
+
+@pytest.mark.parametrize(('norms', 'expected'), [
+    ((1.001, 0.999), 'The norms of all 2 normalized weights are within'),
+    ((1.001, 1.02), 'Warning: the norm of l1 is off'),
+    ((float('nan'), 1.), 'Warning: the norm of l0 is off'),
+])
+def test_verdict(norms, expected):
+    layers = [sigma_report.Sigma(f'l{i}', (1, 1), 1., norm)
+              for i, norm in enumerate(norms)]
+    assert sigma_report.verdict(layers).startswith(expected)
+
+
+def test_nan_in_a_weight_shows_in_the_table():
+    link = chainer.links.Linear(3, 2)
+    link.W.array[0, 0] = np.nan
+    layer, = sigma_report.measure(chainer.ChainList(link))
+    assert np.isnan(layer.norm)
+
+
+class TestMain:
+
+    @pytest.fixture(autouse=True)
+    def _fewer_steps_of_the_classifier(self, monkeypatch):
+        train = digits_score.train_classifier
+        monkeypatch.setattr(
+            digits_score, 'train_classifier',
+            lambda images, device: train(images, device, iterations=20))
+
+    def test_writes_its_files_and_resumes_exactly(self, tmp_path, capsys):
+        whole, resumed = str(tmp_path / 'whole'), str(tmp_path / 'resumed')
+        assert example.main(['-i', '5', '--out', whole, *SHORT]) == 0
+        assert set(os.listdir(whole)) == {
+            'samples.png', 'sigma.png', 'scores.json', 'log', 'gen.npz',
+            'dis.npz', 'snapshot_iter_2', 'snapshot_iter_4',
+            'snapshot_iter_5'}
+        for name in ('samples.png', 'sigma.png'):
+            assert os.path.getsize(os.path.join(whole, name)) > 10000
+        with open(os.path.join(whole, 'scores.json')) as f:
+            scores = json.load(f)
+        assert scores['images']['trained generator']['n'] == 599
+        assert scores['images']['real, for training'][
+            'frechet_distance'] > 0
+        out = capsys.readouterr().out
+        for text in ('convs/0', '(128, 64, 4, 4)', 'relative error',
+                     'untrained generator', '\nThe norms of all 4'):
+            assert text in out
+        assert '\033' not in out
+
+        np.random.normal(size=3)  # the state is that of the snapshot
+        snapshot = os.path.join(whole, 'snapshot_iter_2')
+        assert example.main(['-i', '5', '--out', resumed, '--resume',
+                             snapshot, *SHORT]) == 0
+        for name in ('gen.npz', 'dis.npz'):
+            a = load(os.path.join(whole, name))
+            b = load(os.path.join(resumed, name))
+            assert a.keys() == b.keys()
+            for key in a:
+                np.testing.assert_array_equal(a[key], b[key], key)
+        logs = []
+        for directory in (whole, resumed):
+            with open(os.path.join(directory, 'log')) as f:
+                logs.append([
+                    {key: value for key, value in entry.items()
+                     if key != 'elapsed_time'} for entry in json.load(f)])
+        assert logs[0] == logs[1]
+        assert [entry['iteration'] for entry in logs[0]] == [2, 4, 5]
+
+    def test_runs_without_a_hook(self, tmp_path, capsys):
+        assert example.main(['--epoch', '1', '--batchsize', '300', '--hook',
+                             'none', '--out', str(tmp_path)]) == 0
+        out = capsys.readouterr().out
+        assert 'No layer is normalized.' in out
+        with open(tmp_path / 'log') as f:
+            entry, = json.load(f)
+        assert entry['iteration'] == 4
+        assert 'sigma/convs/0' in entry
+        assert 'norm/convs/0' not in entry
+
+    @pytest.mark.parametrize('name', ['mnist', 'cifar10'])
+    @pytest.mark.parametrize('cause', [
+        urllib.error.URLError('Name or service not known'),
+        TimeoutError('timed out'),
+        RuntimeError('cannot create dataset directory'),
+    ])
+    def test_offline(self, name, cause, tmp_path, monkeypatch, capsys):
+        def get(**kwargs):
+            raise cause
+
+        monkeypatch.setattr(chainer.datasets, f'get_{name}', get)
+        out = tmp_path / 'out'
+        assert example.main(['--dataset', name, '--out', str(out)]) == 1
+        err = capsys.readouterr().err
+        for text in (name, str(cause), chainer.dataset.get_dataset_root(),
+                     'CHAINER_DATASET_ROOT', '--dataset digits'):
+            assert text in err
+        assert not out.exists()
+
+    @pytest.mark.parametrize(('name', 'shape'), [
+        ('mnist', (1, 28, 28)), ('cifar10', (3, 32, 32))])
+    def test_downloaded_dataset(self, name, shape, monkeypatch):
+        def get(ndim=1, withlabel=True, scale=1.):
+            x = np.full((3, *shape), scale, 'f')
+            dataset = chainer.datasets.TupleDataset(x, np.arange(3, dtype='i'))
+            return dataset, dataset
+
+        monkeypatch.setattr(chainer.datasets, f'get_{name}', get)
+        images = digits_data.load(name)
+        assert images.train.shape == (3, *shape)
+        assert images.train.max() == 1
+        assert images.test_labels.tolist() == [0, 1, 2]
+
+    @pytest.mark.parametrize(('argv', 'message'), [
+        (['-i', '0'], 'argument --iteration/-i: 0 is not 1 or more'),
+        (['-i', '2', '-e', '2'], 'not allowed with argument'),
+        (['--seed', '-1'], 'argument --seed'),
+        (['--resume', 'no/such/file'], 'there is no file no/such/file'),
+        (['--hook', 'sn'], 'argument --hook'),
+        (['--alpha', '0'], 'argument --alpha'),
+    ])
+    def test_bad_argument(self, argv, message, capsys):
+        with pytest.raises(SystemExit) as e:
+            example.main(argv)
+        assert e.value.code == 2
+        assert message in capsys.readouterr().err
+
+    def test_no_gpu(self, monkeypatch, capsys):
+        monkeypatch.setattr(chainer.backends.cuda, 'available', False)
+        with pytest.raises(SystemExit):
+            example.main(['--gpu', '0'])
+        assert 'cannot use GPU 0' in capsys.readouterr().err
+
+
+def test_held_out_digits_are_not_trained_on():
+    images = digits_data.load('digits')
+    assert (len(images.train), len(images.test)) == (1198, 599)
+    assert images.train.min() == -1
+    assert images.train.max() == 1
+    share = np.bincount(images.test_labels) / 599
+    np.testing.assert_allclose(
+        share, np.bincount(images.train_labels) / 1198, atol=2e-3)
+    train = {x.tobytes() for x in images.train}
+    assert not any(x.tobytes() in train for x in images.test)
