@@ -204,13 +204,16 @@ def adjoint(
     K = len(it.vs)
     P = xp.empty((2 * K, A.m), it.u.dtype)
     Q = xp.empty((2 * K, A.n), it.u.dtype)
-    tbar, ubar = it.u, P[0]
+    tbar = it.u
     for k in range(K - 1, -1, -1):
         u, v = it.us[k], it.vs[k]
-        vbar = A.tdot(tbar)
-        sbar = (vbar - v * v.dot(vbar)) / it.s_norms[k]
-        P[2 * k], Q[2 * k] = tbar, v
-        P[2 * k + 1], Q[2 * k + 1] = u, sbar
+        P[2 * k] = tbar
+        Q[2 * k] = v
+        P[2 * k + 1] = u
+        sbar = A.tdot(tbar)
+        sbar -= v * v.dot(sbar)
+        sbar /= it.s_norms[k]
+        Q[2 * k + 1] = sbar
         if k > 0 or need_u:
             ubar = A.dot(sbar)
         if k > 0:

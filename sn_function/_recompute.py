@@ -26,7 +26,7 @@ def is_second_run() -> bool:
 
 
 def start_vector(link: chainer.Link, state: LinkState, u: Any) -> Any:
-    """Returns the vector that this call of the link must start from.
+    """Returns the vector that this second run of a call must start from.
 
     Args:
         link: The link being called.
@@ -34,8 +34,6 @@ def start_vector(link: chainer.Link, state: LinkState, u: Any) -> Any:
         u: The vector as it is now.
 
     """
-    if not chainer.config.in_recomputing:
-        return u
     for node, run in _forget_nodes():
         if run is not None:
             return _replay(node, run, (id(link), state.weight_name), u)
@@ -47,14 +45,9 @@ def start_vector(link: chainer.Link, state: LinkState, u: Any) -> Any:
 
 def record(link: chainer.Link, state: LinkState, start: Any) -> None:
     """Keeps the vector that a call started from, for a second run."""
-    config = chainer.config
-    if config.train and not config.in_recomputing:
-        state.start = start
-    if config.in_recomputing or config._will_recompute:
-        for node, run in _forget_nodes():
-            if run is None:
-                key = id(link), state.weight_name
-                _starts(node, key).append(start)
+    for node, run in _forget_nodes():
+        if run is None:
+            _starts(node, (id(link), state.weight_name)).append(start)
 
 
 def _forget_nodes() -> Iterator[tuple[Any, Any]]:

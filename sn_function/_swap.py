@@ -106,9 +106,9 @@ class _Exchange:
 
 def _has_injected_call(link: chainer.Link) -> bool:
     # It may call forward more than once, and all of these with Y.
-    injected = getattr(
-        super(chainer.Link, link), '__call__', None)  # NOQA: B004, as Chainer
-    return injected is not None
+    # (In Chainer's own words: callable() would ask another question.)
+    base = super(chainer.Link, link)
+    return getattr(base, '__call__', None) is not None  # NOQA: B004
 
 
 class _Lifeline:

@@ -30,7 +30,7 @@ import numpy
 from chainer import backend, function_node
 from chainer import functions as F
 
-from sn_function import _checks
+from sn_function import _checks, _matrix
 from sn_function import _power_iteration as _pi
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -70,6 +70,7 @@ class SpectralNormalize(_Node):
     """``(W[, u][, gamma]) -> Y[, sigma]``, or ``-> sigma`` alone."""
 
     it: _pi.PowerIteration
+    A: _matrix.Matrix | None
 
     def __init__(
             self, settings: _Settings, names: Sequence[str],
@@ -84,7 +85,9 @@ class SpectralNormalize(_Node):
 
     def _forward(self, W: Array, u: Array, gamma: Any) -> tuple[Array, ...]:
         settings = self.settings
-        A = _pi.unfold(W, settings.axis)
+        self.A = A = _pi.unfold(W, settings.axis)
+        if A.array is not W:
+            self.A = None  # a float32 copy: made anew, rather than kept
         self.it = it = _pi.power_iteration(A, u, settings.n_power_iteration)
         outputs = []
         if 'Y' in self.output_names:
@@ -112,7 +115,8 @@ class SpectralNormalize(_Node):
             if g is not None:
                 inputs['g' + name] = g
         node = SpectralNormalizeGrad(
-            self.settings, list(inputs), self.constants, self.it, wanted)
+            self.settings, list(inputs), self.constants, self.it, self.A,
+            wanted)
         grads = node.gradients(tuple(inputs.values()))
         if len(wanted) == len(indexes):
             return grads
@@ -126,9 +130,10 @@ class SpectralNormalizeGrad(_Node):
     def __init__(
             self, settings: _Settings, names: Sequence[str],
             constants: dict[str, Any], it: _pi.PowerIteration,
-            wanted: Sequence[str]) -> None:
+            A: _matrix.Matrix | None, wanted: Sequence[str]) -> None:
         super().__init__(settings, names, constants)
         self.it = it
+        self.A = A
         self.wanted = wanted
 
     def gradients(
@@ -153,7 +158,9 @@ class SpectralNormalizeGrad(_Node):
             self, W: Array, u: Array, gamma: Any,
             gY: Any = None, gsigma: Any = None) -> dict[str, Array]:
         settings, it, wanted = self.settings, self.it, self.wanted
-        A = _pi.unfold(W, settings.axis, it.scale)
+        A = self.A
+        if A is None or it.scale != 1.0:
+            A = _pi.unfold(W, settings.axis, it.scale)
         grads: dict[str, Array] = {}
         a, c, dot = 0.0, 0.0, 0.0  # gW = a gY + c G
         if gsigma is not None:

@@ -227,7 +227,9 @@ class SpectralNormalization(link_hook.LinkHook):
                 type(link).__name__, self.weight_name)
         state = LinkState.of(link, self.weight_name)
         u = self._vector(link, W.array, state)
-        start = _recompute.start_vector(link, state, u)
+        is_second_run = chainer.config.in_recomputing
+        start = (_recompute.start_vector(link, state, u) if is_second_run
+                 else u)
         kept = start.copy()
         gamma = state.gamma_name and getattr(link, state.gamma_name)
         try:
@@ -235,8 +237,7 @@ class SpectralNormalization(link_hook.LinkHook):
                 W, start, self.n_power_iteration, gamma,
                 1.0 if self.factor is None else self.factor, self.eps,
                 output_axis(link), detach_uv=self.detach_uv,
-                update_u=(chainer.config.train
-                          and not chainer.config.in_recomputing))
+                update_u=chainer.config.train and not is_second_run)
         except errors.VectorValueError:
             # As other hooks leave it behind after one NaN.
             warnings.warn(
@@ -246,7 +247,10 @@ class SpectralNormalization(link_hook.LinkHook):
             setattr(link, self.vector_name, None)
             state.start = None
             return self.normalize_weight(link)
-        _recompute.record(link, state, kept)
+        if not is_second_run:
+            state.start = kept
+        if is_second_run or chainer.config._will_recompute:
+            _recompute.record(link, state, kept)
         return Y
 
     def reshape_W(self, W: Any) -> Any:
