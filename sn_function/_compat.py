@@ -1,6 +1,7 @@
 """Makes Chainer 7.8.1, the last release (2022), import and work today.
 
-The only file of the package that knows of NumPy, Chainer or Python versions.
+The only file of the package that knows of NumPy, Chainer or Python versions
+(:mod:`sn_function._pkg_resources` is what it lends).
 `sn_function/__init__.py` imports it before anything of Chainer.  It looks at
 what is there instead of comparing version numbers, and replaces only what it
 finds missing or broken, in two ways:
@@ -22,14 +23,14 @@ import functools
 import importlib
 import importlib.abc
 import importlib.machinery
-import operator
-import re
 import sys
 import types
 import warnings
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple, Type
 
 import numpy
+
+from sn_function import _pkg_resources
 
 _INSTALL_CHAINER = '''\
 sn_function needs Chainer, which is not installed. Install it with
@@ -85,86 +86,10 @@ def _lent(loans: List[_Loan]) -> Iterator[None]:
                 loan.namespace[loan.name] = value
 
 
-# A stand-in for pkg_resources, on top of importlib.metadata.  It has what
-# Chainer uses, and looks at the named distributions only: the real one goes
-# through their dependencies, too.
-
-class ResolutionError(Exception):
-    pass
-
-
-class DistributionNotFound(ResolutionError):
-    pass
-
-
-class VersionConflict(ResolutionError):
-    pass
-
-
-def _release(version: str) -> List[int]:
-    leading = re.split(r'[^\d.]', version)[0]
-    numbers = [int(n) for n in re.findall(r'\d+', leading)]
-    while numbers and numbers[-1] == 0:
-        numbers.pop()           # 2.0 is 2
-    return numbers
-
-
-def _satisfies(version: str, specifier: str) -> bool:
-    try:
-        from packaging.specifiers import SpecifierSet
-    except ImportError:
-        pass
-    else:
-        return SpecifierSet(specifier).contains(version, prereleases=True)
-    # Without packaging the release numbers decide: 2.0rc1 counts as 2.0.
-    compare = {'>=': operator.ge, '>': operator.gt, '==': operator.eq,
-               '<=': operator.le, '<': operator.lt, '!=': operator.ne}
-    for clause in filter(None, specifier.split(',')):
-        match = re.fullmatch(r'\s*([<>=!]=|[<>])\s*([\d.]+\w*)\s*', clause)
-        if match is None:
-            raise ValueError(
-                f'Cannot read {clause!r} of a requirement without the '
-                f'packaging module. Install it: pip install packaging')
-        if not compare[match[1]](_release(version), _release(match[2])):
-            return False
-    return True
-
-
-def get_distribution(requirement: str) -> Any:
-    from importlib import metadata
-    match = re.match(r'\s*([\w.-]+)\s*(.*)', requirement)
-    if match is None:
-        raise ValueError(f'Not a requirement: {requirement!r}')
-    name, specifier = match.groups()
-    try:
-        found = metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        raise DistributionNotFound(requirement) from None
-    if not _satisfies(found.version, specifier):
-        raise VersionConflict(found, requirement)
-    return found
-
-
-def require(*requirements: str) -> List[Any]:
-    return [get_distribution(requirement) for requirement in requirements]
-
-
-class WorkingSet:
-
-    def require(self, *requirements: str) -> List[Any]:
-        return require(*requirements)
-
-
 def _stand_in(name: str, **contents: object) -> types.ModuleType:
     module = types.ModuleType(name, f'A stand-in, for Chainer: {__name__}.')
     vars(module).update(contents)
     return module
-
-
-_pkg_resources = _stand_in(
-    'pkg_resources', ResolutionError=ResolutionError,
-    DistributionNotFound=DistributionNotFound, VersionConflict=VersionConflict,
-    WorkingSet=WorkingSet, get_distribution=get_distribution, require=require)
 
 
 def _lend_pkg_resources() -> List[_Loan]:

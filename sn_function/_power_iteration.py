@@ -43,6 +43,16 @@ def accumulator_dtype(dtype: Any) -> Any:
     return numpy.dtype(numpy.float32) if dtype.char == 'e' else dtype
 
 
+class Settings(NamedTuple):
+    """What the caller chose."""
+
+    n_power_iteration: int
+    axis: int
+    detach_uv: bool
+    factor: float = 1.0
+    eps: float = 0.0
+
+
 class PowerIteration(NamedTuple):
     """What K iterations computed; all that the adjoint needs beside W.
 
@@ -223,3 +233,21 @@ def adjoint(
     if it.restarted:
         return P, Q, xp.zeros_like(ubar)
     return P, Q, ubar * (it.scale / it.u_scale)
+
+
+def number(x: Any) -> Any:
+    """A scalar: a Python float, except that device values stay there."""
+    return x.item() if isinstance(x, (numpy.ndarray, numpy.generic)) else x
+
+
+def floored(it: PowerIteration, eps: float) -> tuple[Any, float, Any]:
+    """``max(sigma, eps)``, the scale it is in units of, and if it is sigma."""
+    sigma = it.sigma
+    if isinstance(sigma, float):
+        if sigma * it.scale < eps or sigma == 0:
+            return eps or 1.0, 1.0, False  # with eps 0, W is 0
+        return sigma, it.scale, True
+    xp = backend.get_array_module(sigma)
+    # With eps 0 the floor is the least number that can be divided by.
+    eps = max(eps, float(numpy.finfo(sigma.dtype).tiny))
+    return xp.maximum(sigma, sigma.dtype.type(eps)), 1.0, ~(sigma < eps)

@@ -22,28 +22,20 @@ place and :math:`c = g_\\sigma`.
 """
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple, Sequence, Union
+from typing import Any, Sequence, Union
 
 import chainer
 import numpy
 from chainer import backend, function_node
 from chainer import functions as F
 
-from sn_function import _checks, _matrix
+from sn_function import _checks, _composition, _matrix
 from sn_function import _power_iteration as _pi
+from sn_function._power_iteration import Settings
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 ArrayOrVariable = Any  # Array or chainer.Variable
 Number = Union[int, float]
-
-
-class _Settings(NamedTuple):
-    n_power_iteration: int
-    axis: int
-    detach_uv: bool
-    factor: Number = 1.0
-    eps: Number = 0.0
 
 
 class _Node(function_node.FunctionNode):
@@ -54,7 +46,7 @@ class _Node(function_node.FunctionNode):
     """
 
     def __init__(
-            self, settings: _Settings, names: Sequence[str],
+            self, settings: Settings, names: Sequence[str],
             constants: dict[str, Any]) -> None:
         super().__init__()
         self.settings = settings
@@ -73,7 +65,7 @@ class SpectralNormalize(_Node):
     A: _matrix.Matrix | None
 
     def __init__(
-            self, settings: _Settings, names: Sequence[str],
+            self, settings: Settings, names: Sequence[str],
             constants: dict[str, Any], outputs: Sequence[str]) -> None:
         super().__init__(settings, names, constants)
         self.output_names = outputs
@@ -91,9 +83,9 @@ class SpectralNormalize(_Node):
         self.it = it = _pi.power_iteration(A, u, settings.n_power_iteration)
         outputs = []
         if 'Y' in self.output_names:
-            divisor, scale, _ = _floored(it, settings.eps)
+            divisor, scale, _ = _pi.floored(it, settings.eps)
             x = A.array if scale == 1.0 else A.array / scale
-            Y = x * (_number(gamma) * settings.factor / divisor)
+            Y = x * (_pi.number(gamma) * settings.factor / divisor)
             outputs.append(Y.astype(W.dtype, copy=False))
         if 'sigma' in self.output_names:
             xp = backend.get_array_module(W)
@@ -128,7 +120,7 @@ class SpectralNormalizeGrad(_Node):
     """``(W[, u][, gamma][, gY][, gsigma]) -> (gW, gu, ggamma)``, as wanted."""
 
     def __init__(
-            self, settings: _Settings, names: Sequence[str],
+            self, settings: Settings, names: Sequence[str],
             constants: dict[str, Any], it: _pi.PowerIteration,
             A: _matrix.Matrix | None, wanted: Sequence[str]) -> None:
         super().__init__(settings, names, constants)
@@ -164,14 +156,14 @@ class SpectralNormalizeGrad(_Node):
         grads: dict[str, Array] = {}
         a, c, dot = 0.0, 0.0, 0.0  # gW = a gY + c G
         if gsigma is not None:
-            c = _number(gsigma)
+            c = _pi.number(gsigma)
         if gY is not None:
             gY = gY.astype(A.array.dtype, copy=False)
-            divisor, scale, is_above = _floored(it, settings.eps)
+            divisor, scale, is_above = _pi.floored(it, settings.eps)
             # Twice divided: sigma ** 2 could overflow.
-            dot = _number(gY.ravel().dot(A.array.ravel()))
+            dot = _pi.number(gY.ravel().dot(A.array.ravel()))
             dot = dot * (it.scale / scale) / divisor
-            a = _number(gamma) * settings.factor / divisor / scale
+            a = _pi.number(gamma) * settings.factor / divisor / scale
             c = c - is_above * (a * dot)
         if 'gamma' in wanted:
             grads['gamma'] = backend.get_array_module(W).asarray(
@@ -196,7 +188,7 @@ class SpectralNormalizeGrad(_Node):
             inputs = {name: F.identity(x) for name, x in
                       zip(self.names, self.get_retained_inputs())}
             x = dict(self.constants, **inputs)
-            outputs = dict(zip(('gY', 'gsigma'), _compose(
+            outputs = dict(zip(('gY', 'gsigma'), _composition.compose(
                 self.settings, self.it, x['W'], x['u'], x['gamma'])))
             given = [name for name in outputs if name in x]
             grads = chainer.grad(
@@ -210,96 +202,6 @@ class SpectralNormalizeGrad(_Node):
                 [g for g, _ in pairs], [x[self.names[i]] for i in indexes],
                 [gg for _, gg in pairs],
                 enable_double_backprop=chainer.config.enable_backprop))
-
-
-def _number(x: Any) -> Any:
-    """A scalar: a Python float, except that device values stay there."""
-    return x.item() if isinstance(x, (numpy.ndarray, numpy.generic)) else x
-
-
-def _floored(it: _pi.PowerIteration, eps: Number) -> tuple[Any, float, Any]:
-    """``max(sigma, eps)``, the scale it is in units of, and if it is sigma."""
-    sigma = it.sigma
-    if isinstance(sigma, float):
-        if sigma * it.scale < eps or sigma == 0:
-            return eps or 1.0, 1.0, False  # with eps 0, W is 0
-        return sigma, it.scale, True
-    xp = backend.get_array_module(sigma)
-    # With eps 0 the floor is the least number that can be divided by.
-    eps = max(eps, float(numpy.finfo(sigma.dtype).tiny))
-    return xp.maximum(sigma, sigma.dtype.type(eps)), 1.0, ~(sigma < eps)
-
-
-def _compose(
-        settings: _Settings, it: _pi.PowerIteration, W: chainer.Variable,
-        u: ArrayOrVariable, gamma: Any,
-) -> tuple[chainer.Variable, chainer.Variable]:
-    """``Y`` and ``sigma`` out of Chainer's functions, for higher orders."""
-    dtype = it.u.dtype
-    xp = backend.get_array_module(it.u)
-    A = _Blocks(_divide(F.cast(W, dtype), it.scale), settings.axis)
-    if settings.detach_uv:
-        sigma = F.sum(it.u * A.dot(chainer.as_variable(it.v)))
-    else:
-        if it.restarted:
-            u = chainer.as_variable(it.us[0])
-        else:
-            u = chainer.as_variable(u)
-            u = _divide(F.cast(u, dtype), it.u_scale)
-        for _ in range(settings.n_power_iteration):
-            t = A.dot(_unit(A.tdot(u)))
-            u = _unit(t)
-        sigma = F.sum(u * t)
-    divisor, scale, is_above = _floored(it, settings.eps)
-    factor = settings.factor * (it.scale / scale)
-    if is_above is False:
-        coefficient = chainer.as_variable(xp.asarray(factor / divisor, dtype))
-    else:
-        mask = xp.asarray(is_above, dtype=dtype)
-        coefficient = factor / (sigma * mask + divisor * (1 - mask))
-    if isinstance(gamma, chainer.Variable):
-        gamma = F.cast(gamma, dtype)
-    coefficient *= _number(gamma)
-    Y = A.W * F.broadcast_to(coefficient, A.W.shape)
-    return F.cast(Y, W.dtype), sigma * it.scale
-
-
-def _divide(x: chainer.Variable, scale: float) -> chainer.Variable:
-    """``x / scale`` for a power of two, whose inverse may overflow."""
-    if scale == 1.0:
-        return x
-    exponent = math.frexp(scale)[1] - 1
-    half = exponent // 2
-    return x * 2.0 ** -half * 2.0 ** (half - exponent)
-
-
-def _unit(x: chainer.Variable) -> chainer.Variable:
-    """``x / |x|``, or zero where x is zero; to any order."""
-    xp = backend.get_array_module(x.array)
-    largest = abs(x.array).max()
-    x = x / xp.where(largest == 0, 1, largest).astype(x.dtype)
-    square = F.sum(x * x)
-    square += (square.array == 0).astype(x.dtype)
-    return x / F.broadcast_to(F.sqrt(square), x.shape)
-
-
-class _Blocks:
-    """:class:`_matrix.Matrix` for Variables."""
-
-    def __init__(self, W: chainer.Variable, axis: int) -> None:
-        shape = W.shape
-        self.W = W
-        self.m = shape[axis]
-        self.l = math.prod(shape[:axis])
-        self.blocks = F.reshape(W, (self.l, self.m, -1))
-
-    def dot(self, v: chainer.Variable) -> chainer.Variable:
-        v = F.reshape(v, (self.l, -1, 1))
-        return F.reshape(F.sum(F.matmul(self.blocks, v), axis=0), (self.m,))
-
-    def tdot(self, u: chainer.Variable) -> chainer.Variable:
-        u = F.broadcast_to(F.reshape(u, (1, 1, -1)), (self.l, 1, self.m))
-        return F.reshape(F.matmul(u, self.blocks), (-1,))
 
 
 def spectral_normalize(
@@ -391,7 +293,7 @@ def spectral_normalize(
     _checks.check_settings(n_power_iteration, factor, eps)
     axis = _checks.check_arrays(W, u, axis, update_u)
     gamma = 1.0 if gamma is None else _checks.check_gamma(gamma, W)
-    settings = _Settings(
+    settings = Settings(
         n_power_iteration, axis, detach_uv, float(factor), float(eps))
     outputs, it = _apply(
         settings, W, u, gamma, ('Y', 'sigma') if return_sigma else ('Y',))
@@ -451,7 +353,7 @@ def spectral_norm(
     """
     _checks.check_count('n_power_iteration', n_power_iteration, 1)
     axis = _checks.check_arrays(W, u, axis, update_u)
-    settings = _Settings(n_power_iteration, axis, detach_uv)
+    settings = Settings(n_power_iteration, axis, detach_uv)
     outputs, it = _apply(settings, W, u, 1.0, ('sigma',))
     if update_u:
         _pi.store(u, it)
@@ -459,7 +361,7 @@ def spectral_norm(
 
 
 def _apply(
-        settings: _Settings, W: ArrayOrVariable, u: ArrayOrVariable,
+        settings: Settings, W: ArrayOrVariable, u: ArrayOrVariable,
         gamma: Any, outputs: Sequence[str],
 ) -> tuple[tuple[chainer.Variable, ...], _pi.PowerIteration]:
     names, inputs = ['W'], [W]

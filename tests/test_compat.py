@@ -13,7 +13,7 @@ import numpy
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sn_function import _compat  # before Chainer
+from sn_function import _compat, _pkg_resources  # before Chainer
 
 # isort: split
 import chainer
@@ -211,14 +211,12 @@ class TestImport:
         # from those who import it by themselves.
         (tmp_path / 'pkg_resources.py').write_text(textwrap.dedent(f'''
             import warnings
-            from sn_function._compat import (
+            from sn_function._pkg_resources import (
                 DistributionNotFound, ResolutionError, VersionConflict,
                 WorkingSet, get_distribution, require)
             warnings.warn('pkg_resources is deprecated as an API.',
                           {category}, stacklevel=2)
         '''))
-        # The fake imports its contents from the module under test, which is
-        # complete up to there, as it imports pkg_resources last.
         run('''
             import sys
             from sn_function import _compat
@@ -367,25 +365,27 @@ class TestImport:
 class TestPkgResources:
 
     def test_require(self):
-        found, = _compat.WorkingSet().require('numpy>=1.0,<100')
+        found, = _pkg_resources.WorkingSet().require('numpy>=1.0,<100')
         assert found.version == numpy.__version__
 
     def test_missing(self):
-        with pytest.raises(_compat.DistributionNotFound):
-            _compat.require('no-such-thing>=1.0')
+        with pytest.raises(_pkg_resources.DistributionNotFound):
+            _pkg_resources.require('no-such-thing>=1.0')
 
     def test_conflict(self):
-        with pytest.raises(_compat.VersionConflict):
-            _compat.require('numpy', 'numpy >= 100')
+        with pytest.raises(_pkg_resources.VersionConflict):
+            _pkg_resources.require('numpy', 'numpy >= 100')
 
     def test_errors_are_resolution_errors(self):
         assert issubclass(
-            _compat.DistributionNotFound, _compat.ResolutionError)
-        assert issubclass(_compat.VersionConflict, _compat.ResolutionError)
+            _pkg_resources.DistributionNotFound,
+            _pkg_resources.ResolutionError)
+        assert issubclass(
+            _pkg_resources.VersionConflict, _pkg_resources.ResolutionError)
 
     def test_not_a_requirement(self):
         with pytest.raises(ValueError, match='Not a requirement'):
-            _compat.require('>=1.0')
+            _pkg_resources.require('>=1.0')
 
     @pytest.mark.parametrize('packaging', [True, False])
     @pytest.mark.parametrize(('version', 'specifier', 'expected'), [
@@ -408,12 +408,12 @@ class TestPkgResources:
             pytest.importorskip('packaging')
         else:
             monkeypatch.setitem(sys.modules, 'packaging.specifiers', None)
-        assert _compat._satisfies(version, specifier) is expected
+        assert _pkg_resources._satisfies(version, specifier) is expected
 
     def test_specifier_that_needs_packaging(self, monkeypatch):
         monkeypatch.setitem(sys.modules, 'packaging.specifiers', None)
         with pytest.raises(ValueError, match='pip install packaging'):
-            _compat._satisfies('1.4', '==1.*')
+            _pkg_resources._satisfies('1.4', '==1.*')
 
 
 # What only warns is not broken.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from chainer import gradient_check, testing
 
-from sn_function import _power_iteration, errors
+from sn_function import _checks, _power_iteration, errors
 from sn_function import functions as F
 from tests import reference
 
@@ -666,11 +666,18 @@ def test_bad_argument(name):
         np.testing.assert_array_equal(u, before)
 
 
-@pytest.mark.gpu
-def test_u_on_another_device():
-    cupy = chainer.backends.cuda.cupy
-    with pytest.raises(errors.VectorDeviceError, match='cuda'):
-        F.spectral_normalize(cupy.ones((4, 3)), np.ones(4))
+def test_u_on_another_device(monkeypatch):
+    """With a stand-in for an array of a device, which is not here."""
+    class DeviceArray:
+        dtype, shape, ndim = np.dtype('d'), (4,), 1
+        flags = None
+
+    monkeypatch.setattr(_checks.cuda, 'ndarray', DeviceArray)
+    monkeypatch.setattr(
+        _checks.backend, 'get_device_from_array',
+        lambda x: '@cupy:0' if isinstance(x, DeviceArray) else '@numpy')
+    with pytest.raises(errors.VectorDeviceError, match=r"'@numpy'\)\.send"):
+        F.spectral_normalize(np.ones((4, 3)), DeviceArray())
 
 
 def test_errors_are_what_a_user_may_already_catch():

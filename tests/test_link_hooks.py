@@ -15,6 +15,7 @@ from chainer import link_hooks, serializers
 import sn_function
 from sn_function import SpectralNormalization, errors
 from tests import reference
+from tests.defects import TwoWeights
 from tests.test_parity import LINKS, inputs_of
 
 
@@ -386,18 +387,6 @@ class TestWeightIsPutBack:
         assert link.W is W
 
 
-class Two(chainer.Link):
-
-    def __init__(self):
-        super().__init__()
-        with self.init_scope():
-            self.W = chainer.Parameter(x_of(6, 5))
-            self.H = chainer.Parameter(2 * x_of(6, 6))
-
-    def forward(self, x):
-        return F.linear(F.linear(x, self.W), self.H)
-
-
 class TestManyHooksManyLinks:
 
     def test_one_hook_for_many_links(self):
@@ -415,7 +404,7 @@ class TestManyHooksManyLinks:
         assert vars(hook) == state
 
     def test_two_hooks_on_one_link(self):
-        link = Two()
+        link = TwoWeights()
         link.add_hook(SpectralNormalization(use_gamma=True))
         link.add_hook(SpectralNormalization(
             use_gamma=True, weight_name='H', name='H'))
