@@ -203,6 +203,17 @@ class TestMain:
         assert logs[0] == logs[1]
         assert [entry['iteration'] for entry in logs[0]] == [2, 4, 5]
 
+    @pytest.mark.parametrize('make', [
+        lambda path: path.write_bytes(b'not a snapshot'),
+        lambda path: np.savez(path, x=1),
+    ])
+    def test_resume_from_what_is_no_snapshot(self, make, tmp_path, capsys):
+        make(tmp_path / 'x.npz')
+        assert example.main(
+            ['-i', '1', '--out', str(tmp_path / 'out'),
+             '--resume', str(tmp_path / 'x.npz')]) == 1
+        assert 'x.npz: ' in capsys.readouterr().err
+
     def test_runs_without_a_hook(self, tmp_path, capsys):
         assert example.main(['--epoch', '1', '--batchsize', '300', '--hook',
                              'none', '--out', str(tmp_path)]) == 0
@@ -254,6 +265,7 @@ class TestMain:
         (['--resume', 'no/such/file'], 'there is no file no/such/file'),
         (['--hook', 'sn'], 'argument --hook'),
         (['--alpha', '0'], 'argument --alpha'),
+        (['--beta1', '1'], 'argument --beta1: 1.0 is not in [0, 1)'),
     ])
     def test_bad_argument(self, argv, message, capsys):
         with pytest.raises(SystemExit) as e:
