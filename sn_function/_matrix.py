@@ -13,6 +13,7 @@ batch of them over ``a``.
 """
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from sn_function import errors
@@ -25,6 +26,8 @@ def normalize_axis(axis: int, ndim: int) -> int:
         AxisError: It is not an integer in ``[-ndim, ndim)``.
 
     """
+    if type(axis) is int and 0 <= axis < ndim:
+        return axis
     try:
         in_range = -ndim <= axis < ndim and axis == int(axis)
     except (TypeError, ValueError):
@@ -51,15 +54,11 @@ class Matrix:
     __slots__ = ('_axis', '_blocks', '_l', '_r', 'array', 'm', 'n')
 
     def __init__(self, W: Any, axis: int) -> None:
-        shape = W.shape
-        l = r = 1  # NOQA: E741
-        for k, size in enumerate(shape):
-            if k < axis:
-                l *= size  # NOQA: E741
-            elif k > axis:
-                r *= size
-        m = shape[axis]
-        self.array, self.m, self.n = W, m, l * r
+        m = W.shape[axis]
+        n = W.size // m
+        l = math.prod(W.shape[:axis]) if axis else 1  # NOQA: E741
+        r = n // l
+        self.array, self.m, self.n = W, m, n
         self._axis, self._l, self._r = axis, l, r
         if l == 1:
             self._blocks = W.reshape(m, r)

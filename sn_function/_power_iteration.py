@@ -33,10 +33,6 @@ from chainer import backend
 
 from sn_function import _matrix, errors
 
-# The norms of ordinary weights.  Outside of this range the squares in them may
-# have lost digits to overflow or underflow: see _rescaled.
-_ORDINARY = {'f': (1e-15, 1e15), 'd': (1e-140, 1e140)}
-
 
 def accumulator_dtype(dtype: Any) -> Any:
     """The dtype in which sums over entries of ``dtype`` are made."""
@@ -91,9 +87,8 @@ class _ExtremeNorm(ArithmeticError):
     pass
 
 
-def _ordinary_norm(dtype: Any) -> Callable[[Any], tuple[Any, Any]]:
-    low, high = _ORDINARY[dtype.char]
-
+def _ordinary_norm(
+        low: float, high: float) -> Callable[[Any], tuple[Any, Any]]:
     def norm(x: Any) -> tuple[Any, Any]:
         norm = math.sqrt(x.dot(x))
         if not low < norm < high:
@@ -101,6 +96,14 @@ def _ordinary_norm(dtype: Any) -> Callable[[Any], tuple[Any, Any]]:
         return norm, norm
 
     return norm
+
+
+# Norms, by dtype.  Outside of the range the squares in them may have lost
+# digits to overflow or underflow: see _rescaled.
+_ORDINARY_NORM = {
+    'f': _ordinary_norm(1e-15, 1e15),
+    'd': _ordinary_norm(1e-140, 1e140),
+}
 
 
 def _host_norm(x: Any) -> tuple[Any, Any]:
@@ -151,7 +154,7 @@ def power_iteration(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
     if not isinstance(u, numpy.ndarray):
         return _iterate(A, u, n, _device_norm)
     try:
-        return _iterate(A, u, n, _ordinary_norm(dtype))
+        return _iterate(A, u, n, _ORDINARY_NORM[dtype.char])
     except _ExtremeNorm:
         return _rescaled(A, u, n)
 
@@ -210,10 +213,11 @@ def adjoint(
     """
     if detach_uv:
         return it.u[None], it.v[None], None
-    xp = backend.get_array_module(it.u)
     K = len(it.vs)
-    P = xp.empty((2 * K, A.m), it.u.dtype)
-    Q = xp.empty((2 * K, A.n), it.u.dtype)
+    empty = (numpy.empty if isinstance(it.u, numpy.ndarray)
+             else backend.get_array_module(it.u).empty)
+    P = empty((2 * K, A.m), it.u.dtype)
+    Q = empty((2 * K, A.n), it.u.dtype)
     tbar = it.u
     for k in range(K - 1, -1, -1):
         u, v = it.us[k], it.vs[k]
@@ -231,12 +235,14 @@ def adjoint(
     if not need_u:
         return P, Q, None
     if it.restarted:
-        return P, Q, xp.zeros_like(ubar)
+        return P, Q, ubar * 0
     return P, Q, ubar * (it.scale / it.u_scale)
 
 
 def number(x: Any) -> Any:
     """A scalar: a Python float, except that device values stay there."""
+    if isinstance(x, float):
+        return x
     return x.item() if isinstance(x, (numpy.ndarray, numpy.generic)) else x
 
 

@@ -106,51 +106,29 @@ class SpectralNormalize(_Node):
         for name, g in zip(self.output_names, grad_outputs):
             if g is not None:
                 inputs['g' + name] = g
-        node = SpectralNormalizeGrad(
-            self.settings, list(inputs), self.constants, self.it, self.A,
-            wanted)
-        grads = node.gradients(tuple(inputs.values()))
+        if chainer.config.enable_backprop:
+            grads = SpectralNormalizeGrad(
+                self.settings, list(inputs), self.constants, self.it, wanted
+            ).apply(tuple(inputs.values()))
+        else:
+            # No graph is wanted: spare a small weight the cost of a node.
+            arrays = {name: x.array for name, x in inputs.items()}
+            grads = tuple([chainer.Variable(g) for g in _gradients(
+                self.settings, self.it, self.A, wanted,
+                **arrays, **self.constants)])
         if len(wanted) == len(indexes):
             return grads
         found = dict(zip(wanted, grads))
         return tuple(found.get(names[i]) for i in indexes)
 
 
-class SpectralNormalizeGrad(_Node):
-    """``(W[, u][, gamma][, gY][, gsigma]) -> (gW, gu, ggamma)``, as wanted."""
-
-    def __init__(
-            self, settings: Settings, names: Sequence[str],
-            constants: dict[str, Any], it: _pi.PowerIteration,
-            A: _matrix.Matrix | None, wanted: Sequence[str]) -> None:
-        super().__init__(settings, names, constants)
-        self.it = it
-        self.A = A
-        self.wanted = wanted
-
-    def gradients(
-            self, inputs: tuple[chainer.Variable, ...]
-    ) -> tuple[chainer.Variable, ...]:
-        if chainer.config.enable_backprop:
-            return self.apply(inputs)
-        # No graph is wanted: spare a small weight the cost of a node.
-        grads = self.forward(tuple([x.array for x in inputs]))
-        return tuple([chainer.Variable(g) for g in grads])
-
-    def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        x = self.arguments(inputs)
-        # As in the forward, an overflow shows in the result.
-        with numpy.errstate(all='ignore'):
-            grads = self._gradients(**x)
-            return tuple([
-                grads[name].astype(x[name].dtype, copy=False)
-                for name in self.wanted])
-
-    def _gradients(
-            self, W: Array, u: Array, gamma: Any,
-            gY: Any = None, gsigma: Any = None) -> dict[str, Array]:
-        settings, it, wanted = self.settings, self.it, self.wanted
-        A = self.A
+def _gradients(
+        settings: Settings, it: _pi.PowerIteration, A: _matrix.Matrix | None,
+        wanted: Sequence[str], W: Array, u: Array, gamma: Any,
+        gY: Any = None, gsigma: Any = None) -> tuple[Array, ...]:
+    """Returns ``gW``, ``gu`` and ``ggamma``, as wanted; on arrays."""
+    # As in the forward, an overflow shows in the result.
+    with numpy.errstate(all='ignore'):
         if A is None or it.scale != 1.0:
             A = _pi.unfold(W, settings.axis, it.scale)
         grads: dict[str, Array] = {}
@@ -167,16 +145,34 @@ class SpectralNormalizeGrad(_Node):
             c = c - is_above * (a * dot)
         if 'gamma' in wanted:
             grads['gamma'] = backend.get_array_module(W).asarray(
-                settings.factor * dot)
+                settings.factor * dot).astype(gamma.dtype)
         if 'W' in wanted or 'u' in wanted:
             P, Q, ubar = _pi.adjoint(A, it, settings.detach_uv, 'u' in wanted)
             if ubar is not None:
-                grads['u'] = ubar * c
+                grads['u'] = (ubar * c).astype(u.dtype, copy=False)
             if 'W' in wanted:
-                grads['W'] = A.outer(P * c, Q)
+                gW = A.outer(P * c, Q)
                 if gY is not None:
-                    grads['W'] += gY * a
-        return grads
+                    gW += gY * a
+                grads['W'] = gW.astype(W.dtype, copy=False)
+        return tuple([grads[name] for name in wanted])
+
+
+class SpectralNormalizeGrad(_Node):
+    """``(W[, u][, gamma][, gY][, gsigma]) -> (gW, gu, ggamma)``, as wanted."""
+
+    def __init__(
+            self, settings: Settings, names: Sequence[str],
+            constants: dict[str, Any], it: _pi.PowerIteration,
+            wanted: Sequence[str]) -> None:
+        super().__init__(settings, names, constants)
+        self.it = it
+        self.wanted = wanted
+
+    def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        return _gradients(
+            self.settings, self.it, None, self.wanted,
+            **self.arguments(inputs))
 
     def backward(
             self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]
