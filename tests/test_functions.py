@@ -572,27 +572,6 @@ class TestExtremes:
             assert sigma <= reference.true_norm(W) * (1 + 1e-12)
 
 
-class TestDeviceArithmetic:
-    """The branch-free arithmetic of devices, run on NumPy."""
-
-    @pytest.mark.parametrize('scale', [0, 1e-30, 1, 1e30])
-    def test_norms(self, scale):
-        x = (scale * random(7)).astype('f')
-        norm, divisor = _power_iteration._device_norm(x)
-        expected = np.linalg.norm(x.astype('d'))
-        np.testing.assert_allclose(norm, expected, rtol=1e-6)
-        np.testing.assert_allclose(divisor, expected or 1, rtol=1e-6)
-
-    def test_iterations(self):
-        A = _power_iteration.unfold(random(4, 3), 0)
-        u = random(4)
-        host = _power_iteration.power_iteration(A, u, 3)
-        device = _power_iteration._iterate(
-            A, u, 3, _power_iteration._device_norm)
-        np.testing.assert_allclose(device.sigma, host.sigma)
-        np.testing.assert_allclose(device.u, host.u)
-
-
 BAD_ARGUMENTS = {
     'u of the wrong length': (
         dict(u=np.ones(3)), errors.VectorShapeError, r'needs shape \(4,\)'),
