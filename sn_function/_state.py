@@ -6,7 +6,10 @@ import weakref
 from typing import Any
 
 import chainer
-from chainer import backend
+import numpy
+from chainer.backends import cuda
+
+from sn_function import errors
 
 
 class LinkState:
@@ -14,13 +17,12 @@ class LinkState:
 
     ``link.copy('init')`` and ``link.repeat()`` copy a link with its u and then
     initialize the weight anew, without a word to hooks; that u has nothing to
-    do with the new weight.  So a deep copy of the state remembers the copied
-    weight's array and u, and :meth:`is_stale` compares, once.
+    do with the new weight.  So a deep copy of the state remembers the weight
+    and the u that were copied, until the first call, which compares.
 
     Attributes:
         gamma_name (str or None): Name of the link's parameter gamma.
-        start (ndarray or None): The vector that the latest call in training
-            started from.
+        start (ndarray or None): The vector that the latest call started from.
 
     """
 
@@ -36,7 +38,9 @@ class LinkState:
 
     @classmethod
     def of(cls, link: chainer.Link, weight_name: str) -> LinkState:
-        state = link.__dict__[cls._key(weight_name)]
+        state = link.__dict__.get(cls._key(weight_name))
+        if state is None:
+            raise errors.HookNotAddedError(link, weight_name)
         if state._link() is not link:  # a shallow copy, or unpickled
             state = copy.copy(state)
             state.put(link)
@@ -51,39 +55,49 @@ class LinkState:
         return f'_{weight_name}_sn_state'
 
     def is_stale(self, W: Any, u: Any) -> bool:
-        """Whether u was copied and the weight then initialized anew."""
+        """Whether u was copied and the weight then got other values.
+
+        The answer is given once.  It is no if u was changed as well, as by a
+        snapshot that was loaded.
+
+        """
         if self._copied is None:
             return False
         W_then, u_then = self._copied
         self._copied = None
-        if u is None or W_then() is W or type(u) is not type(u_then):
+        if W is W_then or u is None:
             return False
-        # Unless a snapshot was loaded after that.
-        return bool(backend.get_array_module(u).array_equal(u, u_then))
+        W, W_then, u, u_then = map(
+            cuda.to_cpu, (W, W_then, u, u_then))  # it may have been moved
+        return numpy.array_equal(u, u_then) and not numpy.array_equal(
+            W, W_then)
 
     def __copy__(self) -> LinkState:
-        other = LinkState(self.weight_name, self.gamma_name)
-        other.start = self.start
-        other._link = lambda: None  # type: ignore[assignment]
-        return other
+        return _unpickle(*self.__reduce__()[1])
 
     def __deepcopy__(self, memo: Any) -> LinkState:
         other = copy.copy(self)
         other.start = copy.deepcopy(self.start, memo)
+        other._copied = copy.deepcopy(self._copied, memo)
         link = self._link()
         if link is not None and id(link) in memo:
             W = copy.deepcopy(link.__dict__[self.weight_name], memo).array
             u = link.__dict__[self.weight_name + '_u']
-            if W is not None and u is not None:
-                other._copied = weakref.ref(W), u.copy()
+            if other._copied is None and W is not None and u is not None:
+                other._copied = W, u.copy()
             other._link = weakref.ref(memo[id(link)])
         return other
 
     def __reduce__(self) -> Any:
-        return _unpickle, (self.weight_name, self.gamma_name, self.start)
+        return _unpickle, (
+            self.weight_name, self.gamma_name, self.start, self._copied)
 
 
-def _unpickle(weight_name: str, gamma_name: str | None, start: Any) -> Any:
+def _unpickle(
+        weight_name: str, gamma_name: str | None, start: Any, copied: Any
+) -> LinkState:
     state = LinkState(weight_name, gamma_name)
     state.start = start
-    return copy.copy(state)
+    state._copied = copied
+    state._link = lambda: None  # type: ignore[assignment]
+    return state

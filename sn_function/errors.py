@@ -8,6 +8,15 @@ from typing import Any, Sequence
 class SpectralNormalizationError(Exception):
     """Base class of all errors of this package."""
 
+    def __reduce__(self) -> Any:
+        # With its message, and not with what it was built from: so it
+        # reaches the parent of a worker process.
+        return _rebuild, (type(self), self.args)
+
+
+def _rebuild(cls: type[BaseException], args: Any) -> BaseException:
+    return cls.__new__(cls, *args)
+
 
 def _describe(x: Any) -> str:
     shape, dtype = getattr(x, 'shape', None), getattr(x, 'dtype', None)
@@ -164,7 +173,8 @@ class GammaError(SpectralNormalizationError, TypeError):
         super().__init__(
             f'gamma must be a number, or an array or Variable of shape () '
             f'and floating point dtype on the device of W, but is a '
-            f'{_describe(gamma)}. Reshape it, e.g. gamma.reshape(()).')
+            f'{_describe(gamma)}. Give gamma=1.0, for example, or '
+            f'chainer.Parameter(numpy.array(1, W.dtype)).')
 
 
 # Hooks
@@ -179,3 +189,12 @@ class HookCollisionError(SpectralNormalizationError, ValueError):
             f'{weight_name!r}. If the weight is normalized already, delete '
             f'that hook first with link.delete_hook(name); if the attribute '
             f'is your own, rename it.')
+
+
+class HookNotAddedError(SpectralNormalizationError, ValueError):
+    """The hook is asked for the weight of a link that it is not on."""
+
+    def __init__(self, link: Any, weight_name: str) -> None:
+        super().__init__(
+            f'{type(link).__name__} has no spectral normalization of '
+            f'{weight_name!r}. Add it first: link.add_hook(hook).')

@@ -274,18 +274,24 @@ class SpectralNormalization(link_hook.LinkHook):
     def _vector(self, link: chainer.Link, W: Any, state: LinkState) -> Any:
         """Returns the link's vector on the device and in the dtype of W."""
         u = getattr(link, self.vector_name)
-        is_stale = state.is_stale(W, u) and self.n_warmup > 0
-        if u is None or is_stale:
+        is_stale = state.is_stale(W, u)
+        if u is None:
             u = self._make_vector(link, W)
             setattr(link, self.vector_name, u)
         elif u.dtype != W.dtype or type(u) is not type(W):
             # A snapshot loaded before the first call, or a new dtype of W.
             u = link.device.send(u).astype(W.dtype, copy=False)
             setattr(link, self.vector_name, u)
+        if is_stale:
+            self._warm_up(link, W, u)
         if state.gamma_name is not None:
             gamma = getattr(link, state.gamma_name)
-            if gamma.array is None or is_stale:
+            if gamma.array is None:
+                gamma.cleargrad()  # or its dtype may be another by now
                 gamma.initialize(())
+            elif is_stale and state.gamma_name < self.weight_name:
+                # Chainer initializes by name: gamma before this weight.
+                gamma.initializer.renew(gamma.array)
         return u
 
     def _make_vector(self, link: chainer.Link, W: Any) -> Any:
@@ -293,11 +299,15 @@ class SpectralNormalization(link_hook.LinkHook):
         axis = output_axis(link)
         with chainer.using_device(link.device):
             u = link.xp.random.normal(size=(W.shape[axis],)).astype(W.dtype)
-            if self.n_warmup > 0:
-                with numpy.errstate(all='ignore'):
-                    _pi.store(u, _pi.power_iteration(
-                        _pi.unfold(W, axis), u, self.n_warmup))
+        self._warm_up(link, W, u)
         return u
+
+    def _warm_up(self, link: chainer.Link, W: Any, u: Any) -> None:
+        if self.n_warmup > 0:
+            with chainer.using_device(link.device), \
+                    numpy.errstate(all='ignore'):
+                _pi.store(u, _pi.power_iteration(
+                    _pi.unfold(W, output_axis(link)), u, self.n_warmup))
 
 
 class _LargestSingularValue:
@@ -311,6 +321,12 @@ class _LargestSingularValue:
     def __init__(self, W: chainer.Parameter, axis: int) -> None:
         self.W = W
         self.axis = axis
+        self.value: Any = None
+
+    def renew(self, array: Any) -> None:
+        """Overwrites gamma if it is still what this has made it."""
+        if self.value is not None and bool((array == self.value).all()):
+            self(array)
 
     @property
     def dtype(self) -> Any:
@@ -330,6 +346,7 @@ class _LargestSingularValue:
         matrix = xp.moveaxis(W, self.axis, 0).reshape(W.shape[self.axis], -1)
         if xp.isfinite(matrix).all():
             array[...] = xp.linalg.svd(matrix, compute_uv=False)[0]
+        self.value = float(array)
 
 
 def output_axis(link: chainer.Link) -> int:
@@ -345,7 +362,7 @@ def _initialize_weight(
     bound = inspect.signature(type(link).forward).bind(
         link, *cb_args.args, **cb_args.kwargs)
     _, x, *_ = [*bound.args, *bound.kwargs.values(), None]
-    if getattr(x, 'ndim', 0) >= 2 and hasattr(link, '_initialize_params'):
+    if getattr(x, 'ndim', 0) >= 2 and _takes_in_size(link):
         if isinstance(link, L.Linear):
             n_batch_axes = bound.arguments.get('n_batch_axes', 1)
             in_size = size_of_shape(x.shape[n_batch_axes:])
@@ -357,3 +374,13 @@ def _initialize_weight(
     if W.array is None:
         raise errors.UninitializedWeightError(
             type(link).__name__, weight_name)
+
+
+def _takes_in_size(link: chainer.Link) -> bool:
+    """Whether the input size is all that the link's parameters need."""
+    initialize: Any = getattr(link, '_initialize_params', None)
+    try:
+        inspect.signature(initialize).bind(1)
+    except TypeError:
+        return False
+    return True

@@ -1,6 +1,7 @@
 """``spectral_normalize`` and ``spectral_norm`` against the oracle."""
 import itertools
 import math
+import pickle
 
 import chainer
 import numpy as np
@@ -641,6 +642,10 @@ def test_bad_argument(name):
     with pytest.raises(error, match=message) as info:
         F.spectral_normalize(**arguments)
     assert isinstance(info.value, errors.SpectralNormalizationError)
+    # As it comes from a worker process.
+    copied = pickle.loads(pickle.dumps(info.value))
+    assert type(copied) is error
+    assert str(copied) == str(info.value)
     if before is not None:
         np.testing.assert_array_equal(u, before)
 
@@ -671,7 +676,7 @@ def test_errors_are_what_a_user_may_already_catch():
 def test_every_error_has_a_test():
     named = {error for _, error, _ in BAD_ARGUMENTS.values()}
     elsewhere = {errors.VectorDeviceError, errors.WeightNotFoundError,
-                 errors.HookCollisionError,
+                 errors.HookCollisionError, errors.HookNotAddedError,
                  errors.SpectralNormalizationError}
     classes = {c for c in vars(errors).values() if isinstance(c, type)
                and issubclass(c, errors.SpectralNormalizationError)}

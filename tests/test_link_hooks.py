@@ -227,6 +227,21 @@ class TestLazy:
             backward(link, F.sum(link(np.random.normal(size=(2, 5)))))
         assert link.W_u.dtype == link.gamma.grad.dtype == np.float64
 
+    @pytest.mark.parametrize('dtypes', [('f', 'd'), ('d', 'f')])
+    def test_another_dtype_at_the_first_call(self, dtypes):
+        with chainer.using_config('dtype', np.dtype(dtypes[0])):
+            link = L.Linear(None, 6, nobias=True).add_hook(
+                SpectralNormalization(use_gamma=True))
+        with chainer.using_config('dtype', np.dtype(dtypes[1])):
+            backward(link, F.sum(link(x_of(2, 5).astype(dtypes[1]))))
+        assert link.gamma.dtype == link.gamma.grad.dtype == dtypes[1]
+
+    def test_a_link_whose_weight_needs_more_than_the_input_size(self):
+        link = L.LocalConvolution2D(None, 4, ksize=3)
+        link.add_hook(SpectralNormalization())
+        with pytest.raises(errors.UninitializedWeightError):
+            link(x_of(2, 3, 5, 5))
+
     def test_a_link_that_cannot_be_initialized_from_the_call(self):
         class Custom(chainer.Link):
 
@@ -570,6 +585,54 @@ class TestCopies:
         np.testing.assert_array_equal(link.W_u, source.W_u)
         np.testing.assert_array_equal(link.gamma.array, source.gamma.array)
 
+    @pytest.mark.parametrize('change', [
+        lambda source, link: link.copyparams(source),
+        lambda source, link: serializers.load_npz(save(source), link)],
+        ids=['copyparams', 'snapshot'])
+    def test_a_repeated_link_that_gets_its_source_back(self, change):
+        """As a target network does."""
+        source = linear(use_gamma=True)
+        source.gamma.array[...] = 5
+        link, = source.repeat(1, mode='init')
+        change(source, link)
+        with chainer.using_config('train', False):
+            link(x_of(2, 5))
+        np.testing.assert_array_equal(link.W_u, source.W_u)
+        assert link.gamma.array == 5
+
+    @pytest.mark.parametrize('dtype', ['f', 'd'])
+    def test_a_copy_whose_arrays_are_replaced(self, dtype):
+        """As by an average of weights that is kept by assignment."""
+        source = linear(use_gamma=True)
+        source.gamma.array[...] = 5
+        link = copy.deepcopy(source)
+        for param in link.params():
+            param.array = param.array.astype(dtype)
+        with chainer.using_config('train', False):
+            link(x_of(2, 5).astype(dtype))
+        np.testing.assert_array_equal(link.W_u, source.W_u)
+        assert link.gamma.array == 5
+
+    def test_training_after_repeat(self):
+        """Gradients are cleared before the first call, as many loops do."""
+        link, = linear(use_gamma=True).repeat(1, mode='init')
+        optimizer = chainer.optimizers.SGD(0.01).setup(link)
+        for _ in range(2):
+            backward(link, F.sum(link(x_of(2, 5)) ** 2))
+            optimizer.update()
+        link.cleargrads()
+        F.sum(link(x_of(2, 5))).backward()
+        for param in link.params():
+            assert np.isfinite(param.array).all()
+            assert np.isfinite(param.grad).all()
+
+    @pytest.mark.parametrize('again', [
+        copy.deepcopy, lambda link: pickle.loads(pickle.dumps(link)),
+        lambda link: link.copy('init')])
+    def test_a_copy_of_a_repeated_link(self, again):
+        link, = linear(n_in=50, n_out=60).repeat(1, mode='init')
+        assert norm(again(link)) == pytest.approx(1, abs=3e-2)
+
     def test_gamma_of_a_weight_that_is_initialized_after_it(self):
         class Late(chainer.Link):
 
@@ -803,6 +866,10 @@ class TestBadInput:
     def test_settings(self, settings, error):
         with pytest.raises(error):
             SpectralNormalization(**settings)
+
+    def test_a_link_without_the_hook(self):
+        with pytest.raises(errors.HookNotAddedError, match='Add it first'):
+            SpectralNormalization().normalize_weight(L.Linear(5, 6))
 
     def test_u_of_another_length(self):
         link = linear()
