@@ -67,8 +67,11 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-docs: setup
+$(STAMP)-docs: $(STAMP)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[docs]'
+	@touch $@
+
+docs: $(STAMP)-docs
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
 
 clean:

@@ -77,10 +77,10 @@ class PowerIteration(NamedTuple):
         return self.vs[-1]
 
 
-def unfold(W: Any, axis: int, scale: float = 1.0) -> _matrix.Matrix:
-    """Returns ``W / scale`` as a matrix in the accumulator's dtype."""
-    W = W.astype(accumulator_dtype(W.dtype), copy=False)
-    return _matrix.Matrix(W if scale == 1.0 else W / scale, axis)
+def unfold(W: Any, axis: int) -> _matrix.Matrix:
+    """Returns ``W`` as a matrix in the accumulator's dtype."""
+    return _matrix.Matrix(
+        W.astype(accumulator_dtype(W.dtype), copy=False), axis)
 
 
 class _ExtremeNorm(ArithmeticError):

@@ -21,10 +21,6 @@ _FIRST_RUN = Forget.forward.__code__
 _SECOND_RUN = Forget.backward.__code__
 
 
-def is_second_run() -> bool:
-    return chainer.config.in_recomputing
-
-
 def start_vector(link: chainer.Link, state: LinkState, u: Any) -> Any:
     """Returns the vector that this second run of a call must start from.
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import Any
+from typing import Any, Callable
 
 import chainer
 import numpy
@@ -31,6 +31,7 @@ class LinkState:
         self.gamma_name = gamma_name
         self.start: Any = None
         self._copied: Any = None
+        self._link: Callable[[], Any] = lambda: None  # a weak reference
 
     def put(self, link: chainer.Link) -> None:
         link.__dict__[self._key(self.weight_name)] = self
@@ -99,5 +100,4 @@ def _unpickle(
     state = LinkState(weight_name, gamma_name)
     state.start = start
     state._copied = copied
-    state._link = lambda: None  # type: ignore[assignment]
     return state

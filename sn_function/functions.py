@@ -129,8 +129,10 @@ def _gradients(
     """Returns ``gW``, ``gu`` and ``ggamma``, as wanted; on arrays."""
     # As in the forward, an overflow shows in the result.
     with numpy.errstate(all='ignore'):
-        if A is None or it.scale != 1.0:
-            A = _pi.unfold(W, settings.axis, it.scale)
+        if A is None:
+            A = _pi.unfold(W, settings.axis)
+        if it.scale != 1.0:
+            A = A.scaled(it.scale)
         grads: dict[str, Array] = {}
         a, c, dot = 0.0, 0.0, 0.0  # gW = a gY + c G
         if gsigma is not None:

@@ -136,23 +136,23 @@ def check_options(**options):
                  'rtol': 1e-5}, **options)
 
 
-def double_backward_case(shape, axis, n, detach_uv):
-    u = random(shape[axis])
-    if detach_uv:
-        # Its own definition: u and v are those of one place, for good.
-        W0 = random(*shape)
-        uv = reference.power_iteration(W0, u, n, axis)[:2]
+def composed(W, gamma, u, n_power_iteration=1, axis=0, uv=None):
+    """Y out of Chainer's functions; with ``uv`` given, those are constants."""
+    def unit(x):
+        norm = chainer.functions.sqrt(chainer.functions.sum(x ** 2))
+        return x / chainer.functions.broadcast_to(norm, x.shape)
 
-        def f(W, gamma):
-            A = chainer.functions.moveaxis(W, axis, 0)
-            A = A.reshape(shape[axis], -1)
-            sigma = chainer.functions.sum(
-                uv[0] * chainer.functions.matmul(A, uv[1]))
-            return gamma * W / chainer.functions.broadcast_to(
-                sigma, W.shape)
-
-        return W0, u, f
-    return random(*shape), u, None
+    matmul = chainer.functions.matmul
+    A = chainer.functions.moveaxis(W, axis, 0).reshape(W.shape[axis], -1)
+    v = None
+    if uv is None:
+        for _ in range(n_power_iteration):
+            v = unit(matmul(A, u, transa=True))
+            u = unit(matmul(A, v))
+    else:
+        u, v = uv
+    sigma = chainer.functions.sum(u * matmul(A, v))
+    return gamma * W / chainer.functions.broadcast_to(sigma, W.shape)
 
 
 @pytest.mark.parametrize('n_power_iteration', [1, 2, 3])
@@ -173,12 +173,13 @@ def test_double_backward_exact(shape, axis, n_power_iteration):
 @pytest.mark.parametrize('n_power_iteration', [1, 3])
 @pytest.mark.parametrize(('shape', 'axis'), WEIGHTS[::2])
 def test_double_backward_detached(shape, axis, n_power_iteration):
-    W0, u, definition = double_backward_case(
-        shape, axis, n_power_iteration, True)
+    W0, u = random(*shape), random(shape[axis])
+    uv = reference.power_iteration(W0, u, n_power_iteration, axis)[:2]
     gY, ggW, ggamma2 = random(*shape), random(*shape), np.array(0.4)
     results = []
-    for f in (definition, lambda W, gamma: F.spectral_normalize(
-            W, u, n_power_iteration, gamma, axis=axis, detach_uv=True)):
+    for f in (lambda W, gamma: composed(W, gamma, u, axis=axis, uv=uv),
+              lambda W, gamma: F.spectral_normalize(
+                  W, u, n_power_iteration, gamma, axis=axis, detach_uv=True)):
         W, gamma = chainer.Variable(W0), chainer.Variable(np.array(0.7))
         gy = chainer.Variable(gY)
         first = chainer.grad(
@@ -191,21 +192,13 @@ def test_double_backward_detached(shape, axis, n_power_iteration):
 @pytest.mark.parametrize('detach_uv', [False, True])
 def test_third_order(detach_uv):
     shape = (4, 3)
-    W0, u, definition = double_backward_case(shape, 0, 1, detach_uv)
-    if definition is None:
-        def definition(W, gamma):
-            s = chainer.functions.matmul(W, u, transa=True)
-            v = s / chainer.functions.broadcast_to(
-                chainer.functions.sqrt(chainer.functions.sum(s ** 2)),
-                s.shape)
-            t = chainer.functions.matmul(W, v)
-            sigma = chainer.functions.sqrt(chainer.functions.sum(t ** 2))
-            return gamma * W / chainer.functions.broadcast_to(sigma, shape)
-
+    W0, u = random(*shape), random(4)
+    uv = reference.power_iteration(W0, u)[:2] if detach_uv else None
     directions = [random(*shape) for _ in range(3)]
     results = []
-    for f in (definition, lambda W, gamma: F.spectral_normalize(
-            W, u, 1, gamma, detach_uv=detach_uv)):
+    for f in (lambda W, gamma: composed(W, gamma, u, uv=uv),
+              lambda W, gamma: F.spectral_normalize(
+                  W, u, 1, gamma, detach_uv=detach_uv)):
         W, gamma = chainer.Variable(W0), chainer.Variable(np.array(0.7))
         y = f(W, gamma)
         for d in directions:
@@ -228,17 +221,9 @@ def test_double_backward_when_gy_depends_on_W():
         chainer.functions.sum(g ** 2).backward()
         return W.grad
 
-    def composed(W):
-        s = chainer.functions.matmul(W, u, transa=True)
-        v = s / chainer.functions.broadcast_to(
-            chainer.functions.sqrt(chainer.functions.sum(s ** 2)), s.shape)
-        t = chainer.functions.matmul(W, v)
-        sigma = chainer.functions.sqrt(chainer.functions.sum(t ** 2))
-        return W / chainer.functions.broadcast_to(sigma, shape)
-
     np.testing.assert_allclose(
-        second(lambda W: F.spectral_normalize(W, u)), second(composed),
-        rtol=1e-9)
+        second(lambda W: F.spectral_normalize(W, u)),
+        second(lambda W: composed(W, 1.0, u)), rtol=1e-9)
 
 
 @pytest.mark.parametrize('sign', ['none', 't', 's', 'G', 'gY', 'gamma'])

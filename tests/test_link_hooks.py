@@ -19,9 +19,8 @@ from tests.defects import TwoWeights
 from tests.test_parity import LINKS, inputs_of
 
 
-def linear(hook=None, n_in=5, n_out=6, **kwargs):
-    return L.Linear(n_in, n_out).add_hook(hook or SpectralNormalization(
-        **kwargs))
+def linear(n_in=5, n_out=6, **kwargs):
+    return L.Linear(n_in, n_out).add_hook(SpectralNormalization(**kwargs))
 
 
 def x_of(*shape):
@@ -320,6 +319,25 @@ class TestWeightIsPutBack:
         gc.collect()
         link.delete_hook('Fails')
         self.check(link, W)
+
+    def test_another_hook_raises_after_two_of_ours(self):
+        class Fails(chainer.LinkHook):
+            name = 'Fails'
+
+            def forward_preprocess(self, args):
+                raise RuntimeError
+
+        link = TwoWeights()
+        for name in ('W', 'H'):
+            link.add_hook(SpectralNormalization(weight_name=name, name=name))
+        link.add_hook(Fails())
+        W, H = link.W, link.H
+        with pytest.raises(RuntimeError):
+            link(x_of(2, 5))
+        gc.collect()
+        link.delete_hook('Fails')
+        self.check(link, W)
+        assert link.H is H
 
     @pytest.mark.parametrize('first', [True, False])
     def test_beside_weight_standardization(self, first):
