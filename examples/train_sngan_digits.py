@@ -305,6 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print(digits_score.make_table(scores),
                   sigma_report.make_table(layers),
                   sigma_report.verdict(layers))
+    print(f'Pictures, scores, log, snapshots and networks: {args.out}')
     return 0
 
 
