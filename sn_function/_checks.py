@@ -12,7 +12,6 @@ from chainer import backend
 from chainer.backends import cuda
 
 from sn_function import _matrix, errors
-from sn_function import _power_iteration as _pi
 
 
 def check_settings(n_power_iteration: int, factor: float,
@@ -63,14 +62,13 @@ def check_arrays(W: Any, u: Any, axis: int, update_u: bool) -> int:
     check_weight(array)
     shape = array.shape
     axis = _matrix.normalize_axis(axis, len(shape))
-    accumulator = _pi.accumulator_dtype(array.dtype)
+    accumulator = _matrix.accumulator_dtype(array.dtype)
     if not (_is_float_array(vector)
             and vector.dtype in (array.dtype, accumulator)):
         raise errors.VectorTypeError(u, array.dtype)
     if vector.shape != (shape[axis],):
         raise errors.VectorShapeError(vector.shape, shape, axis)
-    if not (isinstance(array, numpy.ndarray)
-            and isinstance(vector, numpy.ndarray)):
+    if is_on_device(array) or is_on_device(vector):
         _check_same_device(vector, array)
     if update_u and not (vector is u and _is_writable(u)):
         raise errors.VectorUpdateError(u)
@@ -82,8 +80,13 @@ def _is_float_array(x: Any) -> bool:
         x.dtype.char in 'efd')
 
 
+def is_on_device(x: Any) -> bool:
+    """Whether an array is CuPy's."""
+    return isinstance(x, cuda.ndarray)
+
+
 def _is_writable(u: Any) -> bool:
-    return not isinstance(u, numpy.ndarray) or u.flags.writeable
+    return is_on_device(u) or u.flags.writeable
 
 
 def _check_same_device(u: Any, W: Any) -> None:
@@ -103,7 +106,6 @@ def check_gamma(gamma: Any, W: Any) -> Any:
     array = gamma.array if isinstance(gamma, chainer.Variable) else gamma
     W = W.array if isinstance(W, chainer.Variable) else W
     if not (_is_float_array(array) and array.shape == ()
-            and isinstance(array, numpy.ndarray)
-            == isinstance(W, numpy.ndarray)):
+            and is_on_device(array) == is_on_device(W)):
         raise errors.GammaError(gamma)
     return gamma

@@ -23,6 +23,7 @@ import functools
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 import types
 import warnings
@@ -181,7 +182,7 @@ def _import_chainer() -> List[str]:
             more = lend()
             loans += more
             names += [name] if more else []
-    with _lent(loans):
+    with _lent(loans), _without_advice_on_cudnn():
         try:
             importlib.import_module('chainer')
         except ModuleNotFoundError as error:
@@ -189,6 +190,30 @@ def _import_chainer() -> List[str]:
                 raise
             raise ImportError(_INSTALL_CHAINER, name='chainer') from None
     return names
+
+
+@contextlib.contextmanager
+def _without_advice_on_cudnn() -> Iterator[None]:
+    """Chainer advises to reinstall CuPy for cuDNN, once, when imported.
+
+    CuPy 14 has no cuDNN module, so this does not help; and where warnings are
+    errors Chainer cannot be imported, as functions/activation/relu.py makes
+    a kernel.  With another CuPy the advice is given.
+    Delete with the support of Chainer 7.
+    """
+    with warnings.catch_warnings():
+        if _cupy_has_no_cudnn():
+            warnings.filterwarnings(
+                'ignore', 'cuDNN is not enabled', UserWarning)
+        yield
+
+
+def _cupy_has_no_cudnn() -> bool:
+    try:
+        return (importlib.util.find_spec('cupy') is not None
+                and importlib.util.find_spec('cupy.cudnn') is None)
+    except Exception:
+        return False  # a broken CuPy: Chainer tells
 
 
 def _reading(function: Callable, **names: object) -> Callable:

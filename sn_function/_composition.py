@@ -12,50 +12,92 @@ import chainer
 from chainer import backend
 from chainer import functions as F
 
-from sn_function import _power_iteration as _pi
+from sn_function._power_iteration import Settings
 
 
 def compose(
-        settings: _pi.Settings, it: _pi.PowerIteration, W: chainer.Variable,
-        u: Any, gamma: Any,
+        settings: Settings, it: Any, W: chainer.Variable, u: Any, gamma: Any,
 ) -> tuple[chainer.Variable, chainer.Variable]:
     """``Y`` and ``sigma`` out of Chainer's functions, for higher orders."""
     dtype = it.u.dtype
     xp = backend.get_array_module(it.u)
-    A = _Blocks(_divide(F.cast(W, dtype), it.scale), settings.axis)
-    if settings.detach_uv:
-        sigma = F.sum(it.u * A.dot(chainer.as_variable(it.v)))
-    else:
-        if it.restarted:
-            u = chainer.as_variable(it.us[0])
-        else:
-            u = chainer.as_variable(u)
-            u = _divide(F.cast(u, dtype), it.u_scale)
-        for _ in range(settings.n_power_iteration):
-            t = A.dot(_unit(A.tdot(u)))
-            u = _unit(t)
-        sigma = F.sum(u * t)
-    divisor, scale, is_above = _pi.floored(it, settings.eps)
-    factor = settings.factor * (it.scale / scale)
-    if is_above is False:
-        coefficient = chainer.as_variable(xp.asarray(factor / divisor, dtype))
-    else:
-        mask = xp.asarray(is_above, dtype=dtype)
-        coefficient = factor / (sigma * mask + divisor * (1 - mask))
+    W32 = F.cast(W, dtype)
+    scaled = _divide(W32, it.scale)
+    sigma = _estimate(settings, it, scaled, u)
+    divisor, scale, is_above = it.floored(settings.eps)
+    if is_above is True:
+        divisor = sigma
+    elif is_above is not False:  # a device knows, and does not tell
+        # Where sigma is not used, its derivatives, which may overflow, must
+        # not be there to be multiplied by zero.
+        ones = chainer.as_variable(xp.ones_like(scaled.array))
+        divisor = _where(is_above, _estimate(
+            settings, it, _where(is_above, scaled, ones), u), divisor)
     if isinstance(gamma, chainer.Variable):
         gamma = F.cast(gamma, dtype)
-    coefficient *= _pi.number(gamma)
-    Y = A.W * F.broadcast_to(coefficient, A.W.shape)
-    return F.cast(Y, W.dtype), sigma * it.scale
+    coefficient = gamma * settings.factor / divisor
+    if not isinstance(coefficient, chainer.Variable):
+        coefficient = chainer.as_variable(xp.asarray(coefficient, dtype))
+    Y = _divide(W32, scale)
+    Y *= F.broadcast_to(coefficient, Y.shape)
+    for factor in _factors(it.scale):
+        sigma /= factor
+    return F.cast(Y, W.dtype), sigma
 
 
-def _divide(x: chainer.Variable, scale: float) -> chainer.Variable:
-    """``x / scale`` for a power of two, whose inverse may overflow."""
+def _estimate(
+        settings: Settings, it: Any, W: chainer.Variable, u: Any,
+) -> chainer.Variable:
+    """Sigma of a weight that is in its units, in these."""
+    A = _Blocks(W, settings.axis)
+    if settings.detach_uv:
+        return F.sum(it.u * A.dot(chainer.as_variable(it.v)))
+    u = _start(it, u)
+    for _ in range(settings.n_power_iteration):
+        t = A.dot(_unit(A.tdot(u)))
+        u = _unit(t)
+    return F.sum(u * t)
+
+
+def _where(condition: Any, x: Any, y: Any) -> chainer.Variable:
+    """``x`` where a number of a device is not zero, else ``y``."""
+    xp = backend.get_array_module(condition)
+    return F.where(
+        xp.broadcast_to(condition != 0, x.shape), x, chainer.as_variable(y))
+
+
+def _start(it: Any, u: Any) -> chainer.Variable:
+    """``u_0`` in its units, as a function of u if it is one."""
+    start = chainer.as_variable(it.start)
+    if not isinstance(u, chainer.Variable) or it.restarted is True:
+        return start
+    u = _divide(F.cast(u, start.dtype), it.u_scale)
+    if it.restarted is False:
+        return u
+    return _where(it.restarted, start, u)
+
+
+def _factors(scale: Any) -> tuple[Any, ...]:
+    """Factors of the inverse of a power of two, which may overflow itself.
+
+    A device gives them as such.
+    """
+    if isinstance(scale, tuple):
+        return scale
     if scale == 1.0:
-        return x
+        return ()
     exponent = math.frexp(scale)[1] - 1
     half = exponent // 2
-    return x * 2.0 ** -half * 2.0 ** (half - exponent)
+    return 2.0 ** -half, 2.0 ** (half - exponent)
+
+
+def _divide(x: chainer.Variable, scale: Any) -> chainer.Variable:
+    """``x / scale``"""
+    for factor in _factors(scale):
+        if not isinstance(factor, float):
+            factor = F.broadcast_to(chainer.as_variable(factor), x.shape)
+        x *= factor
+    return x
 
 
 def _unit(x: chainer.Variable) -> chainer.Variable:

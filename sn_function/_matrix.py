@@ -16,7 +16,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy
+
 from sn_function import errors
+
+
+def accumulator_dtype(dtype: Any) -> Any:
+    """The dtype in which sums over entries of ``dtype`` are made."""
+    return numpy.dtype(numpy.float32) if dtype.char == 'e' else dtype
 
 
 def normalize_axis(axis: int, ndim: int) -> int:

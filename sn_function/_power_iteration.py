@@ -1,4 +1,4 @@
-"""K power iterations and their adjoint, on arrays.
+"""K power iterations and their adjoint in NumPy; arrays only.
 
 Forward, from any non-zero ``u_0``, for ``k = 1..K``:
 
@@ -20,23 +20,24 @@ derivative of sigma with respect to what is under it):
 so ``d sigma / d W = G`` has rank 2K, and ``d sigma / d u_0 = ubar`` after
 k = 1.  With u and v held constant it is ``u_K v_K^T``, of rank 1.
 
-On NumPy the norms are Python floats and decisions are taken on them; on a
-device they are arrays of shape ``()`` and nothing here waits for them.
+With upstream gradients ``gY`` and ``gsigma`` of ``Y = gamma f W / sigma`` and
+of sigma,
+
+    gW = gamma f gY / sigma + c G       c = gsigma - gamma f <gY, W> / sigma^2
+    gu = c d sigma / d u_0              ggamma = f <gY, W> / sigma
+
+and, where sigma is below eps, that constant in its place and c = gsigma.
+:mod:`sn_function._device` has the same for a CUDA device.
 """
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy
-from chainer import backend
 
 from sn_function import _matrix, errors
-
-
-def accumulator_dtype(dtype: Any) -> Any:
-    """The dtype in which sums over entries of ``dtype`` are made."""
-    return numpy.dtype(numpy.float32) if dtype.char == 'e' else dtype
+from sn_function._matrix import accumulator_dtype
 
 
 class Settings(NamedTuple):
@@ -54,9 +55,9 @@ class PowerIteration(NamedTuple):
 
     ``us`` holds ``u_0 .. u_K``, ``vs`` holds ``v_1 .. v_K``.  A norm that is
     zero is stored as 1, so that the vector divided by it is zero, too.
-    Everything is in units of ``W / scale``; ``scale`` is 1 unless W is out of
-    the range in which squares are safe.  ``restarted`` tells that ``u_0`` is
-    not the one that was given.
+    Everything is in units of ``W / scale`` and ``u / u_scale``, powers of two
+    that are 1 unless squares could leave the range.  ``restarted`` tells that
+    ``u_0`` is not the one that was given.  ``matrix`` is the matrix, if kept.
     """
 
     us: list[Any]
@@ -67,6 +68,7 @@ class PowerIteration(NamedTuple):
     scale: float = 1.0
     u_scale: float = 1.0
     restarted: bool = False
+    matrix: Any = None
 
     @property
     def u(self) -> Any:
@@ -75,6 +77,16 @@ class PowerIteration(NamedTuple):
     @property
     def v(self) -> Any:
         return self.vs[-1]
+
+    @property
+    def start(self) -> Any:
+        return self.us[0]
+
+    def floored(self, eps: float) -> tuple[float, float, bool]:
+        """``max(sigma, eps)``, the scale it is in, and if it is sigma."""
+        if self.sigma * self.scale < eps or self.sigma == 0:
+            return eps or 1.0, 1.0, False  # with eps 0, W is 0
+        return self.sigma, self.scale, True
 
 
 def unfold(W: Any, axis: int) -> _matrix.Matrix:
@@ -111,14 +123,6 @@ def _host_norm(x: Any) -> tuple[Any, Any]:
     return norm, norm or 1.0
 
 
-def _device_norm(x: Any) -> tuple[Any, Any]:
-    xp = backend.get_array_module(x)
-    largest = abs(x).max()
-    y = x / xp.where(largest == 0, 1, largest)
-    norm = (largest * xp.sqrt(y.dot(y))).astype(x.dtype, copy=False)
-    return norm, xp.where(norm == 0, 1, norm).astype(x.dtype, copy=False)
-
-
 def _iterate(
         A: _matrix.Matrix, u: Any, n: int,
         norm: Callable[[Any], tuple[Any, Any]]) -> PowerIteration:
@@ -135,7 +139,7 @@ def _iterate(
         t_norms.append(divisor)
         us.append(u)
         vs.append(v)
-    return PowerIteration(us, vs, s_norms, t_norms, sigma)
+    return PowerIteration(us, vs, s_norms, t_norms, sigma, matrix=A)
 
 
 def power_iteration(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
@@ -145,14 +149,11 @@ def power_iteration(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
     NumPy's warnings off: what overflows is done again, and NaN shows.
 
     Raises:
-        VectorValueError: ``u`` is zero or not finite.  On a device this is
-            not looked at, as it would have to be waited for.
+        VectorValueError: ``u`` is zero or not finite.
 
     """
     dtype = A.array.dtype
     u = u.astype(dtype, copy=False)
-    if not isinstance(u, numpy.ndarray):
-        return _iterate(A, u, n, _device_norm)
     try:
         return _iterate(A, u, n, _ORDINARY_NORM[dtype.char])
     except _ExtremeNorm:
@@ -186,13 +187,13 @@ def _rescaled(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
 
 def store(u: Any, it: PowerIteration) -> None:
     """Overwrites ``u`` with ``u_K``, unless that is zero or not finite."""
-    if isinstance(u, numpy.ndarray):
-        if 0 < it.sigma < math.inf:
-            u[...] = it.u
-    else:
-        xp = backend.get_array_module(u)
-        is_good = (it.sigma > 0) & xp.isfinite(it.sigma)
-        u[...] = xp.where(is_good, it.u, u)
+    if 0 < it.sigma < math.inf:
+        u[...] = it.u
+
+
+def warm_up(W: Any, u: Any, axis: int, n: int) -> None:
+    """Moves ``u`` on by ``n`` iterations, unless it would not be finite."""
+    normalize(Settings(n, axis, True), W, u, 1.0, (), True)
 
 
 def adjoint(
@@ -214,10 +215,8 @@ def adjoint(
     if detach_uv:
         return it.u[None], it.v[None], None
     K = len(it.vs)
-    empty = (numpy.empty if isinstance(it.u, numpy.ndarray)
-             else backend.get_array_module(it.u).empty)
-    P = empty((2 * K, A.m), it.u.dtype)
-    Q = empty((2 * K, A.n), it.u.dtype)
+    P = numpy.empty((2 * K, A.m), it.u.dtype)
+    Q = numpy.empty((2 * K, A.n), it.u.dtype)
     tbar = it.u
     for k in range(K - 1, -1, -1):
         u, v = it.us[k], it.vs[k]
@@ -239,21 +238,93 @@ def adjoint(
     return P, Q, ubar * (it.scale / it.u_scale)
 
 
-def number(x: Any) -> Any:
-    """A scalar: a Python float, except that device values stay there."""
-    if isinstance(x, float):
-        return x
-    return x.item() if isinstance(x, (numpy.ndarray, numpy.generic)) else x
+def normalize(
+        settings: Settings, W: Any, u: Any, gamma: Any,
+        output_names: Sequence[str], update_u: bool,
+) -> tuple[tuple[Any, ...], PowerIteration]:
+    """Returns ``Y`` and ``sigma``, as named, and what backward needs.
+
+    Args:
+        settings: What the caller chose.
+        W: Weight with 2 or more dimensions.
+        u: Start vector, shape ``(m,)``.
+        gamma: A float, or an array of shape ``()``.
+        output_names: ``'Y'``, ``'sigma'`` or both.
+        update_u: Overwrite ``u`` with ``u_K``, unless that is not finite.
+
+    Raises:
+        VectorValueError: ``u`` is zero or not finite.
+
+    """
+    # NaN and overflow show in the outputs; they need no warning as well.
+    with numpy.errstate(all='ignore'):
+        A = unfold(W, settings.axis)
+        # A copy: the owner of u is free to change it.
+        it = power_iteration(A, u.copy(), settings.n_power_iteration)
+        if it.matrix.array is not W:  # made anew, rather than kept
+            it = it._replace(matrix=None)
+        outputs = []
+        if 'Y' in output_names:
+            divisor, scale, _ = it.floored(settings.eps)
+            x = A.array if scale == 1.0 else A.array / scale
+            Y = x * (_number(gamma) * settings.factor / divisor)
+            outputs.append(Y.astype(W.dtype, copy=False))
+        if 'sigma' in output_names:
+            outputs.append(numpy.array(it.sigma * it.scale, A.array.dtype))
+        if update_u:
+            store(u, it)
+        return tuple(outputs), it
 
 
-def floored(it: PowerIteration, eps: float) -> tuple[Any, float, Any]:
-    """``max(sigma, eps)``, the scale it is in units of, and if it is sigma."""
-    sigma = it.sigma
-    if isinstance(sigma, float):
-        if sigma * it.scale < eps or sigma == 0:
-            return eps or 1.0, 1.0, False  # with eps 0, W is 0
-        return sigma, it.scale, True
-    xp = backend.get_array_module(sigma)
-    # With eps 0 the floor is the least number that can be divided by.
-    eps = max(eps, float(numpy.finfo(sigma.dtype).tiny))
-    return xp.maximum(sigma, sigma.dtype.type(eps)), 1.0, ~(sigma < eps)
+def gradients(
+        settings: Settings, it: PowerIteration, wanted: Sequence[str], W: Any,
+        u: Any, gamma: Any, gY: Any = None, gsigma: Any = None,
+) -> tuple[Any, ...]:
+    """Returns ``gW``, ``gu`` and ``ggamma``, as wanted.
+
+    Args:
+        settings: What the caller chose.
+        it: What the forward computed.
+        wanted: ``'W'``, ``'u'`` and ``'gamma'``, or some of them.
+        W: Weight.
+        u: Start vector, for its dtype.
+        gamma: Scale.
+        gY: Upstream gradient of ``Y``, of its shape and dtype, or ``None``.
+        gsigma: Upstream gradient of sigma, shape ``()``, or ``None``.
+
+    """
+    with numpy.errstate(all='ignore'):
+        A = it.matrix
+        if A is None or A.array is not W:
+            A = unfold(W, settings.axis)
+        if it.scale != 1.0:
+            A = A.scaled(it.scale)
+        grads: dict[str, Any] = {}
+        a, c, dot = 0.0, 0.0, 0.0  # gW = a gY + c G
+        if gsigma is not None:
+            c = gsigma.item()
+        if gY is not None:
+            gY = gY.astype(A.array.dtype, copy=False)
+            divisor, scale, is_above = it.floored(settings.eps)
+            # Twice divided: sigma ** 2 could overflow.
+            dot = gY.ravel().dot(A.array.ravel()).item()
+            dot = dot * (it.scale / scale) / divisor
+            a = _number(gamma) * settings.factor / divisor / scale
+            if is_above:
+                c -= a * dot
+        if 'gamma' in wanted:
+            grads['gamma'] = numpy.array(settings.factor * dot, gamma.dtype)
+        if 'W' in wanted or 'u' in wanted:
+            P, Q, ubar = adjoint(A, it, settings.detach_uv, 'u' in wanted)
+            if ubar is not None:
+                grads['u'] = (ubar * c).astype(u.dtype, copy=False)
+            if 'W' in wanted:
+                gW = A.outer(P * c, Q)
+                if gY is not None:
+                    gW += gY * a
+                grads['W'] = gW.astype(W.dtype, copy=False)
+        return tuple([grads[name] for name in wanted])
+
+
+def _number(x: Any) -> float:
+    return x if isinstance(x, float) else x.item()

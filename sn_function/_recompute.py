@@ -15,6 +15,7 @@ from typing import Any, Iterator
 import chainer
 from chainer.functions.util.forget import Forget
 
+from sn_function._matrix import accumulator_dtype
 from sn_function._state import LinkState
 
 _FIRST_RUN = Forget.forward.__code__
@@ -35,7 +36,8 @@ def start_vector(link: chainer.Link, state: LinkState, u: Any) -> Any:
             return _replay(node, run, (id(link), state.weight_name), u)
     # Without a Forget node it is the latest call that is run again.
     start = state.start
-    is_usable = type(start) is type(u) and start.dtype == u.dtype
+    is_usable = type(start) is type(u) and (
+        start.dtype == accumulator_dtype(u.dtype))
     return start if is_usable else u
 
 

@@ -5,20 +5,9 @@
     Y = \\gamma f W / \\max(\\sigma, \\epsilon)
 
 where :math:`\\sigma` is the estimate of the largest singular value of ``W``
-that ``K`` power iterations give.  The iterations and their adjoint are in
-:mod:`sn_function._power_iteration`; here are the nodes of the graph.  With
-upstream gradients :math:`g_Y` and :math:`g_\\sigma`, and
-:math:`G = \\partial \\sigma / \\partial W`,
-
-.. math::
-
-    g_W = \\gamma f g_Y / \\sigma + c G, \\quad
-    c = g_\\sigma - \\gamma f \\langle g_Y, W \\rangle / \\sigma^2, \\quad
-    g_\\gamma = f \\langle g_Y, W \\rangle / \\sigma, \\quad
-    g_u = c \\, \\partial \\sigma / \\partial u,
-
-and, where :math:`\\sigma` is below :math:`\\epsilon`, that constant in its
-place and :math:`c = g_\\sigma`.
+that ``K`` power iterations give.  Here are the nodes of the graph; their
+arithmetic is in :mod:`sn_function._power_iteration` for NumPy, and in
+:mod:`sn_function._device` for CuPy.
 """
 from __future__ import annotations
 
@@ -26,16 +15,20 @@ from typing import Any, Sequence, Union
 
 import chainer
 import numpy
-from chainer import backend, function_node
+from chainer import function_node
 from chainer import functions as F
 
-from sn_function import _checks, _composition, _matrix
-from sn_function import _power_iteration as _pi
+from sn_function import _checks, _composition, _device, _power_iteration
 from sn_function._power_iteration import Settings
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 ArrayOrVariable = Any  # Array or chainer.Variable
 Number = Union[int, float]
+
+
+def arithmetic_of(array: Array) -> Any:
+    """Returns the module that computes on this kind of array."""
+    return _device if _checks.is_on_device(array) else _power_iteration
 
 
 class _Node(function_node.FunctionNode):
@@ -61,37 +54,29 @@ class _Node(function_node.FunctionNode):
 class SpectralNormalize(_Node):
     """``(W[, u][, gamma]) -> Y[, sigma]``, or ``-> sigma`` alone."""
 
-    it: _pi.PowerIteration
-    A: _matrix.Matrix | None
-
     def __init__(
             self, settings: Settings, names: Sequence[str],
-            constants: dict[str, Any], outputs: Sequence[str]) -> None:
+            constants: dict[str, Any], outputs: Sequence[str],
+            update_u: bool) -> None:
         super().__init__(settings, names, constants)
         self.output_names = outputs
+        self.update_u = update_u
 
-    def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        # NaN and overflow show in the outputs; they need no warning as well.
-        with numpy.errstate(all='ignore'):
-            return self._forward(**self.arguments(inputs))
+    def forward_cpu(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        return self._forward(_power_iteration, inputs)
 
-    def _forward(self, W: Array, u: Array, gamma: Any) -> tuple[Array, ...]:
-        settings = self.settings
-        self.A = A = _pi.unfold(W, settings.axis)
-        if A.array is not W:
-            self.A = None  # a float32 copy: made anew, rather than kept
-        self.it = it = _pi.power_iteration(A, u, settings.n_power_iteration)
-        outputs = []
-        if 'Y' in self.output_names:
-            divisor, scale, _ = _pi.floored(it, settings.eps)
-            x = A.array if scale == 1.0 else A.array / scale
-            Y = x * (_pi.number(gamma) * settings.factor / divisor)
-            outputs.append(Y.astype(W.dtype, copy=False))
-        if 'sigma' in self.output_names:
-            xp = backend.get_array_module(W)
-            sigma = xp.asarray(it.sigma * it.scale)
-            outputs.append(sigma.astype(A.array.dtype))
-        return tuple(outputs)
+    def forward_gpu(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        return self._forward(_device, inputs)
+
+    def _forward(
+            self, arithmetic: Any, inputs: tuple[Array, ...]
+    ) -> tuple[Array, ...]:
+        outputs, self.it = arithmetic.normalize(
+            self.settings, **self.arguments(inputs),
+            output_names=self.output_names, update_u=self.update_u)
+        if 'u' in self.constants:
+            self.constants['u'] = None  # its owner is free to change it
+        return outputs
 
     def backward(
             self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]
@@ -113,51 +98,14 @@ class SpectralNormalize(_Node):
         else:
             # No graph is wanted: spare a small weight the cost of a node.
             arrays = {name: x.array for name, x in inputs.items()}
-            grads = tuple([chainer.Variable(g) for g in _gradients(
-                self.settings, self.it, self.A, wanted,
-                **arrays, **self.constants)])
+            grads = tuple([chainer.Variable(g) for g in arithmetic_of(
+                arrays['W']).gradients(
+                    self.settings, self.it, wanted,
+                    **arrays, **self.constants)])
         if len(wanted) == len(indexes):
             return grads
         found = dict(zip(wanted, grads))
         return tuple(found.get(names[i]) for i in indexes)
-
-
-def _gradients(
-        settings: Settings, it: _pi.PowerIteration, A: _matrix.Matrix | None,
-        wanted: Sequence[str], W: Array, u: Array, gamma: Any,
-        gY: Any = None, gsigma: Any = None) -> tuple[Array, ...]:
-    """Returns ``gW``, ``gu`` and ``ggamma``, as wanted; on arrays."""
-    # As in the forward, an overflow shows in the result.
-    with numpy.errstate(all='ignore'):
-        if A is None:
-            A = _pi.unfold(W, settings.axis)
-        if it.scale != 1.0:
-            A = A.scaled(it.scale)
-        grads: dict[str, Array] = {}
-        a, c, dot = 0.0, 0.0, 0.0  # gW = a gY + c G
-        if gsigma is not None:
-            c = _pi.number(gsigma)
-        if gY is not None:
-            gY = gY.astype(A.array.dtype, copy=False)
-            divisor, scale, is_above = _pi.floored(it, settings.eps)
-            # Twice divided: sigma ** 2 could overflow.
-            dot = _pi.number(gY.ravel().dot(A.array.ravel()))
-            dot = dot * (it.scale / scale) / divisor
-            a = _pi.number(gamma) * settings.factor / divisor / scale
-            c = c - is_above * (a * dot)
-        if 'gamma' in wanted:
-            grads['gamma'] = backend.get_array_module(W).asarray(
-                settings.factor * dot).astype(gamma.dtype)
-        if 'W' in wanted or 'u' in wanted:
-            P, Q, ubar = _pi.adjoint(A, it, settings.detach_uv, 'u' in wanted)
-            if ubar is not None:
-                grads['u'] = (ubar * c).astype(u.dtype, copy=False)
-            if 'W' in wanted:
-                gW = A.outer(P * c, Q)
-                if gY is not None:
-                    gW += gY * a
-                grads['W'] = gW.astype(W.dtype, copy=False)
-        return tuple([grads[name] for name in wanted])
 
 
 class SpectralNormalizeGrad(_Node):
@@ -165,16 +113,19 @@ class SpectralNormalizeGrad(_Node):
 
     def __init__(
             self, settings: Settings, names: Sequence[str],
-            constants: dict[str, Any], it: _pi.PowerIteration,
+            constants: dict[str, Any], it: Any,
             wanted: Sequence[str]) -> None:
         super().__init__(settings, names, constants)
         self.it = it
         self.wanted = wanted
 
-    def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        return _gradients(
-            self.settings, self.it, None, self.wanted,
-            **self.arguments(inputs))
+    def forward_cpu(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        return _power_iteration.gradients(
+            self.settings, self.it, self.wanted, **self.arguments(inputs))
+
+    def forward_gpu(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        return _device.gradients(
+            self.settings, self.it, self.wanted, **self.arguments(inputs))
 
     def backward(
             self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]
@@ -288,15 +239,9 @@ def spectral_normalize(
         1.0000
 
     """
-    _checks.check_settings(n_power_iteration, factor, eps)
-    axis = _checks.check_arrays(W, u, axis, update_u)
-    gamma = 1.0 if gamma is None else _checks.check_gamma(gamma, W)
-    settings = Settings(
-        n_power_iteration, axis, detach_uv, float(factor), float(eps))
-    outputs, it = _apply(
-        settings, W, u, gamma, ('Y', 'sigma') if return_sigma else ('Y',))
-    if update_u:
-        _pi.store(u, it)
+    outputs, _ = normalize(
+        W, u, n_power_iteration, gamma, factor, eps, axis, detach_uv,
+        update_u, ('Y', 'sigma') if return_sigma else ('Y',))
     return outputs if return_sigma else outputs[0]
 
 
@@ -349,19 +294,23 @@ def spectral_norm(
          [0. 0.]]
 
     """
-    _checks.check_count('n_power_iteration', n_power_iteration, 1)
-    axis = _checks.check_arrays(W, u, axis, update_u)
-    settings = Settings(n_power_iteration, axis, detach_uv)
-    outputs, it = _apply(settings, W, u, 1.0, ('sigma',))
-    if update_u:
-        _pi.store(u, it)
+    outputs, _ = normalize(
+        W, u, n_power_iteration, None, 1.0, 0.0, axis, detach_uv, update_u,
+        ('sigma',))
     return outputs[0]
 
 
-def _apply(
-        settings: Settings, W: ArrayOrVariable, u: ArrayOrVariable,
-        gamma: Any, outputs: Sequence[str],
-) -> tuple[tuple[chainer.Variable, ...], _pi.PowerIteration]:
+def normalize(
+        W: ArrayOrVariable, u: ArrayOrVariable, n_power_iteration: int,
+        gamma: Any, factor: Number, eps: Number, axis: int, detach_uv: bool,
+        update_u: bool, output_names: Sequence[str],
+) -> tuple[tuple[chainer.Variable, ...], Any]:
+    """The functions above; returns the iterations as well."""
+    _checks.check_settings(n_power_iteration, factor, eps)
+    axis = _checks.check_arrays(W, u, axis, update_u)
+    gamma = 1.0 if gamma is None else _checks.check_gamma(gamma, W)
+    settings = Settings(
+        int(n_power_iteration), axis, detach_uv, float(factor), float(eps))
     names, inputs = ['W'], [W]
     constants: dict[str, Any] = {}
     for name, x in (('u', u), ('gamma', gamma)):
@@ -369,8 +318,9 @@ def _apply(
             names.append(name)
             inputs.append(x)
         else:
-            # A copy: the owner of an array is free to change it.
-            constants[name] = x if _checks.is_real(x) else x.copy()
-    node = SpectralNormalize(settings, names, constants, outputs)
+            constants[name] = x
+    if not isinstance(constants.get('gamma', 1.0), float):
+        constants['gamma'] = gamma.copy()  # its owner is free to change it
+    node = SpectralNormalize(
+        settings, names, constants, output_names, update_u)
     return node.apply(inputs), node.it
-

@@ -11,13 +11,12 @@ import warnings
 from typing import Any
 
 import chainer
-import numpy
 from chainer import link_hook
 from chainer import links as L
 from chainer.utils import size_of_shape
 
 from sn_function import _checks, _recompute, _swap, errors, functions
-from sn_function import _power_iteration as _pi
+from sn_function._matrix import accumulator_dtype
 from sn_function._state import LinkState
 
 
@@ -230,14 +229,13 @@ class SpectralNormalization(link_hook.LinkHook):
         is_second_run = chainer.config.in_recomputing
         start = (_recompute.start_vector(link, state, u) if is_second_run
                  else u)
-        kept = start.copy()
         gamma = state.gamma_name and getattr(link, state.gamma_name)
         try:
-            Y = functions.spectral_normalize(
+            (Y,), it = functions.normalize(
                 W, start, self.n_power_iteration, gamma,
                 1.0 if self.factor is None else self.factor, self.eps,
-                output_axis(link), detach_uv=self.detach_uv,
-                update_u=chainer.config.train and not is_second_run)
+                output_axis(link), self.detach_uv,
+                chainer.config.train and not is_second_run, ('Y',))
         except errors.VectorValueError:
             # As other hooks leave it behind after one NaN.
             warnings.warn(
@@ -248,9 +246,9 @@ class SpectralNormalization(link_hook.LinkHook):
             state.start = None
             return self.normalize_weight(link)
         if not is_second_run:
-            state.start = kept
+            state.start = it.start
         if is_second_run or chainer.config._will_recompute:
-            _recompute.record(link, state, kept)
+            _recompute.record(link, state, it.start)
         return Y
 
     def reshape_W(self, W: Any) -> Any:
@@ -304,10 +302,9 @@ class SpectralNormalization(link_hook.LinkHook):
 
     def _warm_up(self, link: chainer.Link, W: Any, u: Any) -> None:
         if self.n_warmup > 0:
-            with chainer.using_device(link.device), \
-                    numpy.errstate(all='ignore'):
-                _pi.store(u, _pi.power_iteration(
-                    _pi.unfold(W, output_axis(link)), u, self.n_warmup))
+            with chainer.using_device(link.device):
+                functions.arithmetic_of(W).warm_up(
+                    W, u, output_axis(link), self.n_warmup)
 
 
 class _LargestSingularValue:
@@ -334,7 +331,7 @@ class _LargestSingularValue:
         dtype = (getattr(W.initializer, 'dtype', None) if W.array is None
                  else W.array.dtype)
         # The norm of a float16 weight need not fit in float16.
-        return _pi.accumulator_dtype(chainer.get_dtype(dtype))
+        return accumulator_dtype(chainer.get_dtype(dtype))
 
     def __call__(self, array: Any) -> None:
         array[...] = 1
@@ -342,7 +339,7 @@ class _LargestSingularValue:
         if W is None:
             return
         xp = chainer.backend.get_array_module(W)
-        W = W.astype(_pi.accumulator_dtype(W.dtype), copy=False)
+        W = W.astype(accumulator_dtype(W.dtype), copy=False)
         matrix = xp.moveaxis(W, self.axis, 0).reshape(W.shape[self.axis], -1)
         if xp.isfinite(matrix).all():
             array[...] = xp.linalg.svd(matrix, compute_uv=False)[0]

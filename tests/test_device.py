@@ -1,153 +1,395 @@
-"""The arithmetic of devices, on arrays that refuse to come to the host.
+"""The functions and the hook on a CUDA device, or where there is none, with
+every kernel executed on the host (:mod:`tests.cuda_on_host`).
 
-No CUDA device is needed: NumPy computes, but a value that is asked for (by
-``float``, ``bool``, ``item`` or a NumPy function) raises.  The results are
-those of the path on the host.
+Small weights go through kernels of one block, others through products and
+kernels between them: all here is run through both.
 """
-import operator
-import types
+import contextlib
 
 import chainer
+import chainer.functions as CF
+import chainer.links as L
 import numpy as np
 import pytest
+from chainer.backends import cuda
 
-from sn_function import _power_iteration, functions
-from tests.test_functions import WEIGHTS
+from sn_function import SpectralNormalization, _kernels, functions
+from tests import cuda_on_host, reference, test_functions
+from tests.cuda_on_host import array as on_host
+from tests.test_functions import (  # NOQA: F401  run here as well
+    BAD_ARGUMENTS,
+    WEIGHTS,
+    TestArguments,
+    TestExtremes,
+    TestUpdate,
+    random,
+    test_all_axes_give_the_same_as_a_transposed_copy,
+    test_detached_gradient_equals_its_definition,
+    test_double_backward_detached,
+    test_double_backward_exact,
+    test_double_backward_when_gy_depends_on_W,
+    test_exact_gradient_equals_complex_step,
+    test_only_one_of_two_outputs_is_used,
+    test_spectral_norm,
+    test_third_order,
+)
 
-
-class DeviceArray:
-    """As much of an array as the package uses."""
-
-    __array_ufunc__ = None  # NumPy leaves operators to this class
-
-    def __init__(self, array):
-        self._array = np.asarray(array)
-
-    def _refuse(self, *args, **kwargs):
-        raise AssertionError('a value of the device is waited for')
-
-    __array__ = __float__ = __bool__ = __int__ = __iter__ = _refuse
-    item = tolist = _refuse
-
-    def __getattr__(self, name):
-        if name in ('dtype', 'shape', 'ndim', 'size'):
-            return getattr(self._array, name)
-        if name == 'T':
-            return DeviceArray(self._array.T)
-        if name in ('dot', 'sum', 'max', 'reshape', 'ravel', 'astype',
-                    'transpose', 'copy'):
-            return lambda *args, **kwargs: call(
-                getattr(self._array, name), *args, **kwargs)
-        raise AttributeError(name)
-
-    def __getitem__(self, index):
-        return DeviceArray(self._array[index])
-
-    def __setitem__(self, index, value):
-        self._array[index] = value._array
+pytestmark = pytest.mark.gpu
+DEVICE = '@cupy:0'
+PATHS = {'one block': 1 << 62, 'products': 0}
 
 
-def call(function, *args, **kwargs):
-    args = [x._array if isinstance(x, DeviceArray) else x for x in args]
-    return DeviceArray(function(*args, **kwargs))
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    monkeypatch.setattr(_kernels, 'FUSED_SIZE', PATHS[request.param])
+    if cuda.ndarray is on_host.DeviceArray:
+        # Each thread is a fiber: a block of 1024 takes a while.
+        monkeypatch.setattr(_kernels, 'BLOCK_SIZE', 64)
+    return request.param
 
 
-def on_device(function):
-    return lambda *args, **kwargs: call(function, *args, **kwargs)
+@pytest.fixture(autouse=True)
+def _on_device(path, request, monkeypatch):
+    """Tests of the host's path: their arrays go to the device and back."""
+    if request.node.originalname in vars(test_functions) or (
+            request.cls is not None
+            and request.cls.__module__ == test_functions.__name__):
+        patch_functions(monkeypatch)
 
 
-for _f in (operator.add, operator.sub, operator.mul, operator.truediv,
-           operator.matmul, operator.and_, operator.lt, operator.gt,
-           operator.eq, operator.invert, operator.abs):
-    _name = _f.__name__.rstrip('_')
-    setattr(DeviceArray, f'__{_name}__', on_device(_f))
-    setattr(DeviceArray, f'__r{_name}__', on_device(
-        lambda x, y, _f=_f: _f(y, x)))
-
-XP = types.SimpleNamespace(**{
-    f.__name__: on_device(f) for f in (
-        np.where, np.sqrt, np.maximum, np.asarray, np.empty, np.isfinite)})
+def patch_functions(monkeypatch):
+    for name in ('spectral_normalize', 'spectral_norm'):
+        monkeypatch.setattr(
+            test_functions.F, name, through_device(getattr(functions, name)))
 
 
-@pytest.fixture
-def _device(monkeypatch):
-    monkeypatch.setattr(chainer.backend, 'get_array_module', lambda *_: XP)
+def send(x):
+    if isinstance(x, chainer.Variable):
+        return CF.copy(x, DEVICE)
+    return chainer.get_device(DEVICE).send(x)
 
 
-def run(W, u, gamma, gY, gsigma, settings):
-    """Outputs, then gradients, then what u becomes."""
-    node = functions.SpectralNormalize(settings, [], {}, ('Y', 'sigma'))
-    outputs = node._forward(W, u, gamma)
-    wanted = ['W', 'gamma'] if settings.detach_uv else ['W', 'u', 'gamma']
-    gradients = functions._gradients(
-        settings, node.it, node.A, wanted, W, u, gamma, gY, gsigma)
-    _power_iteration.store(u, node.it)
-    return [*outputs, *gradients, u]
+def through_device(function):
+    def wrapper(W, u, *args, gamma=None, **kwargs):
+        if len(args) > 1 and not isinstance(args[1], int):
+            args = (args[0], to_device(args[1]), *args[2:])
+        elif gamma is not None:
+            kwargs['gamma'] = to_device(gamma)
+        device_u = to_device(u)
+        outputs = function(to_device(W), device_u, *args, **kwargs)
+        if kwargs.get('update_u'):
+            u[...] = cuda.to_cpu(device_u)
+        if isinstance(outputs, tuple):
+            return tuple(CF.copy(y, '@numpy') for y in outputs)
+        return CF.copy(outputs, '@numpy')
+
+    return wrapper
 
 
-@pytest.mark.usefixtures('_device')
-class TestDevice:
+def to_device(x):
+    is_array = isinstance(x, (np.ndarray, chainer.Variable))
+    return send(x) if is_array else x
 
-    def check(self, W, axis, dtype, *, n_power_iteration=1, detach_uv=False,
-              eps=1e-6):
-        W = W.astype(dtype)
-        u = np.random.normal(size=W.shape[axis]).astype(dtype)
-        gamma, gsigma = np.array(0.7, dtype), np.array(0.3, dtype)
-        gY = np.random.normal(size=W.shape).astype(dtype)
-        settings = _power_iteration.Settings(
-            n_power_iteration, axis, detach_uv, 1.3, eps)
-        arrays = W, u, gamma, gY, gsigma
-        actual = run(*(DeviceArray(x.copy()) for x in arrays), settings)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chainer.backend, 'get_array_module', lambda *_: np)
-            expected = run(*arrays, settings)
-        assert len(actual) == len(expected)
-        tolerance = {'e': 3e-3, 'f': 1e-5, 'd': 1e-12}[dtype]
-        for a, b in zip(actual, expected):
-            assert isinstance(a, DeviceArray)
-            assert a.dtype == b.dtype
-            assert a.shape == b.shape
-            np.testing.assert_allclose(
-                a._array, b, rtol=tolerance, atol=tolerance)
 
-    @pytest.mark.parametrize('dtype', ['e', 'f', 'd'])
-    @pytest.mark.parametrize('detach_uv', [False, True])
-    @pytest.mark.parametrize('n_power_iteration', [1, 3])
-    @pytest.mark.parametrize(('shape', 'axis'), WEIGHTS)
-    def test_as_on_the_host(
-            self, shape, axis, n_power_iteration, detach_uv, dtype):
-        axis %= len(shape)
-        self.check(
-            np.random.normal(size=shape), axis, dtype, detach_uv=detach_uv,
-            n_power_iteration=n_power_iteration)
+# What is the same on a device is tested by the names imported above.
 
-    def test_below_the_floor(self):
-        self.check(1e-3 * np.random.normal(size=(4, 3)), 0, 'd', eps=1.0)
+@pytest.mark.parametrize('name', [
+    name for name in BAD_ARGUMENTS
+    if name not in ('u all zero', 'u holds NaN', 'update of a read-only u')])
+def test_bad_argument(name):
+    changes, error, message = BAD_ARGUMENTS[name]
+    arguments = dict({'W': random(4, 3), 'u': np.ones(4)}, **changes)
+    arguments = {
+        key: send(x) if isinstance(x, np.ndarray) else x
+        for key, x in arguments.items()}
+    with pytest.raises(error, match=message):
+        functions.spectral_normalize(**arguments)
 
-    def test_zero_weight(self):
-        self.check(np.zeros((4, 3)), 0, 'f')
 
-    @pytest.mark.parametrize('value', [np.nan, np.inf])
-    def test_a_bad_weight_does_not_reach_u(self, value):
-        W = np.random.normal(size=(4, 3))
-        W[1, 2] = value
-        with np.errstate(all='ignore'):
-            self.check(W, 0, 'd')
-
-    @pytest.mark.parametrize('scale', [1e-18, 1e18])
-    def test_squares_out_of_range(self, scale):
-        W = DeviceArray((scale * np.random.normal(size=(4, 3))).astype('f'))
-        A = _power_iteration.unfold(W, 0)
-        it = _power_iteration.power_iteration(
-            A, DeviceArray(np.ones(4, 'f')), 100)
+@pytest.mark.parametrize(('given', 'wanted'), [
+    ('Y', 'W'), ('sigma', 'u'), ('Y', 'gamma'),
+    ('Y sigma', 'W u gamma'), ('sigma', 'W gamma')])
+@pytest.mark.parametrize('detach_uv', [False, True])
+@pytest.mark.parametrize(('dtype', 'u_dtype', 'tolerance'), [
+    ('e', 'e', 3e-3), ('e', 'f', 3e-3), ('f', 'f', 1e-5), ('d', 'd', 1e-12)])
+@pytest.mark.parametrize(('shape', 'axis', 'K'), [
+    ((40, 3, 3, 3), 0, 1), ((3, 40, 4, 4), 1, 2), ((33, 50), 1, 3),
+    ((1, 70), 0, 1), ((70, 1), 0, 2), ((2, 3, 35), 1, 1)])
+def test_as_on_the_host(
+        shape, axis, K, dtype, u_dtype, tolerance, detach_uv, given, wanted):
+    W, gY = random(*shape).astype(dtype), random(*shape).astype(dtype)
+    u = random(shape[axis]).astype(u_dtype)
+    gamma = np.array(0.7, u_dtype)
+    gsigma = np.array(0.3, u_dtype if dtype == 'e' else dtype)
+    results = []
+    for convert in (lambda x: x, send):
+        x = {name: chainer.Variable(convert(value)) for name, value in
+             (('W', W), ('u', u), ('gamma', gamma))}
+        Y, sigma = functions.spectral_normalize(
+            x['W'], x['u'], K, x['gamma'], 1.3, axis=axis,
+            detach_uv=detach_uv, return_sigma=True)
+        wanted_names, given_names = wanted.split(), given.split()
+        outputs = {'Y': Y, 'sigma': sigma}
+        upstream = {'Y': gY, 'sigma': gsigma.astype(sigma.dtype)}
+        grads = chainer.grad(
+            [outputs[name] for name in given_names],
+            [x[name] for name in wanted_names],
+            [chainer.Variable(convert(upstream[name]))
+             for name in given_names])
+        results.append([Y, sigma, *grads])
+    for a, b in zip(*results):
+        if a is None:
+            assert b is None
+            continue
+        assert isinstance(b.array, cuda.ndarray)
+        assert b.dtype == a.dtype
         np.testing.assert_allclose(
-            it.sigma._array, np.linalg.norm(W._array.astype('d'), 2),
-            rtol=1e-3)
+            cuda.to_cpu(b.array), a.array, rtol=tolerance,
+            atol=tolerance * max(1, abs(a.array).max()))
 
 
-def test_the_stand_in_refuses():
-    x = DeviceArray(np.ones(2))
-    for function in (float, bool, int, list, np.asarray,
-                     lambda x: x.item(), lambda x: 1 if x > 0 else 0):
-        with pytest.raises((AssertionError, TypeError)):
-            function(x)
+@pytest.mark.parametrize('bad', [0, np.nan, np.inf])
+@pytest.mark.parametrize('dtype', ['e', 'f', 'd'])
+def test_a_bad_u_is_replaced(bad, dtype):
+    """On the host it is an error; a device cannot tell."""
+    W = np.diag([1.0, 3.0, 2.0]).astype(dtype)
+    u = send(np.full(3, bad, dtype))
+    Y = functions.spectral_normalize(send(W), u, update_u=True)
+    np.testing.assert_array_equal(cuda.to_cpu(u), [0, 1, 0])
+    np.testing.assert_allclose(cuda.to_cpu(Y.array), W / 3, rtol=1e-3)
+
+
+def test_no_gradient_of_a_u_that_was_replaced():
+    W = send(np.diag([0.0, 2.0, 1.0]))
+    u = chainer.Variable(send(np.array([1.0, 0, 0])))
+    sigma = functions.spectral_norm(W, u)
+    sigma.backward()
+    assert not cuda.to_cpu(u.grad).any()
+
+
+@pytest.mark.parametrize('layout', [
+    lambda x: x[::2], lambda x: x[::-1], lambda x: x[:1]])
+def test_u_that_is_not_contiguous_is_updated(layout):
+    u = random(8)
+    part = layout(u)
+    W = random(part.size, 5)
+    on_device = send(u)
+    functions.spectral_normalize(
+        send(W), layout(on_device), 2, update_u=True)
+    part[...] = reference.power_iteration(W, part, 2)[0]
+    np.testing.assert_allclose(cuda.to_cpu(on_device), u, rtol=1e-12)
+
+
+def test_the_scale_of_an_ordinary_weight_is_one():
+    for dtype, least, most in (('f', 1e-10, 1e10), ('d', 1e-60, 1e60)):
+        for size in (least, 1, most):
+            W, u = size * 20 * random(40, 30), random(40)
+            _, it = functions.normalize(
+                send(W.astype(dtype)), send(u.astype(dtype)), 2, None, 1.0,
+                0.0, 0, False, False, ('Y',))
+            assert [float(x) for x in it.scale] == [1, 1]
+
+
+def test_a_far_u_is_scaled():
+    W, gY = random(4, 3).astype('f'), send(random(4, 3).astype('f'))
+    u = random(4).astype('f')
+    grads = []
+    for scale in (1, 1e-35, 1e35):
+        x = chainer.Variable(send((scale * u).astype('f')))
+        Y = functions.spectral_normalize(send(W), x, 2)
+        Y.grad = gY
+        Y.backward()
+        grads.append(scale * cuda.to_cpu(x.grad))
+    for g in grads[1:]:
+        np.testing.assert_allclose(g, grads[0], rtol=1e-4)
+
+
+@pytest.mark.usefixtures('path')
+def test_quotient_of_large_numbers():
+    """As for the index of a weight of more than 2^32 entries."""
+    kernel = cuda.elementwise(
+        'int64 a, int64 b', 'int64 q', 'q = quotient(a, b)', 'quotient',
+        preamble=_kernels._QUOTIENT)
+    a = np.array([0, 7, 2 ** 32 - 1, 2 ** 32, 2 ** 32 + 7, 2 ** 45 + 12345])
+    for b in (1, 7, 2 ** 31 - 1):
+        np.testing.assert_array_equal(
+            cuda.to_cpu(kernel(send(a), send(np.full_like(a, b)))), a // b)
+
+
+# What a device must not be asked for, and how often it is launched.
+
+def weight(shape, axis, dtype):
+    return (chainer.Parameter(send(random(*shape).astype(dtype))),
+            send(random(shape[axis]).astype(dtype)),
+            send(random(*shape).astype(dtype)))
+
+
+@contextlib.contextmanager
+def watched():
+    """The host must not wait; yields what is launched."""
+    if cuda.ndarray is not on_host.DeviceArray:
+        pytest.skip('counted by tests/test_gpu.py on a real device')
+    with on_host.counted() as launches, on_host.no_synchronization():
+        yield launches
+
+
+def once(shape, axis=0, dtype='f', K=1, **kwargs):
+    """Runs a forward and a backward; returns what each launches."""
+    W, u, gY = weight(shape, axis, dtype)
+    gamma = kwargs.pop('gamma', None)
+    with watched() as forward:
+        outputs = functions.spectral_normalize(
+            W, u, K, gamma, axis=axis, update_u=True, return_sigma=True,
+            **kwargs)
+    outputs[0].grad = gY
+    with watched() as backward:
+        outputs[0].backward()
+    assert isinstance(W.grad, cuda.ndarray)
+    return list(forward), list(backward)
+
+
+BLAS = ['gemv', 'gemv']
+OWN = ['sn_product', 'sn_product']
+
+
+@pytest.mark.parametrize(('shape', 'axis', 'dtype', 'products'), [
+    ((40, 30), 0, 'f', BLAS), ((40, 30), 1, 'd', BLAS),
+    ((40, 30, 3, 3), 0, 'f', BLAS), ((40, 30), 0, 'e', OWN),
+    ((1, 30), 0, 'f', OWN), ((30, 40, 3, 3), 1, 'f', OWN),
+    ((4, 5, 6), 2, 'd', BLAS)])
+def test_launches(path, shape, axis, dtype, products):
+    """No host synchronization, and not one copy of the weight."""
+    exact = once(shape, axis, dtype)
+    detached = once(shape, axis, dtype, detach_uv=True)
+    if path == 'one block':
+        assert exact == detached == (['sn_fused_fwd'], ['sn_fused_bwd'])
+        return
+    assert exact == (
+        [*products, 'sn_settle_fwd', 'sn_scale_fwd'],
+        ['sn_dot_bwd', products[0], 'sn_project_bwd', 'sn_correct_bwd'])
+    assert detached == (
+        exact[0], ['sn_dot_bwd', 'sn_project_bwd', 'sn_correct_bwd'])
+
+
+@pytest.mark.parametrize('detach_uv', [False, True])
+@pytest.mark.parametrize('K', [1, 2, 5])
+def test_number_of_launches(path, K, detach_uv):
+    forward, backward = once((40, 30), K=K, detach_uv=detach_uv)
+    if path == 'one block':
+        assert len(forward) == len(backward) == 1
+    else:
+        assert len(forward) == 3 * K + 1
+        assert len(backward) == (3 if detach_uv else 4 * K)
+
+
+def test_gamma_takes_no_launch(path):
+    gamma = chainer.Parameter(send(np.array(0.7, 'f')))
+    forward, backward = once((40, 30), gamma=gamma)
+    assert len(forward) == len(backward) == (1 if path == 'one block' else 4)
+    assert isinstance(gamma.grad, cuda.ndarray)
+
+
+@pytest.mark.parametrize('layout', [
+    lambda x: CF.broadcast_to(x[:1, :1], x.shape).array,
+    lambda x: x[::-1], lambda x: x.transpose(1, 0)])
+def test_upstream_gradient_of_any_strides(layout):
+    W, u, gY = random(30, 30), random(30), random(30, 30)
+    grads = []
+    for convert in (lambda x: x, send):
+        x = chainer.Variable(convert(W))
+        Y = functions.spectral_normalize(x, convert(u))
+        Y.grad = layout(convert(gY))
+        Y.backward()
+        grads.append(cuda.to_cpu(x.grad))
+    np.testing.assert_allclose(*grads, rtol=1e-9, atol=1e-9)
+
+
+def test_a_large_block_gives_the_same(monkeypatch):
+    monkeypatch.setattr(_kernels, 'BLOCK_SIZE', 1024)
+    for shape, axis in WEIGHTS:
+        test_as_on_the_host(
+            shape, axis % len(shape), 2, 'd', 'd', 1e-12, False, 'Y sigma',
+            'W u gamma')
+
+
+class TestHook:
+
+    @pytest.mark.parametrize('dtype', ['e', 'f'])
+    @pytest.mark.parametrize('use_gamma', [False, True])
+    def test_training_does_not_wait(self, path, dtype, use_gamma):
+        with chainer.using_config('dtype', np.dtype(dtype)):
+            link = L.Linear(30, 40).add_hook(
+                SpectralNormalization(use_gamma=use_gamma))
+        link.to_device(DEVICE)
+        x = send(random(5, 30).astype(dtype))
+        link(x)  # u is moved to the device
+        before = cuda.to_cpu(link.W_u)
+        for _ in range(2):
+            with watched() as launches:
+                link.cleargrads()
+                y = link(x)
+                ours = [name for name in launches if name.startswith('sn_')]
+                if path == 'one block':
+                    assert ours == ['sn_fused_fwd']
+                y.grad = y.array
+                y.backward()
+            assert 'copy' not in launches
+        assert not np.array_equal(cuda.to_cpu(link.W_u), before)
+
+    @pytest.mark.parametrize('bad', [0, np.nan])
+    def test_a_poisoned_vector_is_healed(self, bad):
+        link = L.Linear(3, 4).add_hook(SpectralNormalization())
+        link.to_device(DEVICE)
+        link.W_u[...] = bad
+        for _ in range(20):
+            link(send(random(2, 3).astype('f')))
+        W = cuda.to_cpu(link.W.array)
+        Y = link.local_link_hooks['SpectralNormalization'].normalize_weight(
+            link)
+        np.testing.assert_allclose(
+            cuda.to_cpu(Y.array), W / reference.true_norm(W), rtol=1e-3)
+
+    def test_nan_in_the_weight_once(self):
+        link = L.Linear(3, 4).add_hook(SpectralNormalization())
+        link.to_device(DEVICE)
+        x = send(random(2, 3).astype('f'))
+        expected = link(x).array
+        good, before = link.W.array.copy(), cuda.to_cpu(link.W_u)
+        link.W.array[0, 0] = np.nan
+        assert np.isnan(cuda.to_cpu(link(x).array)).all()
+        np.testing.assert_array_equal(cuda.to_cpu(link.W_u), before)
+        link.W.array[...] = good
+        np.testing.assert_allclose(
+            cuda.to_cpu(link(x).array), cuda.to_cpu(expected), rtol=1e-2)
+
+    def test_recomputation_starts_from_the_same_u(self):
+        link = L.Linear(30, 40).add_hook(SpectralNormalization())
+        link.to_device(DEVICE)
+        x = chainer.Variable(send(random(5, 30).astype('f')))
+        start = cuda.to_cpu(link.W_u)
+        grads = []
+        for forward in (link, lambda x: CF.forget(link, x)):
+            link.W_u[...] = send(start)
+            link.cleargrads()
+            y = forward(x)
+            y.grad = y.array
+            y.backward()
+            grads.append(cuda.to_cpu(link.W.grad))
+        np.testing.assert_array_equal(*grads)
+
+
+def test_every_kernel_is_run_here():
+    """By the name under which the executor counts it."""
+    if cuda.ndarray is not on_host.DeviceArray:
+        pytest.skip('counted on the host only')
+    names = {kernel.name for kernel in _kernels.ALL}
+    with on_host.counted() as launches:
+        for size in PATHS.values():
+            _kernels.FUSED_SIZE = size
+            W, u, gY = weight((3, 4, 2), 1, 'f')
+            x = chainer.Variable(u)
+            Y = functions.spectral_normalize(W, x, axis=1)
+            Y.grad = gY
+            Y.backward()
+    assert names <= set(launches)
+    assert cuda_on_host.available()

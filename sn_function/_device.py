@@ -1,0 +1,283 @@
+"""K power iterations and their adjoint on a CUDA device; arrays only.
+
+The same mathematics as :mod:`sn_function._power_iteration`, but nothing waits
+for the device: norms, sigma, its floor, whether anything is finite, and u are
+decided by the kernels of :mod:`sn_function._kernels`.  A ``u`` that is zero or
+not finite, which is an error on the host, is replaced: the iteration starts
+from the unit vector of the largest row.
+
+A small weight takes one launch forward and one backward.  Others take
+``3 K + 1`` and, with the exact gradient, ``4 K``, or 3 with u and v constant.
+"""
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any, Sequence
+
+import numpy
+from chainer.backends import cuda
+
+from sn_function import _kernels
+from sn_function._kernels import ADJOINT, NULL, STATE
+from sn_function._matrix import accumulator_dtype
+from sn_function._power_iteration import Settings
+
+if cuda.available:
+    importlib.import_module('cupy.cublas')  # an attribute of cupy from now on
+
+# As cupy.cublas takes them: it would make arrays of numbers at each call.
+_SCALARS = {
+    char: (numpy.ones((), char), numpy.zeros((), char)) for char in 'fd'}
+
+
+class Iteration:
+    """What a forward computed, for its backward; it stays on the device.
+
+    Args:
+        W: Weight with 2 or more dimensions.
+        axis: Its output axis.
+        K: Number of iterations.
+
+    """
+
+    def __init__(self, W: Any, axis: int, K: int) -> None:
+        l = math.prod(W.shape[:axis])  # NOQA: E741
+        m = W.shape[axis]
+        r = math.prod(W.shape[axis + 1:])
+        self.K, self.l, self.m, self.r, self.n = K, l, m, r, l * r
+        self.sizes = tuple(map(numpy.int32, (l, m, r)))
+        self.dtype = accumulator_dtype(W.dtype)
+        self.is_small = W.size <= _kernels.FUSED_SIZE
+        # BLAS knows one dtype, and no batch that adds up.
+        self.is_blas = (
+            W.dtype == self.dtype and 1 in (l, r) and min(m, self.n) > 1)
+        self._us = len(STATE) + 2 * K
+        self._vs = self._us + (K + 1) * m
+        self._x = self._vs + K * self.n
+        self.state = cuda.cupy.empty(self._x + m, self.dtype)
+
+    def us(self, k: int) -> Any:
+        """Returns ``u_k``, ``0 <= k <= K``."""
+        start = self._us + k * self.m
+        return self.state[start:start + self.m]
+
+    def vs(self, k: int) -> Any:
+        """Returns ``v_k``, ``1 <= k <= K``."""
+        start = self._vs + (k - 1) * self.n
+        return self.state[start:start + self.n]
+
+    @property
+    def x(self) -> Any:
+        """``u_K``, scaled for a product with the weight."""
+        return self.state[self._x:]
+
+    def scalar(self, name: str) -> Any:
+        """Returns one of :data:`._kernels.STATE`, shape ``()``."""
+        return self.state[STATE.index(name)]
+
+    # As _power_iteration.PowerIteration has them, for the composed function.
+
+    @property
+    def u(self) -> Any:
+        return self.us(self.K)
+
+    @property
+    def v(self) -> Any:
+        return self.vs(self.K)
+
+    @property
+    def start(self) -> Any:
+        return self.us(0)
+
+    @property
+    def restarted(self) -> Any:
+        return self.scalar('RESTARTED')
+
+    @property
+    def scale(self) -> tuple[Any, Any]:
+        """Factors of its inverse, as of the others."""
+        return self.scalar('W1'), self.scalar('W2')
+
+    @property
+    def u_scale(self) -> tuple[Any, Any]:
+        return self.scalar('U1'), self.scalar('U2')
+
+    def floored(self, eps: float) -> tuple[Any, tuple[Any, Any], Any]:
+        """``max(sigma, eps)``, the scale it is in, and if it is sigma."""
+        return (self.scalar('DIVISOR'),
+                (self.scalar('Y1'), self.scalar('Y2')), self.scalar('ABOVE'))
+
+
+def normalize(
+        settings: Settings, W: Any, u: Any, gamma: Any,
+        output_names: Sequence[str], update_u: bool,
+) -> tuple[tuple[Any, ...], Iteration]:
+    """Returns ``Y`` and ``sigma``, as named, and what backward needs.
+
+    Args:
+        settings (Settings): What the caller chose.
+        W: Weight with 2 or more dimensions.
+        u: Start vector, shape ``(m,)``.
+        gamma: A float, or an array of shape ``()``.
+        output_names: ``'Y'``, ``'sigma'`` or both.
+        update_u: Overwrite ``u`` with ``u_K``, unless that is not finite.
+
+    """
+    W = _contiguous(W)
+    it = Iteration(W, settings.axis, settings.n_power_iteration)
+    factor = settings.factor
+    if isinstance(gamma, float):
+        factor, gamma = factor * gamma, NULL
+    else:
+        gamma = gamma.astype(it.dtype, copy=False)
+    vector = _contiguous(u)
+    Y: Any = None
+    rest = factor, settings.eps, numpy.int32(update_u)
+    if it.is_small:
+        if 'Y' in output_names:
+            Y = cuda.cupy.empty(W.shape, W.dtype)
+        _kernels.fused_fwd(
+            W.dtype, vector.dtype, W, vector, it.state, gamma,
+            NULL if Y is None else Y, *it.sizes, numpy.int32(it.K), *rest)
+    else:
+        for k in range(it.K):
+            _transposed_product(
+                it, W, it.us(k) if k else vector, it.vs(k + 1))
+            _product(it, W, it.vs(k + 1), it.us(k + 1))
+            _kernels.settle_fwd(
+                W.dtype, vector.dtype, W, vector, it.state, gamma, *it.sizes,
+                numpy.int32(k), numpy.int32(it.K), *rest)
+        if 'Y' in output_names:
+            Y = _kernels.scale_fwd(W, it.state)
+    if update_u and vector is not u:
+        u[...] = vector
+    outputs = {'Y': Y, 'sigma': it.scalar('SIGMA_OUT')}
+    return tuple([outputs[name] for name in output_names]), it
+
+
+def gradients(
+        settings: Settings, it: Iteration, wanted: Sequence[str], W: Any,
+        u: Any, gamma: Any, gY: Any = None, gsigma: Any = None,
+) -> tuple[Any, ...]:
+    """Returns ``gW``, ``gu`` and ``ggamma``, as wanted.
+
+    Args:
+        settings (Settings): What the caller chose.
+        it: What the forward computed.
+        wanted: ``'W'``, ``'u'`` and ``'gamma'``, or some of them.
+        W: Weight.
+        u: Start vector.
+        gamma: Scale.
+        gY: Upstream gradient of ``Y``, of its shape and dtype, or ``None``.
+        gsigma: Upstream gradient of sigma, shape ``()``, or ``None``.
+
+    """
+    W = _contiguous(W)
+    grads = {}
+    if 'W' in wanted:
+        grads['W'] = cuda.cupy.empty(W.shape, W.dtype)
+    if 'u' in wanted:
+        grads['u'] = cuda.cupy.empty(it.m, u.dtype)
+    gsigma = NULL if gsigma is None else gsigma.astype(it.dtype, copy=False)
+    backward = _backward_small if it.is_small else _backward_large
+    adjoint = cuda.cupy.empty(
+        len(ADJOINT) + it.K * (it.m + it.n) + max(it.m, it.n), it.dtype)
+    backward(settings, it, adjoint, W, gY, gsigma, **{
+        'g' + name: g for name, g in grads.items()})
+    if 'gamma' in wanted:
+        grads['gamma'] = adjoint[ADJOINT.index('GGAMMA')].astype(
+            gamma.dtype, copy=False)
+    return tuple([grads[name] for name in wanted])
+
+
+def warm_up(W: Any, u: Any, axis: int, n: int) -> None:
+    """Moves ``u`` on by ``n`` iterations, unless it would not be finite."""
+    normalize(Settings(n, axis, True), W, u, 1.0, (), True)
+
+
+def _contiguous(x: Any) -> Any:
+    return x if x.flags.c_contiguous else cuda.cupy.ascontiguousarray(x)
+
+
+def _transposed_product(it: Iteration, W: Any, x: Any, out: Any) -> None:
+    """``out = W^T x``"""
+    if not it.is_blas:
+        _kernels.product(W.reshape(it.l, it.m, it.r), x.reshape(-1, 1),
+                         axis=1, out=out.reshape(it.l, it.r))
+    elif it.l == 1:
+        _gemv('T', W.reshape(it.m, it.r), x, out)
+    else:
+        _gemv('N', W.reshape(it.l, it.m), x, out)
+
+
+def _product(it: Iteration, W: Any, x: Any, out: Any) -> None:
+    """``out = W x``"""
+    if not it.is_blas:
+        _kernels.product(W.reshape(it.l, it.m, it.r),
+                         x.reshape(it.l, 1, it.r), axis=(0, 2), out=out)
+    elif it.l == 1:
+        _gemv('N', W.reshape(it.m, it.r), x, out)
+    else:
+        _gemv('T', W.reshape(it.l, it.m), x, out)
+
+
+def _gemv(transposed: str, matrix: Any, x: Any, out: Any) -> None:
+    # Not xp.dot: it calls BLAS for a product of matrices, which may split the
+    # sum and add the parts with a kernel more.
+    one, zero = _SCALARS[matrix.dtype.char]
+    cuda.cupy.cublas.gemv(transposed, one, matrix, x, zero, out)
+
+
+def _backward_small(
+        settings: Settings, it: Iteration, adjoint: Any, W: Any, gY: Any,
+        gsigma: Any, gW: Any = NULL, gu: Any = NULL) -> None:
+    _kernels.fused_bwd(
+        W.dtype, it.dtype if gu is NULL else gu.dtype, W,
+        NULL if gY is None else _contiguous(gY), gsigma, it.state, adjoint,
+        gW, gu, *it.sizes, numpy.int32(it.K), settings.factor,
+        numpy.int32(settings.detach_uv))
+
+
+def _backward_large(
+        settings: Settings, it: Iteration, adjoint: Any, W: Any, gY: Any,
+        gsigma: Any, gW: Any = None, gu: Any = None) -> None:
+    K, m, n = it.K, it.m, it.n
+    tbars = len(ADJOINT)
+    sbars = tbars + K * m
+    x = adjoint[sbars + K * n:]
+    dots = NULL
+    if gY is not None:
+        dots = cuda.cupy.empty(W.shape[0], it.dtype)
+        _kernels.dot_bwd(gY, W, *it.scale,
+                         axis=tuple(range(1, W.ndim)), out=dots)
+    numbers = (
+        dots, numpy.int32(0 if gY is None else dots.size), gsigma,
+        settings.factor)
+
+    def project(is_first: bool, y: Any, e: Any, size: int, norm: int) -> None:
+        _kernels.project_bwd(
+            W.dtype, it.dtype, it.state, adjoint, numpy.int32(is_first),
+            *numbers, y, e, numpy.int32(size), numpy.int32(norm), x)
+
+    if settings.detach_uv or (gW is None and gu is None):
+        project(True, NULL, NULL, 0, 0)
+    else:
+        for k in range(K, 0, -1):
+            sbar = adjoint[sbars + (k - 1) * n:sbars + k * n]
+            _transposed_product(it, W, it.x if k == K else x[:m], sbar)
+            project(k == K, sbar, it.vs(k), n, k - 1)
+            if k == 1 and gu is None:
+                break
+            # Before the first iteration it goes where tbar_K would, u_K.
+            row = tbars + ((k - 2) % K) * m
+            ubar = adjoint[row:row + m]
+            _product(it, W, x[:n], ubar)
+            if k > 1:
+                project(False, ubar, it.us(k - 1), m, K + k - 2)
+            else:
+                _kernels.vector_bwd(ubar, it.state, adjoint, gu)
+    if gW is not None:
+        _kernels.correct_bwd(
+            0.0 if gY is None else gY, it.state, adjoint, m, n, it.r, K,
+            int(settings.detach_uv), gW)

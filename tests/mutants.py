@@ -1,0 +1,229 @@
+"""``python -m tests.mutants``: are the host tests of the kernels able to fail?
+
+Every operator of every kernel, and of the functions that kernels share, is
+replaced by another, one at a time, and the tests of :mod:`tests.test_device`
+are run until one fails.  A mutant that no test notices is printed with its
+line; the exit status is the number of those that are not listed, with the
+reason, in :data:`EQUIVALENT`.
+"""
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import multiprocessing
+import os
+import re
+import sys
+import time
+import warnings
+
+import sn_function  # isort: skip  # before chainer, which it repairs
+import numpy as np
+import pytest
+
+from sn_function import _kernels
+from tests import cuda_on_host
+from tests.cuda_on_host import array
+
+assert sn_function  # it is imported for what it does
+
+SHARED = ('_QUOTIENT', '_GRADIENT_OF_SIGMA', '_GRADIENT_OF_U', '_BLOCK')
+REPLACEMENTS = {
+    '+': '-', '-': '+', '*': '/', '/': '*', '%': '/', '<': '>=', '>': '<=',
+    '<=': '>', '>=': '<', '==': '!=', '!=': '==', '&&': '||', '||': '&&',
+    '+=': '-=', '-=': '+=', '*=': '/=', '/=': '*=', '!': '', '>>': '<<',
+    '=': '+=', '__syncthreads();': ';',
+}
+# What is no operator: comments, casts, templates, pointers and references,
+# declarations, directives.
+_SKIP = re.compile(r"""
+    //[^\n]* | \#[^\n]* | (?:static|reinterpret)_cast<[^>]*>
+    | template\s*<[^>]*> | \w+<A> | \b(?:A|T|U|X|double|bool)\*
+    | \b(?:Weight|Start)& | operator\[\] | &(?=state|adjoint|e\b|ordinary|W\.)
+    | \{[^{};]*\} (?=;) | enum[^;]*; | "C" | ->""", re.X)
+_OPERATOR = re.compile(
+    r'__syncthreads\(\);|\+\+|--|&&|\|\||[-+*/<>=!]=|>>|[-+*/%<>=!]')
+TIMEOUT = 60  # seconds: a loop that does not end is noticed, too
+
+# (part, line, operator) -> why no result can depend on it.
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+
+
+def mutants_of(text):
+    """Yields the position, the operator and the text with it replaced."""
+    skipped = [m.span() for m in _SKIP.finditer(text)]
+    for match in _OPERATOR.finditer(text):
+        start, end = match.span()
+        if any(a <= start < b for a, b in skipped):
+            continue
+        operator = match[0]
+        if operator in REPLACEMENTS:
+            yield start, operator, (
+                text[:start] + REPLACEMENTS[operator] + text[end:])
+
+
+def parts():
+    """Names of all sources, and their text."""
+    found = {name: getattr(_kernels, name) for name in SHARED}
+    for kernel in _kernels.ALL:
+        if isinstance(kernel, _kernels.Raw):
+            found[kernel.name] = kernel.code
+        elif isinstance(kernel, _kernels.Elementwise):
+            found[kernel.name] = kernel.arguments[2]
+        else:
+            found[kernel.name] = ' ; '.join(kernel.arguments[2:5])
+    return found
+
+
+def replace(name, text):
+    """Gives a part of the sources another text, in this process."""
+    old = parts()[name]
+    for kernel in _kernels.ALL:
+        if isinstance(kernel, _kernels.Raw):
+            kernel._sources.clear()
+    if name in SHARED:
+        setattr(_kernels, name, text)
+        for kernel in _kernels.ALL:
+            if isinstance(kernel, _kernels.Elementwise):
+                kernel.preamble = kernel.preamble.replace(old, text)
+        return
+    kernel, = [k for k in _kernels.ALL if k.name == name]
+    if isinstance(kernel, _kernels.Raw):
+        kernel.code = text
+    elif isinstance(kernel, _kernels.Elementwise):
+        kernel.arguments = (*kernel.arguments[:2], text)
+    else:
+        kernel.arguments = (
+            *kernel.arguments[:2], *text.split(' ; '), kernel.arguments[5])
+
+
+def line_of(text, position):
+    start = text.rfind('\n', 0, position) + 1
+    return ' '.join(text[start:].split('\n')[0].split())
+
+
+def tests():
+    """Tests of tests/test_device.py, the quickest first."""
+    from tests import test_device as t
+    f = ('f', 'f', 1e-4)
+    everything = 'Y sigma', 'W u gamma'
+    for detach_uv, names in ((False, everything), (True, everything),
+                             (False, ('sigma', 'W')), (False, ('Y', 'W'))):
+        for shape, axis, K in (
+                ((40, 3, 3, 3), 0, 1), ((3, 40, 4, 4), 1, 3),
+                ((70, 50), 1, 2), ((33, 100), 0, 1), ((1, 70), 0, 1),
+                ((70, 1), 0, 2), ((2, 3, 35), 1, 3)):
+            yield t.test_as_on_the_host, (
+                shape, axis, K, *f, detach_uv, *names)
+    yield t.test_quotient_of_large_numbers, ()
+    yield t.test_the_scale_of_an_ordinary_weight_is_one, ()
+    for bad in (0, np.nan, np.inf):
+        yield t.test_a_bad_u_is_replaced, (bad, 'f')
+    yield t.test_no_gradient_of_a_u_that_was_replaced, ()
+    extremes, update = t.TestExtremes(), t.TestUpdate()
+    yield extremes.test_zero_weight, (0, 2)
+    yield extremes.test_zero_weight, (1e-6, 2)
+    yield extremes.test_u_in_the_left_null_space_is_no_trap, ()
+    yield extremes.test_below_the_floor_Y_is_W_over_eps, ()
+    for scale in (1e-30, 1e30):
+        yield extremes.test_gradients_at_extreme_scales, (scale, 3)
+    for value in ('largest', 'smallest'):
+        yield extremes.test_at_the_limits_of_a_dtype, ('f', value)
+        yield extremes.test_at_the_limits_of_a_dtype, ('d', value)
+    yield extremes.test_the_norm_is_never_hidden_nan, ()
+    for value in (0, np.nan, np.inf):
+        for where in (slice(None), (0, 0)):
+            yield update.test_a_bad_weight_does_not_reach_u, (value, where)
+    yield update.test_a_live_graph_is_not_changed, (False,)
+    yield t.test_a_far_u_is_scaled, ()
+    yield extremes.test_the_norm_is_one_at_any_scale, ('f',)
+
+
+def run_tests():
+    """Runs the tests on both paths; returns the name of the first to fail."""
+    from tests import test_device
+    for mode in (lambda: cuda_on_host.schedule('ascending'),
+                 lambda: cuda_on_host.schedule('descending'),
+                 cuda_on_host.races):
+        for size in test_device.PATHS.values():
+            _kernels.FUSED_SIZE, _kernels.BLOCK_SIZE = size, 64
+            for test, arguments in tests():
+                np.random.seed(0)
+                with array.installed(), mode(), \
+                        pytest.MonkeyPatch.context() as patch:
+                    if hasattr(test, '__self__'):
+                        test_device.patch_functions(patch)
+                    try:
+                        test(*arguments)
+                    except cuda_on_host.CompileError:
+                        return 'compiler'
+                    except Exception as error:
+                        return f'{test.__name__}: {type(error).__name__}'
+    return None
+
+
+def run_mutant(name, text):
+    """In a process of its own: the name of the test that failed, or None."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def child():
+        warnings.simplefilter('ignore')
+        sys.stdout = sys.stderr = open(os.devnull, 'w')  # NOQA: SIM115
+        replace(name, text)
+        sender.send(run_tests())
+
+    process = multiprocessing.get_context('fork').Process(target=child)
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(TIMEOUT):
+            return 'time-out'
+        return receiver.recv()
+    except EOFError:
+        return 'crash'
+    finally:
+        process.kill()
+        process.join()
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('parts', nargs='*', help='only these, e.g. sn_product')
+    parser.add_argument('--every', type=int, default=1,
+                        help='only each so manieth operator of a part')
+    args = parser.parse_args(arguments)
+    start = time.time()
+    failed = run_tests()
+    assert failed is None, f'without any change, {failed}'
+    todo = [
+        (name, line_of(text, position), operator, mutant)
+        for name, text in parts().items()
+        if not args.parts or name in args.parts
+        for position, operator, mutant in list(mutants_of(text))[::args.every]]
+    counts = {name: collections.Counter() for name, *_ in todo}
+    survivors = []
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(lambda m: run_mutant(m[0], m[3]), todo)
+        for (name, line, operator, _), result in zip(todo, results):
+            if result is None and (name, line, operator) in EQUIVALENT:
+                result = 'equivalent'
+            kind = result if result in ('compiler', 'equivalent') else (
+                'caught' if result else 'survived')
+            counts[name][kind] += 1
+            if result is None:
+                survivors.append((name, line, operator))
+                print(f'survived  {name}  {operator!r}  {line}', flush=True)
+    print(f'{"":24}{"caught":>10}{"survived":>10}{"equivalent":>12}'
+          f'{"not C++":>10}')
+    total = collections.Counter()
+    for name, count in [*counts.items(), ('all', total)]:
+        print(f'{name:24}{count["caught"]:10}{count["survived"]:10}'
+              f'{count["equivalent"]:12}{count["compiler"]:10}')
+        total.update(count)
+    print(f'{len(todo)} mutants in {time.time() - start:.0f} s')
+    return len(survivors)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
