@@ -17,13 +17,15 @@ STAMP := $(VENV)/.made-$(shell { echo "$(PYTHON_PATH)"; \
 	$(PYTHON_PATH) -c 'import sys; print(sys.version)'; \
 	cat setup.py Makefile; } 2>/dev/null | cksum | tr ' ' '-')
 
-.PHONY: help setup test demo defects bench lint docs clean
+.PHONY: help setup test demo defects bench gpu gpu-bundle lint docs clean
 
 help:
 	@echo 'make demo     train an SNGAN on real handwritten digits (CPU, 2 minutes)'
 	@echo 'make test     run the tests, with coverage'
 	@echo 'make defects  the built-in hook beside this one, fault by fault'
 	@echo 'make bench    time the normalization of one weight on both'
+	@echo 'make gpu      tests and benchmark on a CUDA device, without network'
+	@echo 'make gpu-bundle  what make gpu may lack there, into gpu-bundle/'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make docs     build the documentation, warnings are errors'
 	@echo 'make setup    only make .venv/ (the others do this themselves)'
@@ -62,6 +64,69 @@ defects: setup
 bench: setup
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 \
 		$(PY) -m tests.benchmarks.one_weight
+
+# On a machine with a CUDA device there may be no network, and no .venv/: an
+# interpreter that has NumPy, CuPy and pytest is enough.  What it lacks is
+# taken from gpu-bundle/, made by `make gpu-bundle` and copied there.
+GPU_PYTHON ?= python3
+GPU_OUT ?= result-gpu
+# Wheels are zip files: no pip is needed.  What is installed is left alone.
+define UNPACK
+import glob, importlib.metadata, importlib.util, os, sys, zipfile
+for path in glob.glob('gpu-bundle/*.whl'):
+    name = os.path.basename(path).split('-')[0]
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        print('from gpu-bundle/:', name)
+        zipfile.ZipFile(path).extractall('gpu-bundle/site')
+sys.path.append('gpu-bundle/site')
+for name in ('numpy', 'cupy', 'chainer', 'pytest'):
+    if importlib.util.find_spec(name) is None:
+        sys.exit(name + ' is missing: see docs/benchmarks/README.md')
+endef
+export UNPACK
+# CuPy 14 has no cuDNN, and Chainer would warn of it.  Plugins of pytest that
+# happen to be there are not asked for.
+GPU_ENV = PYTHONPATH="$(CURDIR):$(CURDIR)/gpu-bundle/site" CHAINER_CUDNN=0 \
+	PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 \
+	CUPY_CACHE_DIR="$(CURDIR)/.cache/cupy" \
+	TRITON_CACHE_DIR="$(CURDIR)/.cache/triton" \
+	TORCHINDUCTOR_CACHE_DIR="$(CURDIR)/.cache/inductor"
+
+# Only files that have such tests are imported: the others may need more.  The
+# benchmark is run whatever the tests say.
+gpu:
+	@rm -rf gpu-bundle/site
+	@PYTHONPATH= $(GPU_PYTHON) -c "$$UNPACK"
+	@mkdir -p $(GPU_OUT)
+	$(GPU_ENV) $(GPU_PYTHON) -m tests.benchmarks.gpu --check
+	@status=0; set -x; \
+	$(GPU_ENV) timeout 240 $(GPU_PYTHON) -m pytest -m 'gpu or cuda' \
+		-W default -o faulthandler_timeout=100 --durations 10 \
+		--continue-on-collection-errors --junitxml $(GPU_OUT)/tests.xml \
+		$$(grep -lE 'mark\.(gpu|cuda)' tests/test_*.py) || status=$$?; \
+	$(GPU_ENV) timeout 230 $(GPU_PYTHON) -m tests.benchmarks.gpu \
+		--seconds 170 --out $(GPU_OUT)/benchmark.json \
+		--markdown $(GPU_OUT)/benchmark.md || status=$$?; \
+	exit $$status
+
+# Chainer is built as in `setup`; the rest is what it and pytest require.
+gpu-bundle:
+	@test -n "$(PYTHON_PATH)" || { echo "No interpreter called $(PYTHON)"; \
+	exit 1; }
+	rm -rf gpu-bundle
+	$(PYTHON_PATH) -m venv gpu-bundle/venv
+	gpu-bundle/venv/bin/python -m pip install --quiet 'setuptools<81' wheel
+	gpu-bundle/venv/bin/python -m pip wheel --quiet --no-deps \
+		--no-build-isolation --wheel-dir gpu-bundle 'chainer==7.8.1'
+	gpu-bundle/venv/bin/python -m pip download --quiet --no-deps \
+		--only-binary :all: --python-version 3.12 --implementation cp \
+		--platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 \
+		--dest gpu-bundle filelock protobuf six typing_extensions \
+		pytest iniconfig packaging pluggy pygments
+	rm -rf gpu-bundle/venv
+	@du -sh gpu-bundle
 
 lint: setup
 	$(PY) -m ruff check .
