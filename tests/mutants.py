@@ -99,8 +99,12 @@ def replace(name, text):
 
 
 def line_of(text, position):
+    """The function that a position is in, and its line there."""
     start = text.rfind('\n', 0, position) + 1
-    return ' '.join(text[start:].split('\n')[0].split())
+    functions = re.findall(
+        r'^(?:__device__|extern).*?(\w+)\(', text[:position], re.M)
+    line = ' '.join(text[start:].split('\n')[0].split())
+    return f'{functions[-1]}: {line}' if functions else line
 
 
 def tests():
@@ -118,8 +122,13 @@ def tests():
                 shape, axis, K, *f, detach_uv, *names)
     yield t.test_quotient_of_large_numbers, ()
     yield t.test_the_scale_of_an_ordinary_weight_is_one, ()
+    for size in (1e-42, 1e30):
+        yield t.test_the_scale_of_an_extreme_weight, (size,)
     for bad in (0, np.nan, np.inf):
         yield t.test_a_bad_u_is_replaced, (bad, 'f')
+    yield t.test_the_largest_row_takes_its_place, ((3, 40, 5), 1)
+    yield t.test_the_largest_row_takes_its_place, ((70, 40), 1)
+    yield t.test_all_vectors_of_a_bad_weight_are_nan, (3,)
     yield t.test_no_gradient_of_a_u_that_was_replaced, ()
     extremes, update = t.TestExtremes(), t.TestUpdate()
     yield extremes.test_zero_weight, (0, 2)
@@ -136,7 +145,8 @@ def tests():
         for where in (slice(None), (0, 0)):
             yield update.test_a_bad_weight_does_not_reach_u, (value, where)
     yield update.test_a_live_graph_is_not_changed, (False,)
-    yield t.test_a_far_u_is_scaled, ()
+    for scale in (1e-42, 1e35):
+        yield t.test_a_far_u_is_scaled, (scale,)
     yield extremes.test_the_norm_is_one_at_any_scale, ('f',)
 
 

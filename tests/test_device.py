@@ -159,6 +159,30 @@ def test_a_bad_u_is_replaced(bad, dtype):
     np.testing.assert_allclose(cuda.to_cpu(Y.array), W / 3, rtol=1e-3)
 
 
+@pytest.mark.parametrize(('shape', 'axis'), [
+    ((40, 70), 0), ((3, 40, 5), 1), ((70, 40), 1)])
+def test_the_largest_row_takes_its_place(shape, axis):
+    W = random(*shape)
+    _, it = functions.normalize(
+        send(W), send(np.zeros(40)), 2, None, 1.0, 0.0, axis, False, False,
+        ('Y',))
+    norms = np.linalg.norm(reference.as_matrix(W, axis), axis=1)
+    expected = np.zeros(40)
+    expected[norms.argmax()] = 1
+    np.testing.assert_array_equal(cuda.to_cpu(it.start), expected)
+
+
+@pytest.mark.parametrize('K', [1, 3])
+def test_all_vectors_of_a_bad_weight_are_nan(K):
+    W = random(3, 4, 5)
+    W[1, 2, 3] = np.inf
+    _, it = functions.normalize(
+        send(W), send(random(4)), K, None, 1.0, 0.0, 1, False, False, ('Y',))
+    vectors = cuda.to_cpu(it.state)[len(_kernels.STATE):]
+    assert vectors.size == 2 * K + (K + 2) * 4 + K * 15
+    assert np.isnan(vectors).all()
+
+
 def test_no_gradient_of_a_u_that_was_replaced():
     W = send(np.diag([0.0, 2.0, 1.0]))
     u = chainer.Variable(send(np.array([1.0, 0, 0])))
@@ -190,18 +214,30 @@ def test_the_scale_of_an_ordinary_weight_is_one():
             assert [float(x) for x in it.scale] == [1, 1]
 
 
-def test_a_far_u_is_scaled():
-    W, gY = random(4, 3).astype('f'), send(random(4, 3).astype('f'))
-    u = random(4).astype('f')
-    grads = []
-    for scale in (1, 1e-35, 1e35):
-        x = chainer.Variable(send((scale * u).astype('f')))
-        Y = functions.spectral_normalize(send(W), x, 2)
-        Y.grad = gY
+@pytest.mark.parametrize('size', [1e-42, 1e-30, 1e30, 3e38])
+def test_the_scale_of_an_extreme_weight(size):
+    W, u = random(40, 30), random(40).astype('f')
+    W = (W / abs(W).max() * size).astype('f')
+    _, it = functions.normalize(
+        send(W), send(u), 1, None, 1.0, 0.0, 0, False, False, ('Y',))
+    first, second = map(float, it.scale)
+    assert first * second * float(abs(W).max()) == pytest.approx(1.5, abs=0.5)
+    assert {np.frexp(first)[0], np.frexp(second)[0]} == {0.5}
+
+
+@pytest.mark.parametrize('scale', [1e-42, 1e-35, 1e35])
+def test_a_far_u_is_scaled(scale):
+    W, gY = random(4, 3).astype('f'), random(4, 3).astype('f')
+    u = (scale * random(4)).astype('f')
+    results = []
+    for convert in (lambda x: x, send):
+        x = chainer.Variable(convert(u))
+        Y = functions.spectral_normalize(convert(W), x, 2)
+        Y.grad = convert(gY)
         Y.backward()
-        grads.append(scale * cuda.to_cpu(x.grad))
-    for g in grads[1:]:
-        np.testing.assert_allclose(g, grads[0], rtol=1e-4)
+        results.append([cuda.to_cpu(Y.array), cuda.to_cpu(x.grad)])
+    for actual, expected in zip(*results):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
 @pytest.mark.usefixtures('path')
