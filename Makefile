@@ -17,13 +17,16 @@ STAMP := $(VENV)/.made-$(shell { echo "$(PYTHON_PATH)"; \
 	$(PYTHON_PATH) -c 'import sys; print(sys.version)'; \
 	cat setup.py Makefile; } 2>/dev/null | cksum | tr ' ' '-')
 
-.PHONY: help setup test demo defects bench gpu gpu-bundle lint docs clean
+.PHONY: help setup test demo defects bench nvrtc mutants gpu gpu-bundle lint \
+	docs clean
 
 help:
 	@echo 'make demo     train an SNGAN on real handwritten digits (CPU, 2 minutes)'
 	@echo 'make test     run the tests, with coverage'
 	@echo 'make defects  the built-in hook beside this one, fault by fault'
 	@echo 'make bench    time the normalization of one weight on both'
+	@echo 'make nvrtc    compile every CUDA kernel, without a device'
+	@echo 'make mutants  can the tests of the kernels fail?'
 	@echo 'make gpu      tests and benchmark on a CUDA device, without network'
 	@echo 'make gpu-bundle  what make gpu may lack there, into gpu-bundle/'
 	@echo 'make lint     ruff and mypy'
@@ -64,6 +67,17 @@ defects: setup
 bench: setup
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 \
 		$(PY) -m tests.benchmarks.one_weight
+
+$(STAMP)-nvrtc: $(STAMP)
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[nvrtc]'
+	@touch $@
+
+nvrtc: $(STAMP)-nvrtc
+	$(PY) -m tests.nvrtc
+
+# Ten minutes on two cores.
+mutants: setup
+	$(PY) -m tests.mutants
 
 # On a machine with a CUDA device there may be no network, and no .venv/: an
 # interpreter that has NumPy, CuPy and pytest is enough.  What it lacks is

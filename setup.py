@@ -25,6 +25,9 @@ setup(
     extras_require={
         'cuda12': ['cupy-cuda12x>=13.6,<14'],
         'cuda13': ['cupy-cuda13x>=14.2'],
+        # To compile the kernels where there is no device and no toolkit.
+        'nvrtc': ['cupy-cuda13x>=14.2', 'nvidia-cuda-nvrtc>=13,<14',
+                  'nvidia-cuda-runtime>=13,<14'],
         'examples': ['matplotlib', 'rich', 'scikit-learn'],
         'test': ['mypy', 'pytest>=7.4', 'pytest-cov', 'rich', 'ruff'],
         'docs': ['furo', 'sphinx>=7.1'],

@@ -38,6 +38,14 @@ STATE = ('SIGMA', 'SIGMA_OUT', 'W1', 'W2', 'U1', 'U2', 'RESTARTED', 'COEF',
 # gW = (gY GY1 GY2) GY + GSIGMA G, and the gradient of gamma.
 ADJOINT = ('GY', 'GY1', 'GY2', 'GSIGMA', 'GGAMMA')
 
+# float16 is in the first file up to CuPy 13, and in the second from 14 on.
+_INCLUDES = """
+#include <cupy/carray.cuh>
+#if __has_include(<cupy/float16.cuh>)
+#include <cupy/float16.cuh>
+#endif
+"""
+
 _LAYOUT = f"""
 enum {{ {', '.join(STATE)}, N_STATE }};
 enum {{ {', '.join(ADJOINT)}, N_ADJOINT }};
@@ -124,7 +132,7 @@ class Raw:
         """Returns the source for a weight and a vector of these dtypes."""
         types = dict(zip('TUA', map(_c_name, (T, U, accumulator_dtype(T)))))
         return ''.join([
-            '#include <cupy/float16.cuh>\n',
+            _INCLUDES,
             *[f'typedef {c} {name};\n' for name, c in types.items()],
             _LAYOUT, _QUOTIENT, _GRADIENT_OF_SIGMA, _GRADIENT_OF_U, _BLOCK,
             self.code])
@@ -400,7 +408,7 @@ __device__ double rescue(
     for (int i = threadIdx.x; i < W.m; i += blockDim.x)
       us[i] = static_cast<A>(u[i]) * start.u1 * start.u2;
   }
-  bool ordinary;
+  bool ordinary = true;  // nobody asks here
   double sigma = iterate(W, state, K, &ordinary, shared);
   if (sigma == 0 && w_largest > 0 && !start.restarted) {
     start.restarted = true;
@@ -598,7 +606,7 @@ extern "C" __global__ void __launch_bounds__(1024) sn_fused_bwd(
       }
   }
   if (gu) {
-    A* ubar = tbars + (K - 1) * m;  // tbar_K is u_K: its place is free
+    A* ubar = tbars;  // these have done their service
     product(W, sbars, ubar, shared);
     for (int i = threadIdx.x; i < m; i += blockDim.x)
       gu[i] = static_cast<U>(gradient_of_u<A>(state, ubar[i], c));

@@ -12,6 +12,7 @@ from chainer.backends import cuda
 import sn_function
 from sn_function import _kernels
 from tests.benchmarks import gpu
+from tests.benchmarks import report as tables
 
 
 class Clock:
@@ -57,39 +58,39 @@ class FakeGraph:
 
 
 def test_a_budget_ends():
-    budget = gpu.Budget(10, Clock())
+    budget = tables.Budget(10, Clock())
     assert budget.left == 9
-    assert gpu.Budget(10, lambda: 5.0).share(0.5).left == 5
-    assert gpu.Budget(0).left <= 0
+    assert tables.Budget(10, lambda: 5.0).share(0.5).left == 5
+    assert tables.Budget(0).left <= 0
 
 
 def test_shapes():
-    assert gpu.shape_of('64x3x3x3') == (64, 3, 3, 3)
+    assert tables.shape_of('64x3x3x3') == (64, 3, 3, 3)
     assert set(gpu.QUICK_SHAPES + gpu.COMPILED_SHAPES) <= set(gpu.SHAPES)
     assert len(set(gpu.SHAPES)) == len(gpu.SHAPES)
 
 
 def test_summary():
     values = [x * 1e-6 for x in range(1, 102)]
-    assert gpu.summary(values) == pytest.approx(
+    assert tables.summary(values) == pytest.approx(
         {'median': 51, 'p20': 21, 'p80': 81})
 
 
 def test_floors():
-    least = gpu.floors(1000, 2e9)
+    least = tables.floors(1000, 2e9)
     assert least == pytest.approx({
         'forward': 2, 'backward, detached': 2, 'backward, exact': 2.5})
-    assert gpu.floor_of('exact, fused', 'both', least) == pytest.approx(4.5)
-    assert gpu.floor_of('Chainer', 'backward', least) == pytest.approx(2)
-    assert gpu.floor_of('exact', 'forward', least) == pytest.approx(2)
+    assert tables.floor_of('exact, fused', 'both', least) == pytest.approx(4.5)
+    assert tables.floor_of('Chainer', 'backward', least) == pytest.approx(2)
+    assert tables.floor_of('exact', 'forward', least) == pytest.approx(2)
 
 
 class TestMeasure:
 
     def test_times(self):
-        found = gpu.measure(
+        found = tables.measure(
             {'a': lambda: 2e-6, 'b': lambda: 4e-3}, FakeTimer(),
-            gpu.Budget(1e9), 5, 1e-4)
+            tables.Budget(1e9), 5, 1e-4)
         assert found['a']['wall']['median'] == pytest.approx(2)
         assert found['a']['device']['p80'] == pytest.approx(1)
         assert found['b']['wall']['p20'] == pytest.approx(4000)
@@ -102,9 +103,9 @@ class TestMeasure:
             raise ValueError('so\nlong ' + 'x' * 1000)
 
         later = iter([1e-3] * 8)
-        found = gpu.measure(
+        found = tables.measure(
             {'bad': fail, 'late': lambda: next(later), 'good': lambda: 1e-3},
-            FakeTimer(), gpu.Budget(1e9), 5, 1e-3)
+            FakeTimer(), tables.Budget(1e9), 5, 1e-3)
         assert found['bad']['error'].startswith('ValueError: so long xxx')
         assert len(found['bad']['error']) == 300
         assert found['late']['error'].startswith('StopIteration')
@@ -112,15 +113,15 @@ class TestMeasure:
 
     def test_no_time_is_left(self):
         timer = FakeTimer()
-        found = gpu.measure({'a': lambda: 1}, timer, gpu.Budget(0))
+        found = tables.measure({'a': lambda: 1}, timer, tables.Budget(0))
         assert 'time was up' in found['a']['error']
         assert timer.calls == 0
 
     def test_the_time_is_up_on_the_way(self):
         """What was begun has one round; what was not has an error."""
-        found = gpu.measure(
+        found = tables.measure(
             {'a': lambda: 1, 'b': lambda: 1}, FakeTimer(),
-            gpu.Budget(1.5, Clock()))
+            tables.Budget(1.5, Clock()))
         assert found['a']['rounds'] == 1
         assert 'time was up' in found['b']['error']
 
@@ -132,8 +133,8 @@ class TestMeasure:
     ([1, 9, 1, 1], [4, 4, 4, 4], 1),
 ])
 def test_crossing(fused, separate, expected):
-    assert gpu.crossing([1, 2, 4, 8], fused, separate) == expected
-    assert gpu.crossing(
+    assert tables.crossing([1, 2, 4, 8], fused, separate) == expected
+    assert tables.crossing(
         [8, 4, 2, 1], fused[::-1], separate[::-1]) == expected
 
 
@@ -141,13 +142,14 @@ def test_crossing(fused, separate, expected):
     (1234.5, '1234'), (123.4, '123'), (12.34, '12.3'), (1.234, '1.23'),
     (0.01234, '0.0123'), (0, '0'), (None, 'n/a'), (math.nan, 'n/a')])
 def test_number(x, text):
-    assert gpu.number(x) == text
+    assert tables.number(x) == text
 
 
 def test_tables():
     header, rows = ('name', 'us'), [('a', '1'), ('long', '12.5')]
-    assert gpu.text_table(header, rows) == 'name    us\na        1\nlong  12.5'
-    assert gpu.markdown_table(header, rows) == (
+    assert tables.text_table(header, rows) == (
+        'name    us\na        1\nlong  12.5')
+    assert tables.markdown_table(header, rows) == (
         '| name | us |\n| --- | ---: |\n| a | 1 |\n| long | 12.5 |')
 
 
@@ -162,7 +164,7 @@ def report():
         'bandwidth': 2e12, 'fused size': 65536,
         'weights': [{
             'shape': '8x8', 'dtype': 'float32', 'nbytes': 256,
-            'floors': gpu.floors(256, 2e8), 'copy': part(3.0),
+            'floors': tables.floors(256, 2e8), 'copy': part(3.0),
             'contenders': {
                 'exact': {
                     'forward': part(10.0, kernels=4,
@@ -182,7 +184,7 @@ def report():
 
 
 def test_rows():
-    exact, chainer, torch = gpu.weight_rows(report()['weights'][0])
+    exact, chainer, torch = tables.weight_rows(report()['weights'][0])
     # 4 + 5 times 256 bytes, over 200 MB/s, are 11.52 us.
     assert exact == (
         'exact', '10.0 / 10.0 / 5.00', '20.0 / 20.0 / n/a',
@@ -197,7 +199,7 @@ def test_notes_say_each_reason_once():
     double = report()
     double['weights'].append(dict(double['weights'][0], dtype='float16'))
     places = '(8x8 float32, 8x8 float16)'
-    assert gpu.notes(double) == [
+    assert tables.notes(double) == [
         f'Chainer, graph of forward: X: y {places}',
         f'Chainer, backward: E: broke {places}',
         f'Chainer, both: E: broke {places}',
@@ -205,7 +207,7 @@ def test_notes_say_each_reason_once():
         'PyTorch: no']
 
 
-@pytest.mark.parametrize('render', [gpu.as_text, gpu.as_markdown])
+@pytest.mark.parametrize('render', [tables.as_text, tables.as_markdown])
 def test_the_report_has_it_all(render):
     text = render(report())
     for part in ('Card', 'python -m it', '2000 GB/s', '8x8, float32',
@@ -213,12 +215,12 @@ def test_the_report_has_it_all(render):
                  'E: absent', '65536 entries'):
         assert part in text
     assert (text.splitlines()[0] ==
-            {gpu.as_text: '==', gpu.as_markdown: '#'}[render]
+            {tables.as_text: '==', tables.as_markdown: '#'}[render]
             + ' Normalization of a weight on a CUDA device')
 
 
 def test_json_is_strict():
-    text = gpu.as_json(dict(report(), bandwidth=math.nan))
+    text = tables.as_json(dict(report(), bandwidth=math.nan))
     assert json.loads(text)['bandwidth'] is None
 
 
@@ -264,7 +266,7 @@ class TestContenders:
             return 1e-3, 1e-3
 
         def copy(run, nbytes):
-            return gpu.measure(
+            return tables.measure(
                 {'': lambda: None}, timer, run.budget, run.n_rounds)['']
 
         monkeypatch.setattr(gpu, 'why_no_device', lambda: None)
@@ -298,7 +300,7 @@ class TestContenders:
                 'Chainer']
             for contender in weight['contenders'].values():
                 assert contender['extra bytes'] == 1 << 20
-                for part in gpu.PARTS:
+                for part in tables.PARTS:
                     assert contender[part]['kernels'] == 2
                     assert contender[part]['wall']['median'] == (
                         pytest.approx(1000))
@@ -317,7 +319,7 @@ class TestContenders:
     @pytest.mark.usefixtures('fake_run')
     def test_a_run_whose_sweep_takes_too_long(self, monkeypatch, capsys):
         monkeypatch.setattr(
-            gpu.Budget, 'share', lambda budget, _: gpu.Budget(0))
+            tables.Budget, 'share', lambda budget, _: tables.Budget(0))
         gpu.main(['--quick'])
         text = capsys.readouterr().out
         assert '* sweep from 2^4 float32: the time was up' in text

@@ -93,7 +93,7 @@ class TestImport:
                 '__warningregistry__'}
             for name in set(after) - set(before):   # submodules of its own
                 assert after[name].__spec__.name == f'numpy.{name}', name
-            for name, module in sys.modules.items():
+            for name, module in list(sys.modules.items()):
                 if isinstance(module, types.ModuleType):
                     doc = vars(module).get('__doc__') or ''
                     assert not doc.startswith('A stand-in'), name

@@ -225,6 +225,21 @@ def test_the_scale_of_an_extreme_weight(size):
     assert {np.frexp(first)[0], np.frexp(second)[0]} == {0.5}
 
 
+def test_an_extreme_weight_below_the_floor():
+    W, u = (1e-30 * random(4, 3)).astype('f'), random(4).astype('f')
+    gY = (1e30 * random(4, 3)).astype('f')
+    results = []
+    for convert in (lambda x: x, send):
+        gamma = chainer.Variable(convert(np.array(0.7, 'f')))
+        Y = functions.spectral_normalize(
+            convert(W), convert(u), gamma=gamma, factor=1.3)
+        Y.grad = convert(gY)
+        Y.backward()
+        results.append([cuda.to_cpu(Y.array), cuda.to_cpu(gamma.grad)])
+    for actual, expected in zip(*results):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize('scale', [1e-42, 1e-35, 1e35])
 def test_a_far_u_is_scaled(scale):
     W, gY = random(4, 3).astype('f'), random(4, 3).astype('f')

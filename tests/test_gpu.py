@@ -1,5 +1,8 @@
 """What only a real CUDA device can show: streams, launches, memory.
 
+Of the results, larger weights than in :mod:`tests.test_device`; they are run
+on the host as well where there is no device.
+
 CuPy is imported inside of the tests alone, so that they are collected, and
 skipped, where there is none.
 """
@@ -17,8 +20,6 @@ from chainer.backends import cuda
 
 from sn_function import SpectralNormalization, _kernels, functions
 from tests.benchmarks import gpu
-
-pytestmark = pytest.mark.cuda
 
 TOLERANCE = {'e': 3e-3, 'f': 3e-5, 'd': 1e-11}
 FUSED = [pytest.param(1 << 40, id='fused'), pytest.param(0, id='not fused')]
@@ -78,6 +79,7 @@ def assert_close(actual, expected, dtype):
             a, b, rtol=0, atol=TOLERANCE[dtype] * max(1, abs(b).max()))
 
 
+@pytest.mark.gpu
 class TestResults:
 
     @pytest.mark.parametrize('dtype', 'efd')
@@ -149,6 +151,10 @@ class TestResults:
             cuda.to_cpu(Y.array).reshape(8, -1).astype('d'), 2)
         np.testing.assert_allclose(norm, gamma, rtol=2e-2)
 
+
+@pytest.mark.cuda
+class TestStreams:
+
     def test_second_device(self, fused_size):
         if cuda.cupy.cuda.runtime.getDeviceCount() < 2:
             pytest.skip('one device')
@@ -162,9 +168,6 @@ class TestResults:
             synchronize()
         assert_close([cuda.to_cpu(x) for x in arrays],
                      make_step(W, send=np.copy)(), 'f')
-
-
-class TestStreams:
 
     def test_two_at_once(self, fused_size):
         steps = [make_step(random((128, 64, 4, 4), seed=seed), seed=seed + 7)
@@ -233,6 +236,7 @@ class TestStreams:
             assert graph.types == [gpu.KERNEL]
 
 
+@pytest.mark.cuda
 class TestCosts:
 
     def contender(self, shape, **kwargs):
