@@ -68,8 +68,9 @@ def check_arrays(W: Any, u: Any, axis: int, update_u: bool) -> int:
         raise errors.VectorTypeError(u, array.dtype)
     if vector.shape != (shape[axis],):
         raise errors.VectorShapeError(vector.shape, shape, axis)
-    if is_on_device(array) or is_on_device(vector):
-        _check_same_device(vector, array)
+    if not _are_on_one_device(vector, array):
+        raise errors.VectorDeviceError(
+            *map(backend.get_device_from_array, (vector, array)))
     if update_u and not (vector is u and _is_writable(u)):
         raise errors.VectorUpdateError(u)
     return axis
@@ -89,13 +90,6 @@ def _is_writable(u: Any) -> bool:
     return is_on_device(u) or u.flags.writeable
 
 
-def _check_same_device(u: Any, W: Any) -> None:
-    u_device = backend.get_device_from_array(u)
-    W_device = backend.get_device_from_array(W)
-    if u_device != W_device:
-        raise errors.VectorDeviceError(u_device, W_device)
-
-
 def check_gamma(gamma: Any, W: Any) -> Any:
     """Checks gamma, and returns it with a number made a float."""
     if is_real(gamma):
@@ -106,6 +100,12 @@ def check_gamma(gamma: Any, W: Any) -> Any:
     array = gamma.array if isinstance(gamma, chainer.Variable) else gamma
     W = W.array if isinstance(W, chainer.Variable) else W
     if not (_is_float_array(array) and array.shape == ()
-            and is_on_device(array) == is_on_device(W)):
+            and _are_on_one_device(array, W)):
         raise errors.GammaError(gamma)
     return gamma
+
+
+def _are_on_one_device(x: Any, y: Any) -> bool:
+    if not (is_on_device(x) or is_on_device(y)):
+        return True  # the question after devices takes a while
+    return backend.get_device_from_array(x) == backend.get_device_from_array(y)

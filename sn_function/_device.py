@@ -133,12 +133,15 @@ def normalize(
         gamma = gamma.astype(it.dtype, copy=False)
     vector = _contiguous(u)
     Y: Any = None
+    # Not a view of the state, which would live as long as it.
+    sigma: Any = (
+        cuda.cupy.empty((), it.dtype) if 'sigma' in output_names else NULL)
     rest = factor, settings.eps, numpy.int32(update_u)
     if it.is_small:
         if 'Y' in output_names:
             Y = cuda.cupy.empty(W.shape, W.dtype)
         _kernels.fused_fwd(
-            W.dtype, vector.dtype, W, vector, it.state, gamma,
+            W.dtype, vector.dtype, W, vector, it.state, sigma, gamma,
             NULL if Y is None else Y, *it.sizes, numpy.int32(it.K), *rest)
     else:
         for k in range(it.K):
@@ -146,13 +149,13 @@ def normalize(
                 it, W, it.us(k) if k else vector, it.vs(k + 1))
             _product(it, W, it.vs(k + 1), it.us(k + 1))
             _kernels.settle_fwd(
-                W.dtype, vector.dtype, W, vector, it.state, gamma, *it.sizes,
-                numpy.int32(k), numpy.int32(it.K), *rest)
+                W.dtype, vector.dtype, W, vector, it.state, sigma, gamma,
+                *it.sizes, numpy.int32(k), numpy.int32(it.K), *rest)
         if 'Y' in output_names:
             Y = _kernels.scale_fwd(W, it.state)
     if update_u and vector is not u:
         u[...] = vector
-    outputs = {'Y': Y, 'sigma': it.scalar('SIGMA_OUT')}
+    outputs = {'Y': Y, 'sigma': sigma}
     return tuple([outputs[name] for name in output_names]), it
 
 
@@ -179,6 +182,10 @@ def gradients(
         grads['W'] = cuda.cupy.empty(W.shape, W.dtype)
     if 'u' in wanted:
         grads['u'] = cuda.cupy.empty(it.m, u.dtype)
+    if 'gamma' in wanted:
+        grads['gamma'] = cuda.cupy.empty((), it.dtype)
+    if gY is not None:
+        gY = gY.astype(W.dtype, copy=False)
     gsigma = NULL if gsigma is None else gsigma.astype(it.dtype, copy=False)
     backward = _backward_small if it.is_small else _backward_large
     adjoint = cuda.cupy.empty(
@@ -186,14 +193,14 @@ def gradients(
     backward(settings, it, adjoint, W, gY, gsigma, **{
         'g' + name: g for name, g in grads.items()})
     if 'gamma' in wanted:
-        grads['gamma'] = adjoint[ADJOINT.index('GGAMMA')].astype(
-            gamma.dtype, copy=False)
+        grads['gamma'] = grads['gamma'].astype(gamma.dtype, copy=False)
     return tuple([grads[name] for name in wanted])
 
 
 def warm_up(W: Any, u: Any, axis: int, n: int) -> None:
     """Moves ``u`` on by ``n`` iterations, unless it would not be finite."""
-    normalize(Settings(n, axis, True), W, u, 1.0, (), True)
+    for _ in range(n):  # one at a time: the state of one is enough
+        normalize(Settings(1, axis, True), W, u, 1.0, (), True)
 
 
 def _contiguous(x: Any) -> Any:
@@ -229,30 +236,41 @@ def _gemv(transposed: str, matrix: Any, x: Any, out: Any) -> None:
     cuda.cupy.cublas.gemv(transposed, one, matrix, x, zero, out)
 
 
+def _dots(it: Iteration, W: Any, gY: Any) -> Any:
+    """``<gY, W / scale>`` in parts, one for each block of the device."""
+    parts = math.gcd(W.size, 1024)
+    if parts > W.shape[0] and gY.flags.c_contiguous:
+        W, gY = W.reshape(parts, -1), gY.reshape(parts, -1)
+    dots = cuda.cupy.empty(W.shape[0], it.dtype)
+    _kernels.dot_bwd(
+        gY, W, *it.scale, axis=tuple(range(1, W.ndim)), out=dots)
+    return dots
+
+
 def _backward_small(
         settings: Settings, it: Iteration, adjoint: Any, W: Any, gY: Any,
-        gsigma: Any, gW: Any = NULL, gu: Any = NULL) -> None:
+        gsigma: Any, gW: Any = NULL, gu: Any = NULL, ggamma: Any = NULL,
+) -> None:
     _kernels.fused_bwd(
         W.dtype, it.dtype if gu is NULL else gu.dtype, W,
         NULL if gY is None else _contiguous(gY), gsigma, it.state, adjoint,
-        gW, gu, *it.sizes, numpy.int32(it.K), settings.factor,
+        gW, gu, ggamma, *it.sizes, numpy.int32(it.K), settings.factor,
         numpy.int32(settings.detach_uv))
 
 
 def _backward_large(
         settings: Settings, it: Iteration, adjoint: Any, W: Any, gY: Any,
-        gsigma: Any, gW: Any = None, gu: Any = None) -> None:
+        gsigma: Any, gW: Any = None, gu: Any = None, ggamma: Any = NULL,
+) -> None:
     K, m, n = it.K, it.m, it.n
     tbars = len(ADJOINT)
     sbars = tbars + K * m
     x = adjoint[sbars + K * n:]
     dots = NULL
     if gY is not None:
-        dots = cuda.cupy.empty(W.shape[0], it.dtype)
-        _kernels.dot_bwd(gY, W, *it.scale,
-                         axis=tuple(range(1, W.ndim)), out=dots)
+        dots = _dots(it, W, gY)
     numbers = (
-        dots, numpy.int32(0 if gY is None else dots.size), gsigma,
+        dots, numpy.int32(0 if gY is None else dots.size), gsigma, ggamma,
         settings.factor)
 
     def project(is_first: bool, y: Any, e: Any, size: int, norm: int) -> None:

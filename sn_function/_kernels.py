@@ -30,13 +30,13 @@ BLOCK_SIZE = 1024
 # For a pointer that a raw kernel is to go without.
 NULL = numpy.intp(0)
 
-# sigma, in units of scale, and as it is; 1 / scale; the same for u_0; whether
-# u_0 is another than given; Y = (W Y1 Y2) COEF; max(sigma, eps); whether that
-# is sigma; whether all norms have been far from the ends of the range.
-STATE = ('SIGMA', 'SIGMA_OUT', 'W1', 'W2', 'U1', 'U2', 'RESTARTED', 'COEF',
-         'Y1', 'Y2', 'DIVISOR', 'ABOVE', 'ORDINARY')
-# gW = (gY GY1 GY2) GY + GSIGMA G, and the gradient of gamma.
-ADJOINT = ('GY', 'GY1', 'GY2', 'GSIGMA', 'GGAMMA')
+# 1 / scale; the same for u_0; whether u_0 is another than given; Y = (W Y1 Y2)
+# COEF; max(sigma, eps), in units of scale where that is sigma; whether it is;
+# whether all norms have been far from the ends of the range.
+STATE = ('W1', 'W2', 'U1', 'U2', 'RESTARTED', 'COEF', 'Y1', 'Y2', 'DIVISOR',
+         'ABOVE', 'ORDINARY')
+# gW = (gY GY1 GY2) GY + GSIGMA G
+ADJOINT = ('GY', 'GY1', 'GY2', 'GSIGMA')
 
 # float16 is in the first file up to CuPy 13, and in the second from 14 on.
 _INCLUDES = """
@@ -49,6 +49,7 @@ _INCLUDES = """
 _LAYOUT = f"""
 enum {{ {', '.join(STATE)}, N_STATE }};
 enum {{ {', '.join(ADJOINT)}, N_ADJOINT }};
+typedef long long Size;
 """
 
 # G[i, j] = sum_k  tbar_k[i] v_k[j] + u_{k-1}[i] sbar_k[j],  tbar_K = u_K
@@ -56,7 +57,7 @@ enum {{ {', '.join(ADJOINT)}, N_ADJOINT }};
 _GRADIENT_OF_SIGMA = """
 template <typename A>
 __device__ A gradient_of_sigma(
-    const A* state, const A* adjoint, int K, int m, int n, int detach,
+    const A* state, const A* adjoint, int K, Size m, Size n, int detach,
     int i, int j) {
   const A* u = state + N_STATE + 2 * K + i;
   const A* v = state + N_STATE + 2 * K + (K + 1) * m + j;
@@ -190,14 +191,13 @@ dot_bwd = Reduction(
 # gets what they return; shared has room for one double a thread.  Products
 # begin and end with a barrier, so what they read may have just been written.
 _BLOCK = """
-typedef long long Size;
-
 // An (l, m, r) array in units of scale.
 struct Weight {
   const T* w;
   int l, m, r;
   A w1, w2;
-  __device__ Size size() const { return static_cast<Size>(l) * m * r; }
+  __device__ Size n() const { return static_cast<Size>(l) * r; }
+  __device__ Size size() const { return n() * m; }
   __device__ A operator[](Size i) const {
     return static_cast<A>(w[i]) * w1 * w2;
   }
@@ -337,7 +337,7 @@ __device__ bool is_ordinary(double norm) {
 // k = 1..K.  Returns |t_K|.
 __device__ double iterate(
     const Weight& W, A* state, int K, bool* ordinary, double* shared) {
-  const int m = W.m, n = W.l * W.r;
+  const Size m = W.m, n = W.n();
   A* norms = state + N_STATE;
   A* u = norms + 2 * K;
   A* v = u + (K + 1) * m;
@@ -363,7 +363,7 @@ __device__ void start_from_largest_row(
   int row = 0;
   for (int i = 0; i < W.m; ++i) {
     double sum = 0;
-    for (int j = threadIdx.x; j < W.l * W.r; j += blockDim.x) {
+    for (int j = threadIdx.x; j < W.n(); j += blockDim.x) {
       const Size block = static_cast<Size>(j / W.r) * W.m + i;
       const double w = W[block * W.r + j % W.r];
       sum += w * w;
@@ -393,8 +393,8 @@ __device__ double rescue(
   A* us = state + N_STATE + 2 * K;
   if (isinf(w_largest)) {
     const double nan = infinity() - infinity();
-    const int end = (K + 1) * W.m + K * W.l * W.r;
-    for (int j = -2 * K + static_cast<int>(threadIdx.x); j < end;
+    const Size end = static_cast<Size>(K + 1) * W.m + K * W.n();
+    for (Size j = -2 * K + static_cast<Size>(threadIdx.x); j < end;
          j += blockDim.x)
       us[j] = nan;
     return nan;
@@ -421,21 +421,22 @@ __device__ double rescue(
 // The scalars of the state, x = u_K W1, and u <- u_K where that is good.
 __device__ void finish(
     const Weight& W, const Start& start, double sigma, U* u, A* state,
-    const A* gamma, int K, double factor, double eps, int update) {
-  const A* last = state + N_STATE + 2 * K + K * W.m;
-  A* x = state + N_STATE + 2 * K + (K + 1) * W.m + K * W.l * W.r;
+    A* sigma_out, const A* gamma, int K, double factor, double eps,
+    int update) {
+  const Size m = W.m;
+  const A* last = state + N_STATE + 2 * K + K * m;
+  A* x = state + N_STATE + 2 * K + (K + 1) * m + K * W.n();
   const bool is_good = sigma > 0 && isfinite(sigma);
   for (int i = threadIdx.x; i < W.m; i += blockDim.x) {
     x[i] = last[i] * W.w1;
     if (update && is_good) u[i] = static_cast<U>(last[i]);
   }
   if (threadIdx.x != 0) return;
-  const double sigma_out = sigma / W.w1 / W.w2;
-  const bool above = !(sigma_out < eps || sigma == 0);
+  const double in_full = sigma / W.w1 / W.w2;
+  if (sigma_out) *sigma_out = in_full;
+  const bool above = !(in_full < eps || sigma == 0);
   // With eps 0, a sigma of 0 means that W is 0.
   const double divisor = above ? sigma : eps > 0 ? eps : 1;
-  state[SIGMA] = sigma;
-  state[SIGMA_OUT] = sigma_out;
   state[W1] = W.w1;
   state[W2] = W.w2;
   state[U1] = start.u1;
@@ -452,7 +453,7 @@ __device__ void finish(
 // dot = <gY, W / scale>.  By one thread.
 __device__ void settle_gradients(
     const A* state, A* adjoint, double dot, bool has_gy, const A* gsigma,
-    double factor) {
+    A* ggamma, double factor) {
   double c = gsigma ? static_cast<double>(*gsigma) : 0;
   if (state[ABOVE] == 0) dot = dot / state[W1] / state[W2];
   dot /= state[DIVISOR];
@@ -462,7 +463,7 @@ __device__ void settle_gradients(
   adjoint[GY1] = state[Y1];
   adjoint[GY2] = state[Y2];
   adjoint[GSIGMA] = c;
-  adjoint[GGAMMA] = factor * dot;
+  if (ggamma) *ggamma = factor * dot;
 }
 
 // y <- (y - e (e . y)) / norm, where y waits for the factor w2;  x <- y w1.
@@ -484,20 +485,20 @@ __device__ void project(
 # The last one settles all scalars, and u.
 settle_fwd = Raw('sn_settle_fwd', """
 extern "C" __global__ void __launch_bounds__(1024) sn_settle_fwd(
-    const T* w, U* u, A* state, const A* gamma, int l, int m, int r, int k,
-    int K, double factor, double eps, int update) {
+    const T* w, U* u, A* state, A* sigma_out, const A* gamma, int l, int m,
+    int r, int k, int K, double factor, double eps, int update) {
   __shared__ double shared[1024];
   Weight W = {w, l, m, r, 1, 1};
   Start start = {1, 1, false};
   A* norms = state + N_STATE;
   A* us = norms + 2 * K;
-  A* vs = us + (K + 1) * m;
+  A* v = us + static_cast<Size>(K + 1) * m + k * W.n();
   bool ordinary = k == 0 || state[ORDINARY] != 0;
   if (k == 0)
     for (int i = threadIdx.x; i < m; i += blockDim.x)
       us[i] = static_cast<A>(u[i]);
-  const double s = normalize(vs + k * l * r, l * r, shared);
-  const double t = normalize(us + (k + 1) * m, m, shared);
+  const double s = normalize(v, W.n(), shared);
+  const double t = normalize(us + static_cast<Size>(k + 1) * m, m, shared);
   ordinary = ordinary && is_ordinary(s) && is_ordinary(t);
   if (threadIdx.x == 0) {
     norms[k] = s;
@@ -508,7 +509,7 @@ extern "C" __global__ void __launch_bounds__(1024) sn_settle_fwd(
   double sigma = t / s;
   if (!ordinary) sigma = rescue(W, u, state, K, start, shared);
   __syncthreads();
-  finish(W, start, sigma, u, state, gamma, K, factor, eps, update);
+  finish(W, start, sigma, u, state, sigma_out, gamma, K, factor, eps, update);
 }
 """)
 
@@ -516,14 +517,16 @@ extern "C" __global__ void __launch_bounds__(1024) sn_settle_fwd(
 project_bwd = Raw('sn_project_bwd', """
 extern "C" __global__ void __launch_bounds__(1024) sn_project_bwd(
     const A* state, A* adjoint, int first, const A* dots, int n_dots,
-    const A* gsigma, double factor, A* y, const A* e, int n, int norm, A* x) {
+    const A* gsigma, A* ggamma, double factor, A* y, const A* e, int n,
+    int norm, A* x) {
   __shared__ double shared[1024];
   if (first) {
     double dot = 0;
     for (int j = threadIdx.x; j < n_dots; j += blockDim.x) dot += dots[j];
     dot = block_sum(dot, shared);
     if (threadIdx.x == 0)
-      settle_gradients(state, adjoint, dot, n_dots > 0, gsigma, factor);
+      settle_gradients(
+          state, adjoint, dot, n_dots > 0, gsigma, ggamma, factor);
   }
   if (n > 0)
     project(y, e, n, state[N_STATE + norm], state[W1], state[W2], x, shared);
@@ -533,8 +536,8 @@ extern "C" __global__ void __launch_bounds__(1024) sn_project_bwd(
 # The whole forward: K iterations, u, and Y unless it is not wanted.
 fused_fwd = Raw('sn_fused_fwd', """
 extern "C" __global__ void __launch_bounds__(1024) sn_fused_fwd(
-    const T* w, U* u, A* state, const A* gamma, T* y, int l, int m, int r,
-    int K, double factor, double eps, int update) {
+    const T* w, U* u, A* state, A* sigma_out, const A* gamma, T* y, int l,
+    int m, int r, int K, double factor, double eps, int update) {
   __shared__ double shared[1024];
   Weight W = {w, l, m, r, 1, 1};
   Start start = {1, 1, false};
@@ -544,7 +547,7 @@ extern "C" __global__ void __launch_bounds__(1024) sn_fused_fwd(
   double sigma = iterate(W, state, K, &ordinary, shared);
   if (!ordinary) sigma = rescue(W, u, state, K, start, shared);
   __syncthreads();
-  finish(W, start, sigma, u, state, gamma, K, factor, eps, update);
+  finish(W, start, sigma, u, state, sigma_out, gamma, K, factor, eps, update);
   if (!y) return;
   __syncthreads();
   const A y1 = state[Y1], y2 = state[Y2], coef = state[COEF];
@@ -558,10 +561,11 @@ extern "C" __global__ void __launch_bounds__(1024) sn_fused_fwd(
 fused_bwd = Raw('sn_fused_bwd', """
 extern "C" __global__ void __launch_bounds__(1024) sn_fused_bwd(
     const T* w, const T* gy, const A* gsigma, const A* state, A* adjoint,
-    T* gw, U* gu, int l, int m, int r, int K, double factor, int detach) {
+    T* gw, U* gu, A* ggamma, int l, int m_, int r, int K, double factor,
+    int detach) {
   __shared__ double shared[1024];
-  const Weight W = {w, l, m, r, state[W1], state[W2]};
-  const int n = l * r;
+  const Weight W = {w, l, m_, r, state[W1], state[W2]};
+  const Size m = m_, n = W.n();
   const A* norms = state + N_STATE;
   const A* us = norms + 2 * K;
   const A* vs = us + (K + 1) * m;
@@ -574,7 +578,7 @@ extern "C" __global__ void __launch_bounds__(1024) sn_fused_bwd(
     dot = block_sum(dot, shared);
   }
   if (threadIdx.x == 0)
-    settle_gradients(state, adjoint, dot, gy, gsigma, factor);
+    settle_gradients(state, adjoint, dot, gy, gsigma, ggamma, factor);
   if (!detach && (gw || gu))
     for (int k = K - 1; k >= 0; --k) {
       const A* tbar = k == K - 1 ? us + K * m : tbars + k * m;

@@ -209,7 +209,8 @@ def adjoint(
 
     Returns:
         ``P``, shape ``(r, m)``, and ``Q``, shape ``(r, n)``, such that
-        ``d sigma / d A = P^T Q``; and ``ubar``, shape ``(m,)``, or ``None``.
+        ``d sigma / d A = P^T Q``; and ``ubar``, shape ``(m,)``, in units of
+        ``1 / u_scale``, or ``None``.
 
     """
     if detach_uv:
@@ -233,9 +234,7 @@ def adjoint(
             tbar = (ubar - u * u.dot(ubar)) / it.t_norms[k - 1]
     if not need_u:
         return P, Q, None
-    if it.restarted:
-        return P, Q, ubar * 0
-    return P, Q, ubar * (it.scale / it.u_scale)
+    return P, Q, ubar
 
 
 def normalize(
@@ -317,7 +316,9 @@ def gradients(
         if 'W' in wanted or 'u' in wanted:
             P, Q, ubar = adjoint(A, it, settings.detach_uv, 'u' in wanted)
             if ubar is not None:
-                grads['u'] = (ubar * c).astype(u.dtype, copy=False)
+                # In this order: scale / u_scale may not be in the range.
+                gu = ubar * (0 if it.restarted else c * it.scale / it.u_scale)
+                grads['u'] = gu.astype(u.dtype, copy=False)
             if 'W' in wanted:
                 gW = A.outer(P * c, Q)
                 if gY is not None:

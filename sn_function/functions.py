@@ -74,8 +74,11 @@ class SpectralNormalize(_Node):
         outputs, self.it = arithmetic.normalize(
             self.settings, **self.arguments(inputs),
             output_names=self.output_names, update_u=self.update_u)
+        # The owners of arrays are free to change them.
         if 'u' in self.constants:
-            self.constants['u'] = None  # its owner is free to change it
+            self.constants['u'] = None
+        if not isinstance(self.constants.get('gamma', 1.0), float):
+            self.constants['gamma'] = self.constants['gamma'].copy()
         return outputs
 
     def backward(
@@ -319,8 +322,6 @@ def normalize(
             inputs.append(x)
         else:
             constants[name] = x
-    if not isinstance(constants.get('gamma', 1.0), float):
-        constants['gamma'] = gamma.copy()  # its owner is free to change it
     node = SpectralNormalize(
         settings, names, constants, output_names, update_u)
     return node.apply(inputs), node.it

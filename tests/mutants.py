@@ -139,7 +139,7 @@ def tests():
                 shape, axis, K, *f, detach_uv, *names)
     yield t.test_quotient_of_large_numbers, ()
     yield t.test_the_scale_of_an_ordinary_weight_is_one, ()
-    for size in (1e-42, 1e30):
+    for size in (1e-36, 1e30):
         yield t.test_the_scale_of_an_extreme_weight, (size,)
     for bad in (0, np.nan, np.inf):
         yield t.test_a_bad_u_is_replaced, (bad, 'f')
@@ -156,7 +156,7 @@ def tests():
     yield t.test_an_extreme_weight_below_the_floor, ()
     for scale in (1e-30, 1e30):
         yield extremes.test_gradients_at_extreme_scales, (scale, 3)
-    for value in ('largest', 'smallest'):
+    for value in ('largest', 'tiny'):
         yield extremes.test_at_the_limits_of_a_dtype, ('f', value)
         yield extremes.test_at_the_limits_of_a_dtype, ('d', value)
     yield extremes.test_the_norm_is_never_hidden_nan, ()
@@ -164,7 +164,7 @@ def tests():
         for where in (slice(None), (0, 0)):
             yield update.test_a_bad_weight_does_not_reach_u, (value, where)
     yield update.test_a_live_graph_is_not_changed, (False,)
-    for scale in (1e-42, 1e35):
+    for scale in (1e-36, 1e35):
         yield t.test_a_far_u_is_scaled, (scale,)
     yield extremes.test_the_norm_is_one_at_any_scale, ('f',)
 

@@ -480,10 +480,9 @@ class TestExtremes:
             np.testing.assert_allclose(a * unit, b, rtol=1e-9)
 
     @pytest.mark.parametrize('dtype', ['f', 'd'])
-    @pytest.mark.parametrize('value', ['largest', 'smallest'])
+    @pytest.mark.parametrize('value', ['largest', 'tiny'])
     def test_at_the_limits_of_a_dtype(self, dtype, value):
-        limit = (np.finfo(dtype).max if value == 'largest'
-                 else np.nextafter(*np.array([0, 1], dtype)))
+        limit = getattr(np.finfo(dtype), {'largest': 'max'}.get(value, value))
         W = chainer.Variable(np.full((4, 3), limit, dtype))
         Y, sigma = F.spectral_normalize(
             W, np.ones(4, dtype), eps=0, return_sigma=True)
@@ -492,7 +491,7 @@ class TestExtremes:
         gW, = grad([Y], [W], [random(4, 3).astype(dtype)])
         assert gW.dtype == dtype
         Y = F.spectral_normalize(W, np.ones(4, dtype))
-        if value == 'smallest':
+        if value == 'tiny':
             np.testing.assert_allclose(
                 Y.array, W.array * W.dtype.type(1e6), rtol=1e-6)
             gW, = grad([Y], [W], [np.ones((4, 3), dtype)])
@@ -559,6 +558,27 @@ class TestExtremes:
             W, u = random(6, 5), random(6)
             sigma = F.spectral_norm(W, u, n_power_iteration).array
             assert sigma <= reference.true_norm(W) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize('dtype', ['f', 'd'])
+def test_the_smallest_number(dtype):
+    limit = np.nextafter(*np.array([0, 1], dtype))
+    W = chainer.Variable(np.full((4, 3), limit, dtype))
+    Y = F.spectral_normalize(W, np.ones(4, dtype), eps=0)
+    np.testing.assert_allclose(Y.array, 12 ** -0.5, rtol=1e-6)
+    Y = F.spectral_normalize(W, np.ones(4, dtype))
+    np.testing.assert_allclose(
+        Y.array, W.array * W.dtype.type(1e6), rtol=1e-6)
+
+
+def test_the_gradient_of_u_where_scales_are_far_apart():
+    W, u, gY = random(4, 3), random(4), random(4, 3)
+    grads = []
+    for W_scale, u_scale in ((1, 1), (1e-200, 1e200)):
+        x = chainer.Variable(u * u_scale)
+        Y = F.spectral_normalize(W * W_scale, x, eps=0)
+        grads.append(grad([Y], [x], [gY])[0] * u_scale)
+    np.testing.assert_allclose(*grads, rtol=1e-9)
 
 
 BAD_ARGUMENTS = {

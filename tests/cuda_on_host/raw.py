@@ -61,14 +61,15 @@ def is_array(x):
 class Memory:
     """What a kernel sees of an array: its address, and what it may do."""
 
-    __slots__ = ('address', 'high', 'low', 'may_write', 'name', 'phase',
-                 'writable')
+    __slots__ = ('address', 'high', 'is_single', 'low', 'may_write', 'name',
+                 'phase', 'writable')
 
     def __init__(self, x, name, may_write):
         # Of the base class, whatever the class makes of these.
         x = numpy.ndarray.view(x, numpy.ndarray)
         self.name = name
         self.may_write = may_write
+        self.is_single = x.dtype.char in 'ef'
         self.writable = x.flags.writeable
         low = high = self.address = x.__array_interface__['data'][0]
         if x.size:
@@ -191,6 +192,8 @@ def launch(function, grid, block, slots, memories, dynamic=0, limit=49152,
         _SCHEDULES[name], (seed * 1000003 + n) & 0x7fffffffffffffff,
         int(1000 * time_limit), _MESSAGE_AT, len(_MESSAGE), _DETAIL_AT])
     counts[label] += 1
+    # As CuPy compiles everything: what is subnormal in float32 is zero.
+    compiler.runtime().coh_flush(int(any(m.is_single for m in memories)))
     verdict = compiler.runtime().coh_launch(_address(request))
     if verdict == 0:
         return

@@ -760,7 +760,25 @@ void run_grid(const Request* q) {
 
 }  // namespace
 
+int flushes;
+
+// Subnormal numbers are zero, with -ftz=true; of float64 as well, here.
+void flush_subnormals(bool on) {
+#if defined(__x86_64__)
+  const unsigned int mode = __builtin_ia32_stmxcsr(), flags = 0x8040;
+  __builtin_ia32_ldmxcsr(on ? mode | flags : mode & ~flags);
+#elif defined(__aarch64__)
+  uint64_t mode;
+  const uint64_t flag = 1ull << 24;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  mode = on ? mode | flag : mode & ~flag;
+  asm volatile("msr fpcr, %0" : : "r"(mode));
+#endif
+}
+
 extern "C" {
+
+void coh_flush(int on) { flushes = on; }
 
 uint64_t coh_barrier(int kind, int value) {
   if (!running || !current) return 0;
@@ -883,9 +901,11 @@ int coh_launch(Request* q) {
   int verdict = kFault;
   if (sigsetjmp(main_env, 1) == 0) {
     running = true;
+    flush_subnormals(flushes);
     run_grid(q);
     verdict = kFine;
   }
+  flush_subnormals(false);
   running = false;
   current = nullptr;
   reset_signals();
