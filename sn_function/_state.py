@@ -23,6 +23,7 @@ class LinkState:
     Attributes:
         gamma_name (str or None): Name of the link's parameter gamma.
         start (ndarray or None): The vector that the latest call started from.
+        v (ndarray or None): The right vector that the latest call found.
 
     """
 
@@ -30,6 +31,7 @@ class LinkState:
         self.weight_name = weight_name
         self.gamma_name = gamma_name
         self.start: Any = None
+        self.v: Any = None
         self._copied: Any = None
         self._link: Callable[[], Any] = lambda: None  # a weak reference
 

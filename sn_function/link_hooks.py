@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import Any
+import weakref
+from typing import Any, Callable
 
 import chainer
 from chainer import link_hook
@@ -133,8 +134,23 @@ class SpectralNormalization(link_hook.LinkHook):
         self.axis = 0
         self.detach_uv = detach_uv
         self.n_warmup = n_warmup
+        self._latest: Callable[[], LinkState | None] = _nothing
         if name is not None:
             self.name = name
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__, _latest=_nothing)
+
+    @property
+    def v(self) -> Any:
+        """The right vector of the latest call, shape ``(n,)``, or ``None``.
+
+        An array on the device of the weight, as Chainer's hook has it.  It
+        belongs to the link that was called: of a hook on several links, it is
+        the one of the last.
+        """
+        state = self._latest()
+        return state and state.v
 
     def __enter__(self) -> None:
         raise NotImplementedError(
@@ -245,6 +261,8 @@ class SpectralNormalization(link_hook.LinkHook):
             setattr(link, self.vector_name, None)
             state.start = None
             return self.normalize_weight(link)
+        state.v = it.v
+        self._latest = weakref.ref(state)
         if not is_second_run:
             state.start = it.start
         if is_second_run or chainer.config._will_recompute:
@@ -305,6 +323,10 @@ class SpectralNormalization(link_hook.LinkHook):
             with chainer.using_device(link.device):
                 functions.arithmetic_of(W).warm_up(
                     W, u, output_axis(link), self.n_warmup)
+
+
+def _nothing() -> None:
+    """What a weak reference to nothing gives; can be pickled."""
 
 
 class _LargestSingularValue:

@@ -785,6 +785,67 @@ class TestForget:
         np.testing.assert_array_equal(link.W_u, u)
 
 
+class TestRightVector:
+    """``hook.v``, which Chainer's own tests read."""
+
+    def test_as_the_built_in_hook(self):
+        hooks = [SpectralNormalization(n_warmup=0, detach_uv=True),
+                 link_hooks.SpectralNormalization()]
+        links = [L.Linear(5, 6).add_hook(hook) for hook in hooks]
+        for link in links:
+            link.W.array[...] = links[0].W.array
+            link.W_u[...] = links[0].W_u
+        for _ in range(3):
+            for link in links:
+                link(x_of(2, 5))
+            np.testing.assert_allclose(
+                hooks[0].v, hooks[1].v.ravel(), rtol=1e-5)
+
+    def test_in_recomputing(self):
+        link, x = linear(n_power_iteration=2), x_of(2, 5)
+        hook, = link.local_link_hooks.values()
+        assert hook.v is None
+        link(x)
+        u, v = link.W_u.copy(), hook.v.copy()
+        with chainer.using_config('in_recomputing', True):
+            link(x)
+        np.testing.assert_array_equal(link.W_u, u)
+        np.testing.assert_array_equal(hook.v, v)
+
+    def test_of_the_link_called_last(self):
+        hook = SpectralNormalization()
+        links = [L.Linear(n, 6).add_hook(hook) for n in (5, 4)]
+        for link, n in zip(links, (5, 4)):
+            link(x_of(2, n))
+            assert hook.v.shape == (n,)
+        links.clear()
+        del link
+        assert hook.v is None
+
+    @pytest.mark.parametrize('copy_of', [
+        copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+    def test_not_copied(self, copy_of):
+        link = linear()
+        link(x_of(2, 5))
+        other, = copy_of(link).local_link_hooks.values()
+        assert other.v is None
+        hook, = link.local_link_hooks.values()
+        assert hook.v is not None
+
+    @pytest.mark.gpu
+    def test_on_a_device(self):
+        link, x = linear(), x_of(2, 5)
+        hook, = link.local_link_hooks.values()
+        other = copy.deepcopy(link)
+        other.to_device('@cupy:0')
+        on_device, = other.local_link_hooks.values()
+        link(x)
+        other(chainer.get_device('@cupy:0').send(x))
+        assert isinstance(on_device.v, chainer.backends.cuda.ndarray)
+        np.testing.assert_allclose(
+            chainer.backends.cuda.to_cpu(on_device.v), hook.v, rtol=1e-4)
+
+
 def test_no_reference_keeps_a_dead_graph_alive():
     """Reference counts alone free it."""
     link, x = linear(use_gamma=True), x_of(2, 5)
