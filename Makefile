@@ -17,14 +17,15 @@ STAMP := $(VENV)/.made-$(shell { echo "$(PYTHON_PATH)"; \
 	$(PYTHON_PATH) -c 'import sys; print(sys.version)'; \
 	cat setup.py Makefile; } 2>/dev/null | cksum | tr ' ' '-')
 
-.PHONY: help setup test demo defects bench nvrtc mutants gpu gpu-bundle lint \
-	docs clean
+.PHONY: help setup test demo defects bench truth nvrtc mutants gpu \
+	gpu-bundle lint docs clean
 
 help:
 	@echo 'make demo     train an SNGAN on real handwritten digits (CPU, 2 minutes)'
 	@echo 'make test     run the tests, with coverage'
 	@echo 'make defects  the built-in hook beside this one, fault by fault'
 	@echo 'make bench    time the normalization of one weight on both'
+	@echo 'make truth    errors of sigma and Y on hard matrices'
 	@echo 'make nvrtc    compile every CUDA kernel, without a device'
 	@echo 'make mutants  can the tests of the kernels fail?'
 	@echo 'make gpu      tests and benchmark on a CUDA device, without network'
@@ -55,8 +56,9 @@ $(STAMP):
 	@touch $@
 	@echo "$(VENV)/ is ready: $$($(PY) -c 'import numpy; print("NumPy", numpy.__version__)'), Chainer 7.8.1"
 
+# More threads of BLAS than needed wait for each other where others work, too.
 test: setup
-	$(PY) -m pytest --cov
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PY) -m pytest --cov
 
 demo: setup
 	$(PY) examples/train_sngan_digits.py --out result
@@ -71,6 +73,9 @@ bench: setup
 $(STAMP)-nvrtc: $(STAMP)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[nvrtc]'
 	@touch $@
+
+truth: setup
+	OPENBLAS_NUM_THREADS=1 $(PY) -m tests.truth
 
 nvrtc: $(STAMP)-nvrtc
 	$(PY) -m tests.nvrtc

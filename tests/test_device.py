@@ -288,10 +288,12 @@ def test_an_extreme_weight_below_the_floor():
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize('scale', [1e-36, 1e-30, 1e35])
+@pytest.mark.parametrize('scale', [1e-37, 1e-30, 1e30])
 def test_a_far_u_is_scaled(scale):
+    """The gradient of u is what little is left of it: see the tolerance."""
     W, gY = random(4, 3).astype('f'), random(4, 3).astype('f')
-    u = (scale * random(4)).astype('f')
+    W[:, 1:] *= 0.1  # so that W^T u has some digits, and loses others
+    u = (scale * np.array([1, 2, 1, -1])).astype('f')
     results = []
     for convert in (lambda x: x, send):
         x = chainer.Variable(convert(u))
@@ -300,7 +302,7 @@ def test_a_far_u_is_scaled(scale):
         Y.backward()
         results.append([cuda.to_cpu(Y.array), cuda.to_cpu(x.grad)])
     for actual, expected in zip(*results):
-        np.testing.assert_allclose(actual, expected, rtol=1e-4)
+        np.testing.assert_allclose(actual, expected, rtol=5e-3)
 
 
 @pytest.mark.usefixtures('path')

@@ -19,6 +19,7 @@ MODULES = sorted(ROOT.glob('sn_function/*.py'))
 # The least number of examples in a file: none is lost without a word.
 LEAST = {
     'README.md': 17,
+    'docs/accuracy.rst': 2,
     'docs/examples.rst': 19,
     'docs/index.rst': 12,
     'docs/install.rst': 3,
