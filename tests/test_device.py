@@ -288,7 +288,7 @@ def test_an_extreme_weight_below_the_floor():
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize('scale', [1e-37, 1e-30, 1e30])
+@pytest.mark.parametrize('scale', [1e-37, 1e-30, 1e27])
 def test_a_far_u_is_scaled(scale):
     """The gradient of u is what little is left of it: see the tolerance."""
     W, gY = random(4, 3).astype('f'), random(4, 3).astype('f')
