@@ -1,0 +1,199 @@
+"""Each kernel by itself, against NumPy; on the host where there is no device.
+
+Raw kernels compute a whole pass: :mod:`tests.test_device` has them.
+"""
+import chainer
+import numpy as np
+import pytest
+from chainer.backends import cuda
+
+from sn_function import _kernels, functions
+from sn_function._matrix import accumulator_dtype
+from tests import cuda_on_host
+from tests.cuda_on_host import array as on_host
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [('e', 2e-3), ('f', 2e-6), ('d', 1e-14)]
+# Sizes that fill no block, one, and one and a bit; and axes to be reduced.
+SHAPES = [(1, 1, 1), (3, 5, 7), (1, 40, 33), (33, 40, 1), (2, 16, 32),
+          (5, 127, 9)]
+LAYOUTS = {
+    'contiguous': lambda x: x,
+    'reversed': lambda x: x[::-1, :, ::-1],
+    'transposed': lambda x: x.transpose(2, 1, 0).copy().transpose(2, 1, 0),
+    'every other': lambda x: x.repeat(2, axis=1)[:, ::2],
+}
+
+
+@pytest.fixture(params=['ascending', 'descending', 'random'], autouse=True)
+def _order(request):
+    """Of threads and blocks, which no result may depend on."""
+    if cuda.ndarray is not on_host.DeviceArray:
+        yield  # a device has its own
+        return
+    with cuda_on_host.schedule(request.param):
+        yield
+
+
+def send(x):
+    return chainer.get_device('@cupy:0').send(x)
+
+
+def random(shape, dtype, layout='contiguous'):
+    """The same array on the host, in float64, and on the device."""
+    x = np.random.normal(size=shape).astype(dtype)
+    return x.astype('d'), LAYOUTS[layout](send(LAYOUTS[layout](x)))
+
+
+def check(actual, expected, dtype, tolerance):
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(
+        cuda.to_cpu(actual).astype('d'), expected, rtol=tolerance,
+        atol=tolerance * abs(expected).max())
+
+
+def settled(names, size, dtype, **values):
+    """A state or an adjoint: its scalars, and random vectors behind."""
+    x = np.random.normal(size=len(names) + size)
+    x[:len(names)] = [values.get(name, np.nan) for name in names]
+    x = x.astype(dtype)
+    return x.astype('d'), send(x)
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), DTYPES)
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('shape', SHAPES)
+def test_scale_fwd(shape, layout, dtype, tolerance):
+    A = accumulator_dtype(np.dtype(dtype))
+    W, on_device = random(shape, dtype, layout)
+    _, state = settled(_kernels.STATE, 0, A, Y1=0.5, Y2=4, COEF=0.75)
+    check(_kernels.scale_fwd(on_device, state), 1.5 * W, dtype, tolerance)
+
+
+def test_scale_fwd_between_the_ends_of_the_range():
+    W = np.array([[1e38, -3e38, 2e-38]], 'f')
+    _, state = settled(
+        _kernels.STATE, 0, 'f', Y1=2.0 ** -63, Y2=2.0 ** -64, COEF=3)
+    check(_kernels.scale_fwd(send(W), state), W * 2.0 ** -127 * 3, 'f', 1e-6)
+
+
+@pytest.mark.parametrize('detach', [0, 1])
+@pytest.mark.parametrize('K', [1, 3])
+@pytest.mark.parametrize(('dtype', 'tolerance'), DTYPES)
+@pytest.mark.parametrize('layout', [*LAYOUTS, 'broadcast', 'a number'])
+@pytest.mark.parametrize('shape', SHAPES[1:])
+def test_correct_bwd(shape, layout, dtype, tolerance, K, detach):
+    l, m, r = shape  # NOQA: E741
+    n, A = l * r, accumulator_dtype(np.dtype(dtype))
+    if layout == 'a number':
+        gY, on_device = np.zeros(shape), 0.0
+    elif layout == 'broadcast':
+        gY, on_device = random((1, m, 1), dtype)
+        gY = np.broadcast_to(gY, shape)
+        on_device = cuda.cupy.broadcast_to(on_device, shape)
+    else:
+        gY, on_device = random(shape, dtype, layout)
+    state, device_state = settled(
+        _kernels.STATE, 2 * K + (K + 2) * m + K * n, A)
+    adjoint, device_adjoint = settled(
+        _kernels.ADJOINT, K * (m + n) + max(m, n), A, GY=0.75, GY1=0.5, GY2=4,
+        GSIGMA=-0.3)
+    us = state[len(_kernels.STATE) + 2 * K:][:(K + 1) * m].reshape(K + 1, m)
+    vs = state[len(_kernels.STATE) + 2 * K + (K + 1) * m:][
+        :K * n].reshape(K, n)
+    tbars = adjoint[len(_kernels.ADJOINT):][:K * m].reshape(K, m).copy()
+    sbars = adjoint[len(_kernels.ADJOINT) + K * m:][:K * n].reshape(K, n)
+    tbars[K - 1] = us[K]
+    G = us[K][:, None] * vs[K - 1]
+    if not detach:
+        G = tbars.T @ vs + us[:K].T @ sbars
+    G = G.reshape(m, l, r).transpose(1, 0, 2)
+    gW = cuda.cupy.empty(shape, dtype)
+    _kernels.correct_bwd(
+        on_device, device_state, device_adjoint, m, n, r, K, detach, gW)
+    check(gW, 1.5 * gY - 0.3 * G, dtype, 3 * tolerance)
+
+
+@pytest.mark.parametrize('restarted', [0, 1])
+@pytest.mark.parametrize(('dtype', 'tolerance'), DTYPES)
+@pytest.mark.parametrize('m', [1, 33, 300])
+def test_vector_bwd(m, dtype, tolerance, restarted):
+    A = accumulator_dtype(np.dtype(dtype))
+    ubar = np.random.normal(size=m).astype(A)
+    _, state = settled(_kernels.STATE, 0, A, W1=0.5, W2=0.25, U1=2, U2=8,
+                       RESTARTED=restarted)
+    _, adjoint = settled(_kernels.ADJOINT, 0, A, GSIGMA=-0.3)
+    gu = cuda.cupy.empty(m, dtype)
+    _kernels.vector_bwd(send(ubar), state, adjoint, gu)
+    # ubar waits for W2; then (2 / 0.5) (8 / 0.25).
+    check(gu, ubar * 0.25 * -0.3 * 128 * (1 - restarted), dtype, tolerance)
+
+
+@pytest.fixture(params=[32, 128, 512])
+def _block_size(request):
+    """Of a reduction, on the host."""
+    with cuda_on_host.block_size(request.param):
+        yield
+
+
+@pytest.mark.usefixtures('_block_size')
+@pytest.mark.parametrize(('dtype', 'x_dtype', 'tolerance'), [
+    ('e', 'e', 2e-3), ('e', 'f', 1e-5), ('f', 'f', 1e-5), ('d', 'd', 1e-13)])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('shape', SHAPES)
+def test_product(shape, layout, dtype, x_dtype, tolerance):
+    l, m, r = shape  # NOQA: E741
+    A = accumulator_dtype(np.dtype(dtype))
+    W, on_device = random(shape, dtype, layout)
+    u, device_u = random((m,), x_dtype)
+    v, device_v = random((l, 1, r), x_dtype)
+    s, t = cuda.cupy.empty((l, r), A), cuda.cupy.empty(m, A)
+    _kernels.product(on_device, device_u.reshape(m, 1), axis=1, out=s)
+    _kernels.product(on_device, device_v, axis=(0, 2), out=t)
+    check(s, np.einsum('amb,m->ab', W, u), A, tolerance)
+    check(t, np.einsum('amb,ab->m', W, v[:, 0]), A, tolerance)
+
+
+@pytest.mark.usefixtures('_block_size')
+@pytest.mark.parametrize(('dtype', 'tolerance'), [
+    ('e', 1e-5), ('f', 1e-5), ('d', 1e-13)])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('shape', SHAPES)
+def test_dot_bwd(shape, layout, dtype, tolerance):
+    A = accumulator_dtype(np.dtype(dtype))
+    W, device_W = random(shape, dtype)
+    gY, device_gY = random(shape, dtype, layout)
+    w1, w2 = (send(np.array(x, A)) for x in (0.5, 8))
+    dots = cuda.cupy.empty(shape[0], A)
+    _kernels.dot_bwd(device_gY, device_W, w1, w2, axis=(1, 2), out=dots)
+    expected = (gY * W * 4).sum(axis=(1, 2))
+    check(dots, expected, A, 10 * tolerance)
+
+
+def test_float16_adds_up_in_float32():
+    W = send(np.full((1, 1, 4000), 30, 'e'))
+    t = cuda.cupy.empty(1, 'f')
+    _kernels.product(W, W, axis=(0, 2), out=t)
+    assert float(t[0]) == 3.6e6  # 55 times what float16 can hold
+
+
+@pytest.mark.parametrize('size', [1 << 62, 0])
+@pytest.mark.parametrize(('shape', 'axis'), [
+    ((40, 70), 0), ((3, 40, 5), 1), ((70, 40), 1)])
+@pytest.mark.parametrize('scale', [1, 1e30, np.nan])
+def test_threads_do_not_race(scale, shape, axis, size, monkeypatch):
+    if cuda.ndarray is not on_host.DeviceArray:
+        pytest.skip('watched on the host only')
+    monkeypatch.setattr(_kernels, 'FUSED_SIZE', size)
+    monkeypatch.setattr(_kernels, 'BLOCK_SIZE', 128)
+    W = (scale * np.random.normal(size=shape)).astype('f')
+    with cuda_on_host.races():
+        x = chainer.Parameter(send(W))
+        u = chainer.Variable(send(np.random.normal(size=40).astype('f')))
+        Y = functions.spectral_normalize(x, u, 2, axis=axis)
+        Y.grad = send(np.random.normal(size=shape).astype('f'))
+        Y.backward()
+        zero = send(np.zeros(40, 'f'))
+        functions.spectral_norm(x, zero, axis=axis)
