@@ -26,7 +26,7 @@ from sn_function._matrix import accumulator_dtype
 # Weights of up to this many entries go through kernels of one block.
 FUSED_SIZE = 1 << 16
 # A power of two, for the products deal out their threads by halving.
-BLOCK_SIZE = 1024
+BLOCK_SIZE = 512
 # For a pointer that a raw kernel is to go without.
 NULL = numpy.intp(0)
 
@@ -256,7 +256,7 @@ __device__ void strided_product(
     A sum = 0;
     if (o < n_out) {
       const Size base = o / r * block + o % r;
-#pragma unroll 4
+#pragma unroll 8
       for (int q = group; q < n_in; q += groups)
         sum += W[base + static_cast<Size>(q) * stride] * x[q];
     }
@@ -282,7 +282,7 @@ __device__ void contiguous_product(
     A sum = 0;
     if (r >= 32) {
       for (int a = 0; a < l; ++a)
-#pragma unroll 4
+#pragma unroll 8
         for (int b = lane; b < r; b += 32)
           sum += W[base + a * block + b] * x[a * r + b];
     } else {
@@ -484,10 +484,10 @@ __device__ void project(
 # W s in us[k+1]: v = s / |s|, u_{k+1} = W s / |W s|, sigma = |W s| / |s|.
 # The last one settles all scalars, and u.
 settle_fwd = Raw('sn_settle_fwd', """
-extern "C" __global__ void __launch_bounds__(1024) sn_settle_fwd(
+extern "C" __global__ void __launch_bounds__(512, 1) sn_settle_fwd(
     const T* w, U* u, A* state, A* sigma_out, const A* gamma, int l, int m,
     int r, int k, int K, double factor, double eps, int update) {
-  __shared__ double shared[1024];
+  __shared__ double shared[512];
   Weight W = {w, l, m, r, 1, 1};
   Start start = {1, 1, false};
   A* norms = state + N_STATE;
@@ -515,11 +515,11 @@ extern "C" __global__ void __launch_bounds__(1024) sn_settle_fwd(
 
 # sum_i d_i, then c and ggamma (with first); and y <- (y - e (e . y)) / norm.
 project_bwd = Raw('sn_project_bwd', """
-extern "C" __global__ void __launch_bounds__(1024) sn_project_bwd(
+extern "C" __global__ void __launch_bounds__(512, 1) sn_project_bwd(
     const A* state, A* adjoint, int first, const A* dots, int n_dots,
     const A* gsigma, A* ggamma, double factor, A* y, const A* e, int n,
     int norm, A* x) {
-  __shared__ double shared[1024];
+  __shared__ double shared[512];
   if (first) {
     double dot = 0;
     for (int j = threadIdx.x; j < n_dots; j += blockDim.x) dot += dots[j];
@@ -535,10 +535,10 @@ extern "C" __global__ void __launch_bounds__(1024) sn_project_bwd(
 
 # The whole forward: K iterations, u, and Y unless it is not wanted.
 fused_fwd = Raw('sn_fused_fwd', """
-extern "C" __global__ void __launch_bounds__(1024) sn_fused_fwd(
+extern "C" __global__ void __launch_bounds__(512, 1) sn_fused_fwd(
     const T* w, U* u, A* state, A* sigma_out, const A* gamma, T* y, int l,
     int m, int r, int K, double factor, double eps, int update) {
-  __shared__ double shared[1024];
+  __shared__ double shared[512];
   Weight W = {w, l, m, r, 1, 1};
   Start start = {1, 1, false};
   bool ordinary = true;
@@ -559,11 +559,11 @@ extern "C" __global__ void __launch_bounds__(1024) sn_fused_fwd(
 # The whole backward: the adjoint of K iterations, and those of gW and gu
 # that are wanted; gY and gsigma may be missing.
 fused_bwd = Raw('sn_fused_bwd', """
-extern "C" __global__ void __launch_bounds__(1024) sn_fused_bwd(
+extern "C" __global__ void __launch_bounds__(512, 1) sn_fused_bwd(
     const T* w, const T* gy, const A* gsigma, const A* state, A* adjoint,
     T* gw, U* gu, A* ggamma, int l, int m_, int r, int K, double factor,
     int detach) {
-  __shared__ double shared[1024];
+  __shared__ double shared[512];
   const Weight W = {w, l, m_, r, state[W1], state[W2]};
   const Size m = m_, n = W.n();
   const A* norms = state + N_STATE;

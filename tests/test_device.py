@@ -406,7 +406,7 @@ def test_upstream_gradient_of_any_strides(layout):
 
 
 def test_a_large_block_gives_the_same(monkeypatch):
-    monkeypatch.setattr(_kernels, 'BLOCK_SIZE', 1024)
+    monkeypatch.setattr(_kernels, 'BLOCK_SIZE', 512)
     for shape, axis in WEIGHTS:
         test_as_on_the_host(
             shape, axis % len(shape), 2, 'd', 'd', 1e-12, False, 'Y sigma',
