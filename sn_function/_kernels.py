@@ -396,7 +396,7 @@ __device__ double rescue(
     const Size end = static_cast<Size>(K + 1) * W.m + K * W.n();
     for (Size j = -2 * K + static_cast<Size>(threadIdx.x); j < end;
          j += blockDim.x)
-      us[j] = nan;
+      if (j < 0 || j >= W.m) us[j] = nan;  // u_0 stays: it may be good
     return nan;
   }
   inverse_of_scale(w_largest, &W.w1, &W.w2);

@@ -168,7 +168,9 @@ def _rescaled(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
     scale = float(abs(A.array).max())
     if not math.isfinite(scale):
         nan = numpy.full(A.m, numpy.nan, u.dtype)
-        return _iterate(A, nan, n, _host_norm)._replace(sigma=math.nan)
+        it = _iterate(A, nan, n, _host_norm)._replace(sigma=math.nan)
+        it.us[0] = u  # which is good: a second run may start from it
+        return it
     if scale == 0:
         return _iterate(A, u, n, _host_norm)
     # Powers of two: dividing by them loses no digit.

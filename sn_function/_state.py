@@ -75,6 +75,10 @@ class LinkState:
         return numpy.array_equal(u, u_then) and not numpy.array_equal(
             W, W_then)
 
+    def forget_copied(self) -> None:
+        """Gives up the comparison of :meth:`is_stale`."""
+        self._copied = None
+
     def __copy__(self) -> LinkState:
         return _unpickle(*self.__reduce__()[1])
 
@@ -83,12 +87,16 @@ class LinkState:
         other.start = copy.deepcopy(self.start, memo)
         other._copied = copy.deepcopy(self._copied, memo)
         link = self._link()
-        if link is not None and id(link) in memo:
-            W = copy.deepcopy(link.__dict__[self.weight_name], memo).array
+        if link is not None:
+            # Where it is not in memo, the owner is a copy that shares.
+            is_owner = id(link) in memo
+            W = copy.deepcopy(link.__dict__[self.weight_name],
+                              memo if is_owner else None).array
             u = link.__dict__[self.weight_name + '_u']
             if other._copied is None and W is not None and u is not None:
                 other._copied = W, u.copy()
-            other._link = weakref.ref(memo[id(link)])
+            if is_owner:
+                other._link = weakref.ref(memo[id(link)])
         return other
 
     def __reduce__(self) -> Any:

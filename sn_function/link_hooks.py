@@ -134,12 +134,8 @@ class SpectralNormalization(link_hook.LinkHook):
         self.axis = 0
         self.detach_uv = detach_uv
         self.n_warmup = n_warmup
-        self._latest: Callable[[], LinkState | None] = _nothing
         if name is not None:
             self.name = name
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__, _latest=_nothing)
 
     @property
     def v(self) -> Any:
@@ -149,7 +145,7 @@ class SpectralNormalization(link_hook.LinkHook):
         belongs to the link that was called: of a hook on several links, it is
         the one of the last.
         """
-        state = self._latest()
+        state = _LATEST.get(self, _nothing)()
         return state and state.v
 
     def __enter__(self) -> None:
@@ -241,6 +237,9 @@ class SpectralNormalization(link_hook.LinkHook):
             raise errors.UninitializedWeightError(
                 type(link).__name__, self.weight_name)
         state = LinkState.of(link, self.weight_name)
+        if not isinstance(W, chainer.Parameter):
+            # Another hook came first: this is no weight to compare with.
+            state.forget_copied()
         u = self._vector(link, W.array, state)
         is_second_run = chainer.config.in_recomputing
         start = (_recompute.start_vector(link, state, u) if is_second_run
@@ -262,7 +261,7 @@ class SpectralNormalization(link_hook.LinkHook):
             state.start = None
             return self.normalize_weight(link)
         state.v = it.v
-        self._latest = weakref.ref(state)
+        _LATEST[self] = weakref.ref(state)
         if not is_second_run:
             state.start = it.start
         if is_second_run or chainer.config._will_recompute:
@@ -305,8 +304,10 @@ class SpectralNormalization(link_hook.LinkHook):
             if gamma.array is None:
                 gamma.cleargrad()  # or its dtype may be another by now
                 gamma.initialize(())
-            elif is_stale and state.gamma_name < self.weight_name:
-                # Chainer initializes by name: gamma before this weight.
+            elif is_stale:
+                # Chainer initializes by name: maybe gamma before this weight.
+                # And a copy of a copy that shares has the W of the latter.
+                gamma.initializer.W = _swap.original(link, self.weight_name)
                 gamma.initializer.renew(gamma.array)
         return u
 
@@ -326,7 +327,14 @@ class SpectralNormalization(link_hook.LinkHook):
 
 
 def _nothing() -> None:
-    """What a weak reference to nothing gives; can be pickled."""
+    """What a weak reference to nothing gives."""
+
+
+# The state of the link that a hook served last.  It is not a setting, so it
+# is not on the hook.
+_LATEST: weakref.WeakKeyDictionary[
+    SpectralNormalization, Callable[[], LinkState | None]
+] = weakref.WeakKeyDictionary()
 
 
 class _LargestSingularValue:
@@ -341,6 +349,7 @@ class _LargestSingularValue:
         self.W = W
         self.axis = axis
         self.value: Any = None
+        self._dtype: Any = None
 
     def renew(self, array: Any) -> None:
         """Overwrites gamma if it is still what this has made it."""
@@ -349,11 +358,18 @@ class _LargestSingularValue:
 
     @property
     def dtype(self) -> Any:
+        # Once known it stays: Chainer asks for that of data and that of the
+        # gradient at different times.
+        if self._dtype is not None:
+            return self._dtype
         W = self.W
         dtype = (getattr(W.initializer, 'dtype', None) if W.array is None
                  else W.array.dtype)
         # The norm of a float16 weight need not fit in float16.
-        return accumulator_dtype(chainer.get_dtype(dtype))
+        dtype = accumulator_dtype(chainer.get_dtype(dtype))
+        if W.array is not None:
+            self._dtype = dtype
+        return dtype
 
     def __call__(self, array: Any) -> None:
         array[...] = 1

@@ -176,11 +176,16 @@ def test_the_largest_row_takes_its_place(shape, axis):
 def test_all_vectors_of_a_bad_weight_are_nan(K):
     W = random(3, 4, 5)
     W[1, 2, 3] = np.inf
+    u = random(4)
     _, it = functions.normalize(
-        send(W), send(random(4)), K, None, 1.0, 0.0, 1, False, False, ('Y',))
+        send(W), send(u), K, None, 1.0, 0.0, 1, False, False, ('Y',))
     vectors = cuda.to_cpu(it.state)[len(_kernels.STATE):]
-    assert vectors.size == 2 * K + (K + 2) * 4 + K * 15
-    assert np.isnan(vectors).all()
+    norms, start, rest = np.split(vectors, [2 * K, 2 * K + 4])
+    assert rest.size == (K + 1) * 4 + K * 15
+    assert np.isnan(norms).all()
+    assert np.isnan(rest).all()
+    # A second run of the call starts from it.
+    np.testing.assert_array_equal(start, u)
 
 
 def test_no_gradient_of_a_u_that_was_replaced():
