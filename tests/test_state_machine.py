@@ -937,8 +937,8 @@ class Machine(stateful.RuleBasedStateMachine):
             gamma = float(rec.params[gamma_name].array) if gamma_name else 1.0
             axis = axis_of(rec.link)
             sigma = reference.true_norm(W, axis)
-            expected = abs(gamma) * (hook.factor or 1.0) * min(
-                1.0, sigma / hook.eps)
+            expected = abs(gamma) * (hook.factor or 1.0) * (
+                min(sigma, hook.eps) / hook.eps)
             for k in range(2000):
                 if k % 10 == 0:
                     with chainer.using_config('train', False), \
@@ -1015,7 +1015,8 @@ class Machine(stateful.RuleBasedStateMachine):
         y = self.call(rec, x)
         loss = FailingNode().apply((y,))[0]
         if twice:
-            loss = loss + self.call(rec, x)
+            with self.maybe_not_ordinary(rec):
+                loss = loss + self.call(rec, x)
         with np.errstate(all='ignore'):
             try:
                 F.sum(loss).backward()
@@ -1034,7 +1035,8 @@ class Machine(stateful.RuleBasedStateMachine):
         COUNTS['fault: exception in a second run'] += 1
         x = chainer.Variable(rec.x(np.random.RandomState(seed)))
         rec.link.cleargrads()
-        y = F.sum(self.call(rec, x, True, F.forget))
+        with self.maybe_not_ordinary(rec):
+            y = F.sum(self.call(rec, x, True, F.forget))
         for r in self.records:
             r.check()
         CALL.reset(error=RuntimeError('second run'))
