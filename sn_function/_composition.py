@@ -21,8 +21,8 @@ def compose(
     """``Y`` and ``sigma`` out of Chainer's functions, for higher orders."""
     dtype = it.u.dtype
     xp = backend.get_array_module(it.u)
-    W32 = F.cast(W, dtype)
-    scaled = _divide(W32, it.scale)
+    in_full = F.cast(W, dtype)
+    scaled = _divide(in_full, it.scale)
     sigma = _estimate(settings, it, scaled, u)
     divisor, scale, is_above = it.floored(settings.eps)
     if is_above is True:
@@ -38,7 +38,7 @@ def compose(
     coefficient = gamma * settings.factor / divisor
     if not isinstance(coefficient, chainer.Variable):
         coefficient = chainer.as_variable(xp.asarray(coefficient, dtype))
-    Y = _divide(W32, scale)
+    Y = _divide(in_full, scale)
     Y *= F.broadcast_to(coefficient, Y.shape)
     for factor in _factors(it.scale):
         sigma /= factor

@@ -13,7 +13,6 @@ import collections
 import contextlib
 import copy
 import gc
-import io
 import pickle
 import sys
 import threading
@@ -32,6 +31,7 @@ import pytest
 from chainer import link_hooks, serializers
 
 from tests import reference
+from tests.test_link_hooks import save
 
 hypothesis = pytest.importorskip('hypothesis')
 from hypothesis import stateful  # noqa: E402
@@ -267,13 +267,6 @@ def same_bits(a, b):
 
 def copy_of(array):
     return None if array is None else array.copy()
-
-
-def saved(link):
-    file = io.BytesIO()
-    serializers.save_npz(file, link)
-    file.seek(0)
-    return file
 
 
 # The model of one link.
@@ -1228,11 +1221,11 @@ class Machine(stateful.RuleBasedStateMachine):
         rec = self.pick(i)
         if rec.W is None:
             return
-        file = saved(rec.link)
+        file = save(rec.link)
         if into == 'same':
             self.call(rec, rec.x(np.random.RandomState(seed)))
             data, u = rec.data, rec.u
-            file = saved(rec.link)
+            file = save(rec.link)
             data, u = dict(rec.data), dict(rec.u)
             self.call(rec, rec.x(np.random.RandomState(seed)))
             for name, param in rec.params.items():
@@ -1298,12 +1291,12 @@ class Machine(stateful.RuleBasedStateMachine):
             factor=hook.factor))
         x = rec.x(np.random.RandomState(seed))
         with np.errstate(all='ignore'):
-            serializers.load_npz(saved(rec.link), theirs)
+            serializers.load_npz(save(rec.link), theirs)
             assert same_bits(theirs.W_u, rec.u['W'])
             for _ in range(n):
                 theirs(x)
             link = self.twin(rec, False)
-            serializers.load_npz(saved(theirs), link)
+            serializers.load_npz(save(theirs), link)
         assert same_bits(link.W_u, theirs.W_u)
         assert same_bits(link.W.array, rec.W)
         other = Record(link, rec.kind)

@@ -356,13 +356,10 @@ def signature(args):
                   for a in args])
 
 
-class ElementwiseKernel:
-    """The semantic of ``cupy.ElementwiseKernel``."""
+class Parameters:
+    """What kernels have that are written as expressions: name, parameters."""
 
-    def __init__(self, in_params, out_params, operation, name='kernel',
-                 reduce_dims=True, preamble='', no_return=False,
-                 return_tuple=False, loop_prep='', after_loop='',
-                 options=()):
+    def __init__(self, in_params, out_params, name):
         check_name(name)
         self.in_params = parse(in_params, True)
         self.out_params = parse(out_params, False)
@@ -370,8 +367,18 @@ class ElementwiseKernel:
         self.nin = len(self.in_params)
         self.nout = len(self.out_params)
         self.nargs = self.nin + self.nout
-        self.operation = operation
         self.name = name
+
+
+class ElementwiseKernel(Parameters):
+    """The semantic of ``cupy.ElementwiseKernel``."""
+
+    def __init__(self, in_params, out_params, operation, name='kernel',
+                 reduce_dims=True, preamble='', no_return=False,
+                 return_tuple=False, loop_prep='', after_loop='',
+                 options=()):
+        super().__init__(in_params, out_params, name)
+        self.operation = operation
         self.reduce_dims = reduce_dims
         self.preamble = preamble
         self.no_return = no_return

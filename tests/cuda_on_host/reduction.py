@@ -9,18 +9,17 @@ import numpy
 
 from . import compiler
 from .elementwise import (
+    Parameters,
     View,
     _product,
     _seen,
     broadcast,
-    check_name,
     decide_types,
     declare,
     indexer_type,
     outputs,
     pack,
     pack_indexer,
-    parse,
     preprocess,
     reduce_dims,
     scalars,
@@ -139,25 +138,18 @@ def _block_stride(in_size, out_size, contiguous, block):
     return 1 << max(0, stride // 2).bit_length()
 
 
-class ReductionKernel:
+class ReductionKernel(Parameters):
     """The semantic of ``cupy.ReductionKernel``."""
 
     def __init__(self, in_params, out_params, map_expr, reduce_expr,
                  post_map_expr, identity, name='reduce_kernel',
                  reduce_type=None, reduce_dims=True, preamble='',
                  options=()):
-        check_name(name)
-        self.in_params = parse(in_params, True)
-        self.out_params = parse(out_params, False)
-        self.params = self.in_params + self.out_params
-        self.nin = len(self.in_params)
-        self.nout = len(self.out_params)
-        self.nargs = self.nin + self.nout
+        super().__init__(in_params, out_params, name)
         self.map_expr = map_expr
         self.reduce_expr = reduce_expr
         self.post_map_expr = post_map_expr
         self.identity = '' if identity is None else str(identity)
-        self.name = name
         self.reduce_type = (
             self.out_params[0].ctype if reduce_type is None else reduce_type)
         self.reduce_dims = reduce_dims
