@@ -88,7 +88,7 @@ def plot(log: list[dict[str, float]], path: str) -> None:
     panels = [('sigma', 'Raw weight', 'largest singular value')]
     if any(key.startswith('norm/') for entry in log for key in entry):
         panels.append(('norm', 'Normalized weight', 'true norm, minus 1'))
-    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout='constrained')
+    figure = Figure(figsize=(5.5 * len(panels), 4.5))
     for i, (prefix, title, label) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1)
         axes.set(title=title, xlabel='iteration', ylabel=label)
@@ -110,9 +110,11 @@ def plot(log: list[dict[str, float]], path: str) -> None:
             axes.set_ylim(bottom=0)
     # One legend for all panels: the last has all the entries.
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center',
-                  ncols=len(labels))
+    # Neither `ncols` nor 'outside lower center': Matplotlib 3.5, the last for
+    # NumPy 1.17 to 1.19, has none of them.
+    figure.legend(handles, labels, loc='lower center', ncol=len(labels))
     figure.suptitle('Spectral norm of the discriminator\'s layers')
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=120)
 
 
