@@ -2,18 +2,20 @@
 
 An interpreter that has imported Chainer cannot show what importing it does.
 """
+import functools
 import os
 import pathlib
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 
 import numpy
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sn_function import _compat, _pkg_resources  # before Chainer
+from sn_function import _compat, _pkg_resources, _repairs  # before Chainer
 
 # isort: split
 import chainer
@@ -102,19 +104,36 @@ class TestImport:
     def test_does_nothing_where_nothing_is_missing(self):
         run(OLD_STACK, '''
             import chainer
+            from chainer import reporter
+            from chainer.dataset import convert
             from chainer.distributions import Categorical
             from chainer.functions.array import (
                 as_strided, pad_sequence, resize_images)
             from chainer.functions.connection import deconvolution_2d
+            from chainer.functions.loss import mean_squared_error as mse
+            from chainer.functions.math import basic_math, sparse_matmul
+            from chainer.functions.normalization import (
+                local_response_normalization as lrn)
+            from chainer.optimizer_hooks import (
+                gradient_clipping, gradient_lars)
+            from chainer.training.extensions import MicroAverage
 
             # Mended by whoever maintains this Chainer.
-            def forward(self, xs):
-                return xs
             def _set_cover_all(self, x, W):
                 self.cover_all = False
-            pad_sequence.PadSequence.forward = forward
+            def add(self, value):
+                self._x, self._n = numpy.float64(value), 1
             deconvolution = deconvolution_2d.Deconvolution2DFunction
             deconvolution._set_cover_all = _set_cover_all
+            pad_sequence.PadSequence.forward = lambda self, xs: xs
+            convert._concat_arrays_with_padding = lambda xs, padding: xs
+            basic_math._preprocess_const = lambda x, value: value
+            lrn.LocalResponseNormalization.forward_cpu = lambda self, xs: xs
+            reporter.Summary.add = add
+            mse.MeanSquaredError.forward_cpu = lambda self, xs: (1,)
+            gradient_clipping._sum_sqnorm_grads = lambda ps: (1, None)
+            gradient_lars.GradientLARS.__call__ = lambda *args: None
+            sparse_matmul._coo_matmul_cpu = lambda *args: None
 
             def state():
                 return list(sys.meta_path), [
@@ -123,7 +142,11 @@ class TestImport:
                     for owner in (
                         sys, numpy, distutils, system_info, pkg_resources,
                         as_strided, as_strided.AsStridedGrad, resize_images,
-                        Categorical, pad_sequence.PadSequence, deconvolution)]
+                        Categorical, pad_sequence.PadSequence, deconvolution,
+                        convert, basic_math, lrn.LocalResponseNormalization,
+                        reporter.Summary, MicroAverage, mse.MeanSquaredError,
+                        gradient_clipping, gradient_lars.GradientLARS,
+                        sparse_matmul)]
 
             before = state()
             from sn_function import _compat
@@ -157,8 +180,9 @@ class TestImport:
         ''', HIDE, '''
             hide('pkg_resources')
             from sn_function import _compat
-            assert _compat.applied[:4] == (
-                'pkg_resources', 'as_strided', 'resize_images', 'categorical')
+            assert _compat.applied[:3] == (
+                'pkg_resources', 'as_strided', 'categorical')
+            assert 'resize_images' in _compat.applied
             import chainer.testing
             import chainer.functions as F
             x = chainer.Variable(numpy.zeros((1, 1, 2, 2), 'f'))
@@ -247,7 +271,8 @@ class TestImport:
             from sn_function import _compat
             assert 'numpy.distutils.system_info' in _compat.applied
             # What Chainer does on macOS.
-            with _compat._lent(_compat._lend_system_info()):
+            from sn_function import _loans
+            with _loans._lent(_loans._lend_system_info()):
                 import numpy.distutils.system_info
                 assert not numpy.distutils.system_info.get_info('blas_opt')
             assert vars(numpy).get('distutils') is before
@@ -313,25 +338,6 @@ class TestImport:
         ''')
         assert printed == "No module named 'six'"
 
-    def test_spawned_worker(self, tmp_path):
-        (tmp_path / 'job.py').write_text(textwrap.dedent('''
-            import sn_function
-            import chainer
-
-            def total(x):
-                return float(chainer.functions.sum(x).array)
-        '''))
-        printed = run('''
-            import multiprocessing
-            import numpy
-            import job
-            with multiprocessing.get_context('spawn').Pool(1) as pool:
-                print(pool.apply(job.total, [numpy.ones(3, 'f')]))
-                pool.close()
-                pool.join()
-        ''', paths=[tmp_path])
-        assert printed == '3.0'
-
     def test_module_forbidden_by_the_user_stays_so(self):
         run('''
             import sys
@@ -360,6 +366,77 @@ class TestImport:
             importlib.reload(_compat)
             assert state() == before
         ''')
+
+
+# A module that knows of Chainer alone, and scripts that send it to a worker.
+JOB = '''
+import chainer
+
+def total(x):
+    assert float(chainer.functions.sum(x).array) == 3
+'''
+SCRIPT = '''
+import sn_function      # again in the worker, and there before chainer
+import multiprocessing, sys
+import numpy
+
+if __name__ == '__main__':
+    import job
+    context = multiprocessing.get_context(sys.argv[1])
+    worker = context.Process(target=job.total, args=[numpy.ones(3, 'f')])
+    worker.start()
+    worker.join()
+    sys.exit(worker.exitcode)
+'''
+LATE = SCRIPT.replace('import sn_function ', '').replace(
+    'import job', 'import sn_function, job')
+PRELOAD = LATE.replace(
+    'worker.start', """multiprocessing.set_forkserver_preload(['sn_function'])
+    worker.start""")
+ITERATOR = '''
+import sn_function
+import multiprocessing, sys
+import chainer
+
+if __name__ == '__main__':
+    multiprocessing.set_start_method(sys.argv[1])
+    iterator = chainer.iterators.MultiprocessIterator(
+        list(range(8)), 4, shuffle=False, n_processes=2)
+    assert iterator.next() == [0, 1, 2, 3]
+    iterator.finalize()
+'''
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='there is no forkserver')
+class TestWorkers:
+
+    def run(self, path, script, method):
+        (path / 'job.py').write_text(JOB)
+        (path / 'script.py').write_text(script)
+        return subprocess.run(
+            [sys.executable, 'script.py', method], cwd=path, timeout=120,
+            capture_output=True, text=True,
+            env={**os.environ, 'PYTHONPATH': str(ROOT)})
+
+    @pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+    @pytest.mark.parametrize(
+        'script', [SCRIPT, ITERATOR], ids=['job', 'iterator'])
+    def test_script_that_imports_sn_function_at_its_top(
+            self, tmp_path, script, method):
+        done = self.run(tmp_path, script, method)
+        assert done.returncode == 0, done.stderr
+
+    def test_forkserver_that_preloads_sn_function(self, tmp_path):
+        done = self.run(tmp_path, PRELOAD, 'forkserver')
+        assert done.returncode == 0, done.stderr
+
+    def test_without_either_the_worker_cannot_import_chainer(self, tmp_path):
+        done = self.run(tmp_path, LATE, 'spawn')
+        lent = {'pkg_resources', 'numpy.distutils.system_info',
+                'numpy.sctypes'} & set(_compat.applied)
+        assert bool(done.returncode) == bool(lent), done.stderr
+        if lent:
+            assert 'import chainer' in done.stderr
 
 
 class TestPkgResources:
@@ -418,18 +495,35 @@ class TestPkgResources:
 
 # What only warns is not broken.
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('repair', _compat._REPAIRS, ids=lambda r: r.name)
+@pytest.mark.parametrize('repair', _repairs.REPAIRS, ids=lambda r: r.name)
 def test_nothing_stays_broken(repair):
     repair.attempt()
     assert not repair.is_needed()
+
+
+def test_every_name_is_explained():
+    assert len(set(_compat.applied)) == len(_compat.applied)
+    for name in [*_compat.applied, *(each.name for each in _repairs.REPAIRS)]:
+        fault, needed = _compat.explain(name)
+        assert len(fault) > 15
+        assert needed.startswith(('with ', 'without '))
+
+
+def test_what_numpy_2_needs_is_repaired_there_and_nowhere_else():
+    names = {each.name for each in _repairs.REPAIRS
+             if each.needed == 'with NumPy 2'}
+    assert len(names) == 9
+    is_2 = int(numpy.__version__.split('.')[0]) >= 2
+    assert names & set(_compat.applied) == (names if is_2 else set())
 
 
 def test_only_the_expected_error_calls_for_a_repair():
     def attempt():
         raise KeyError
 
-    assert _compat._Repair('', attempt, KeyError, None).is_needed()
-    assert not _compat._Repair('', attempt, ValueError, None).is_needed()
+    assert _repairs.Repair('', '', '', attempt, KeyError, None).is_needed()
+    other = _repairs.Repair('', '', '', attempt, ValueError, None)
+    assert not other.is_needed()
 
 
 def test_warning_of_an_attempt_is_neither_shown_nor_an_error():
@@ -437,7 +531,7 @@ def test_warning_of_an_attempt_is_neither_shown_nor_an_error():
         warnings.warn('', DeprecationWarning, stacklevel=1)
         raise KeyError
 
-    assert _compat._Repair('', attempt, KeyError, None).is_needed()
+    assert _repairs.Repair('', '', '', attempt, KeyError, None).is_needed()
 
 
 class TestAsStrided:
@@ -517,6 +611,243 @@ class TestPadSequence:
         xs = [numpy.ones(1, numpy.int32), numpy.ones(2, numpy.int32)]
         with pytest.raises(ValueError, match='NaN'):
             F.pad_sequence(xs, padding=float('nan'))
+
+
+    @pytest.mark.filterwarnings(
+        'ignore:NumPy will stop allowing conversion:DeprecationWarning')
+    def test_whole_float_wraps_around_too(self):
+        y = F.pad_sequence([numpy.ones(1, numpy.uint8)], 2, padding=-1.)
+        assert y.array.tolist() == [[1, 255]]
+
+
+class TestConcatExamples:
+
+    @pytest.mark.filterwarnings(
+        'ignore:NumPy will stop allowing conversion:DeprecationWarning')
+    @pytest.mark.parametrize(('dtype', 'padding', 'expected'), [
+        ('B', -1, 255), ('B', 300, 44), ('H', -1, 65535), ('b', 300, 44),
+        ('I', -1, 2 ** 32 - 1), ('Q', -1, 2 ** 64 - 1), ('h', 2 ** 33, 0),
+        ('B', 7, 7), ('i', -1, -1), ('i', -1., -1), ('B', True, 1),
+        ('f', -1, -1), ('e', .5, .5), ('?', 1, True),
+    ])
+    def test_padding(self, dtype, padding, expected):
+        xs = [numpy.ones(1, dtype), numpy.ones(2, dtype)]
+        y = chainer.dataset.concat_examples(xs, padding=padding)
+        assert y.dtype == dtype
+        assert y.tolist() == [[1, expected], [1, 1]]
+
+    @pytest.mark.filterwarnings(
+        'ignore:NumPy will stop allowing conversion:DeprecationWarning')
+    def test_padding_of_each_part(self):
+        batch = [(numpy.ones(1, 'B'), 2), (numpy.ones(2, 'B'), 3)]
+        x, t = chainer.dataset.concat_examples(batch, padding=(-1, None))
+        assert x.tolist() == [[1, 255], [1, 1]]
+        assert t.tolist() == [2, 3]
+
+    def test_arrays_of_one_shape_are_not_padded(self):
+        xs = [numpy.zeros(2, 'B')] * 2
+        assert chainer.dataset.concat_examples(xs).shape == (2, 2)
+
+
+# NumPy 1.24 to 1.26 only warn, and Chainer is not repaired there.
+@pytest.mark.filterwarnings(
+    'ignore:NumPy will stop allowing conversion:DeprecationWarning')
+class TestBasicMath:
+
+    @pytest.mark.parametrize(('operation', 'expected'), [
+        (lambda x: x - 1, [0, 1, 255]),
+        (lambda x: x + -1, [0, 1, 255]),
+        (lambda x: 1 - x, [0, 255, 1]),
+        (lambda x: x + 300, [45, 46, 44]),
+        (lambda x: x * -1, [255, 254, 0]),
+        (lambda x: x * 300.7, [44, 88, 0]),
+        (lambda x: x + 2, [3, 4, 2]),
+    ])
+    def test_unsigned_wraps_around(self, operation, expected):
+        x = chainer.Variable(numpy.array([1, 2, 0], numpy.uint8))
+        y = operation(x)
+        assert y.dtype == numpy.uint8
+        assert y.array.tolist() == expected
+
+    @pytest.mark.parametrize('dtype', ['e', 'f', 'd'])
+    def test_floats_keep_their_type(self, dtype):
+        x = chainer.Variable(numpy.ones(2, dtype))
+        y = 2 * x - 300 + numpy.float64(.5)
+        assert y.dtype == dtype
+        assert y.array.tolist() == [-297.5] * 2
+
+
+@pytest.mark.parametrize('dtype', ['e', 'f'])
+class TestNumpyScalars:
+
+    def check(self, f, dtype, *shapes):
+        rng = numpy.random.RandomState(0)
+        xs = [chainer.Variable(rng.uniform(.5, 1, shape).astype(dtype))
+              for shape in shapes]
+        results = []
+        for number in numpy.float64, float:
+            y = f(number, *xs)
+            gs = chainer.grad([y], xs)
+            results.append([y, *gs])
+        for actual, expected in zip(*results):
+            assert actual.dtype == dtype
+            assert_array_equal(actual.array, expected.array)
+
+    def test_layer_normalization(self, dtype):
+        self.check(lambda number, *xs: F.layer_normalization(
+            *xs, eps=number(1e-3)), dtype, (3, 4), 4, 4)
+
+    def test_local_response_normalization(self, dtype):
+        self.check(lambda number, x: F.local_response_normalization(
+            x, k=number(2), alpha=number(.1), beta=number(.5)),
+            dtype, (2, 3, 1))
+
+    def test_fixed_batch_normalization(self, dtype):
+        self.check(lambda number, *xs: F.fixed_batch_normalization(
+            *xs, eps=number(1e-3)), dtype, (3, 4), 4, 4, 4, 4)
+
+    def test_batch_renormalization(self, dtype):
+        def f(number, *xs):
+            mean, var = numpy.zeros(4, dtype), numpy.ones(4, dtype)
+            y = F.batch_renormalization(
+                *xs, rmax=number(2), dmax=number(1), eps=number(1e-3),
+                decay=number(.5), running_mean=mean, running_var=var)
+            assert mean.dtype == var.dtype == dtype
+            return y
+        self.check(f, dtype, (3, 4), 4, 4)
+
+
+class TestSummary:
+
+    @pytest.mark.parametrize('dtype', ['e', 'f', 'd'])
+    @pytest.mark.parametrize('kind', [numpy.array, lambda x: x[()]],
+                             ids=['array', 'scalar'])
+    def test_many_values(self, dtype, kind):
+        summary = chainer.reporter.Summary()
+        values = numpy.array([1.5, 30] * 2500, dtype)
+        for value in values:
+            summary.add(kind(value))
+        mean, deviation = summary.make_statistics()
+        assert_allclose(mean, 15.75, rtol=1e-12)
+        assert_allclose(deviation, 14.25, rtol=1e-12)
+
+    def test_weights(self):
+        summary = chainer.reporter.Summary()
+        for _ in range(3000):
+            summary.add(numpy.float16(2), weight=numpy.float16(1))
+            summary.add(numpy.float16(6), weight=3)
+        assert_allclose(summary.compute_mean(), 5, rtol=1e-12)
+
+    def test_dictionary_survives_a_snapshot(self, tmp_path):
+        summary = chainer.reporter.DictSummary()
+        for i in range(4):
+            summary.add({'x': numpy.float16(i), 'n': (numpy.int32(i), 2)})
+        chainer.serializers.save_npz(str(tmp_path / 's'), summary)
+        loaded = chainer.reporter.DictSummary()
+        chainer.serializers.load_npz(str(tmp_path / 's'), loaded)
+        loaded.add({'x': numpy.float16(4), 'n': numpy.int32(4)})
+        assert loaded.compute_mean() == pytest.approx({'x': 2, 'n': 16 / 9})
+
+    @pytest.mark.parametrize('dtype', ['e', 'B', 'i'])
+    def test_micro_average(self, dtype, tmp_path):
+        trainer = types.SimpleNamespace(
+            observation={'right': numpy.array(3, dtype), 'all': 4})
+        is_over = []
+        make = functools.partial(
+            chainer.training.extensions.MicroAverage,
+            'right', 'all', 'share', trigger=lambda trainer: is_over)
+        extension = make()
+        for _ in range(3000):
+            extension(trainer)
+        if dtype != 'e':    # load_npz takes no float for the initial 0
+            chainer.serializers.save_npz(str(tmp_path / 's'), extension)
+            extension = make()
+            chainer.serializers.load_npz(str(tmp_path / 's'), extension)
+        is_over.append(True)
+        reporter = chainer.reporter.Reporter()
+        with reporter:
+            extension(trainer)
+        assert reporter.observation == {'share': .75}
+
+
+class TestMeanSquaredError:
+
+    @pytest.mark.parametrize('size', [4, 65519, 65520, 200000])
+    def test_float16(self, size):
+        x = numpy.full(size, .25, numpy.float16)
+        x[::2] = .5
+        y = F.mean_squared_error(x, numpy.zeros_like(x))
+        assert y.dtype == numpy.float16
+        expected = numpy.mean(x.astype(float) ** 2)
+        assert_allclose(y.array, expected, rtol=1e-2)
+
+    @pytest.mark.parametrize('dtype', ['f', 'd'])
+    def test_others(self, dtype):
+        x = numpy.array([1, 3], dtype)
+        y = F.mean_squared_error(x, numpy.zeros_like(x))
+        assert y.dtype == dtype
+        assert y.array == 5
+
+    def test_backward(self):
+        x = chainer.Variable(numpy.array([1, 3], numpy.float16))
+        F.mean_squared_error(x, numpy.zeros(2, numpy.float16)).backward()
+        assert x.grad.dtype == numpy.float16
+        assert x.grad.tolist() == [1, 3]
+
+
+class TestGradientHooks:
+
+    def link(self, dtype, *gradients):
+        with chainer.using_config('dtype', numpy.dtype(dtype)):
+            chain = chainer.ChainList(
+                *(chainer.links.Bias(0, (4,)) for _ in gradients))
+        for parameter, gradient in zip(chain.params(), gradients):
+            parameter.array[...] = 1
+            parameter.grad = numpy.full(4, gradient, dtype)
+        return chain
+
+    def update(self, chain, hook):
+        optimizer = chainer.optimizers.SGD(0).setup(chain)
+        optimizer.add_hook(hook)
+        optimizer.update()
+        return numpy.array([p.grad for p in chain.params()])
+
+    @pytest.mark.parametrize('dtype', ['e', 'f'])
+    def test_clipping_of_large_gradients(self, dtype):
+        # Each product fits in float16, their sum does not.
+        chain = self.link(dtype, 100, 100, 100)
+        gradients = self.update(
+            chain, chainer.optimizer_hooks.GradientClipping(1.))
+        assert gradients.dtype == dtype
+        assert_allclose(gradients, 12 ** -.5, rtol=2e-3)
+
+    @pytest.mark.parametrize('dtype', ['e', 'f'])
+    @pytest.mark.parametrize('gradient', [0, 100])
+    def test_lars(self, dtype, gradient):
+        gradients = self.update(
+            self.link(dtype, gradient), chainer.optimizer_hooks.GradientLARS())
+        assert gradients.dtype == dtype
+        assert_allclose(gradients, min(gradient, 1), rtol=2e-3)
+
+
+class TestSparseMatmul:
+
+    @pytest.mark.parametrize('dtype', ['e', 'f', 'd'])
+    @pytest.mark.parametrize('batch', [(), (2,)])
+    def test_forward_backward(self, dtype, batch):
+        pytest.importorskip('scipy', reason='Chainer computes with SciPy')
+        rng = numpy.random.RandomState(0)
+        A = rng.randint(3, size=(*batch, 4, 3)).astype(dtype)
+        B = rng.randint(3, size=(*batch, 3, 2)).astype(dtype)
+        a = chainer.utils.to_coo(A, requires_grad=True)
+        b = chainer.Variable(B)
+        y = F.sparse_matmul(a, b)
+        assert y.dtype == dtype
+        assert_array_equal(y.array, A @ B)
+        F.sum(y).backward()
+        assert b.grad.dtype == a.data.grad.dtype == dtype
+        ones = numpy.ones_like(y.array)
+        assert_array_equal(b.grad, numpy.swapaxes(A, -1, -2) @ ones)
 
 
 class TestDeconvolution2D:

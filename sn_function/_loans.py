@@ -1,0 +1,210 @@
+"""What Chainer misses while it is imported, and is lent.
+
+Everything is taken back afterwards: `numpy` and `sys.modules` are left as they
+were found.  Nothing is decided by version numbers: what can be imported or
+read is not lent.
+"""
+import contextlib
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+import warnings
+from typing import Any, Dict, Iterator, List, NamedTuple
+
+import numpy
+
+from sn_function import _pkg_resources
+
+# As NumPy 1 had it, in what Chainer reads of it.
+SCTYPES = {
+    'int': [numpy.int8, numpy.int16, numpy.int32, numpy.int64],
+    'float': [numpy.float16, numpy.float32, numpy.float64, numpy.longdouble],
+}
+
+# What is wrong without it, and when it is needed.  Each goes with the support
+# of Chainer 7, or of what is named.
+REASONS = {
+    'pkg_resources': (
+        'import chainer fails',
+        'without pkg_resources, as setuptools 82 is'),
+    'numpy.distutils.system_info': (
+        'import chainer fails',
+        'without numpy.distutils: Python 3.12, setuptools 74'),
+    'numpy.sctypes': (
+        'import chainer fails (chainer#8632)', 'with NumPy 2'),
+}
+
+_INSTALL_CHAINER = '''\
+sn_function needs Chainer, which is not installed. Install it with
+    pip install "setuptools<81" wheel
+    pip install --no-build-isolation chainer==7.8.1'''
+
+
+def _works(name: str) -> bool:
+    """Whether module `name`, which Chainer imports too, can be imported.
+
+    Only an attempt tells: NumPy 1.26 on Python 3.11 has a `numpy.distutils`
+    that setuptools 74 and newer break, and a setuptools older than Python
+    has a `pkg_resources` that fails with an AttributeError.
+    """
+    with warnings.catch_warnings():
+        # Both modules announce their own end.  That is Chainer's concern and
+        # settled here, so these imports are silent even where warnings are
+        # errors.  No other warning is touched, nor any other import.
+        warnings.simplefilter('ignore', DeprecationWarning)
+        warnings.filterwarnings(
+            'ignore', 'pkg_resources is deprecated', UserWarning)
+        try:
+            importlib.import_module(name)
+        except Exception:
+            return False
+    return True
+
+
+class _Loan(NamedTuple):
+    """An entry of `sys.modules` or of a module's namespace, to be lent."""
+
+    namespace: Dict[str, Any]
+    name: str
+    value: object
+
+
+@contextlib.contextmanager
+def _lent(loans: List[_Loan]) -> Iterator[None]:
+    absent = object()
+    found = [loan.namespace.get(loan.name, absent) for loan in loans]
+    for loan in loans:
+        loan.namespace[loan.name] = loan.value
+    try:
+        yield
+    finally:
+        for loan, value in zip(loans, found):
+            del loan.namespace[loan.name]
+            if value is not absent:     # None in sys.modules forbids a module
+                loan.namespace[loan.name] = value
+
+
+def _stand_in(name: str, **contents: object) -> types.ModuleType:
+    module = types.ModuleType(name, f'A stand-in, for Chainer: {__name__}.')
+    vars(module).update(contents)
+    return module
+
+
+def _lend_pkg_resources() -> List[_Loan]:
+    # Imported by chainer/_environment_check.py and two modules of
+    # chainer.testing.  setuptools 82 removed it; a fresh environment of
+    # Python 3.12 has no setuptools at all.
+    # Delete with the support of Chainer 7.
+    if _works('pkg_resources'):
+        return []
+    return [_Loan(sys.modules, 'pkg_resources', _pkg_resources)]
+
+
+class _TestingFinder(importlib.abc.MetaPathFinder):
+    """Lends pkg_resources to the modules of chainer.testing that import it.
+
+    `import chainer` does not import them, and importing them with it would
+    take pytest along.  A stand-in left in `sys.modules` for them would be
+    found by every `try: import pkg_resources` of other packages.
+    """
+
+    users = ('chainer.testing.helper', 'chainer.testing.doctest_helper')
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname not in self.users:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                with _lent(_lend_pkg_resources()):
+                    run(module)
+
+            # This loader belongs to this one module.
+            vars(spec.loader)['exec_module'] = exec_module
+        return spec
+
+    @classmethod
+    def install(cls) -> bool:
+        # By name: after a reload of this module the class is another one.
+        if cls.__name__ in (type(f).__name__ for f in sys.meta_path):
+            return False
+        sys.meta_path.insert(0, cls())
+        return True
+
+
+def _lend_system_info() -> List[_Loan]:
+    # Imported by chainer/_environment_check.py, which asks it on macOS alone
+    # whether NumPy was linked with Accelerate.  Python 3.12 has no
+    # numpy.distutils; on older ones setuptools 74 broke it.  The stand-in
+    # knows of no library, so Chainer does not warn.
+    # Delete with the support of Chainer 7.
+    name = 'numpy.distutils.system_info'
+    if _works(name):
+        return []
+    system_info = _stand_in(name, get_info=lambda *args, **kwargs: {})
+    loans = [_Loan(sys.modules, name, system_info)]
+    distutils = sys.modules.get('numpy.distutils')
+    if distutils is None:
+        distutils = _stand_in('numpy.distutils', system_info=system_info)
+        loans.append(_Loan(vars(numpy), 'distutils', distutils))
+    else:
+        loans.append(_Loan(vars(distutils), 'system_info', system_info))
+    return loans
+
+
+def _lend_sctypes() -> List[_Loan]:
+    # chainer#8632: functions/array/as_strided.py reads np.sctypes['int'] when
+    # imported.  NumPy 2 has no np.sctypes.
+    # Delete with the support of Chainer 7, or of NumPy 2.
+    if hasattr(numpy, 'sctypes'):
+        return []
+    return [_Loan(vars(numpy), 'sctypes', SCTYPES)]
+
+
+def import_chainer() -> List[str]:
+    """Imports Chainer and returns the names of what had to be lent."""
+    loans = _lend_pkg_resources()
+    names = ['pkg_resources'] if loans and _TestingFinder.install() else []
+    if 'chainer' not in sys.modules:
+        for name, lend in (('numpy.distutils.system_info', _lend_system_info),
+                           ('numpy.sctypes', _lend_sctypes)):
+            more = lend()
+            loans += more
+            names += [name] if more else []
+    with _lent(loans), _without_advice_on_cudnn():
+        try:
+            importlib.import_module('chainer')
+        except ModuleNotFoundError as error:
+            if error.name != 'chainer':
+                raise
+            raise ImportError(_INSTALL_CHAINER, name='chainer') from None
+    return names
+
+
+@contextlib.contextmanager
+def _without_advice_on_cudnn() -> Iterator[None]:
+    """Chainer advises to reinstall CuPy for cuDNN, once, when imported.
+
+    CuPy 14 has no cuDNN module, so this does not help; and where warnings are
+    errors Chainer cannot be imported, as functions/activation/relu.py makes
+    a kernel.  With another CuPy the advice is given.
+    Delete with the support of Chainer 7.
+    """
+    with warnings.catch_warnings():
+        if _cupy_has_no_cudnn():
+            warnings.filterwarnings(
+                'ignore', 'cuDNN is not enabled', UserWarning)
+        yield
+
+
+def _cupy_has_no_cudnn() -> bool:
+    try:
+        return (importlib.util.find_spec('cupy') is not None
+                and importlib.util.find_spec('cupy.cudnn') is None)
+    except Exception:
+        return False  # a broken CuPy: Chainer tells

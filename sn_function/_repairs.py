@@ -1,0 +1,272 @@
+"""What is mended in Chainer once it is imported.
+
+Each repair is two functions.  `try_...` runs the code that may be broken, on
+as little data as shows the fault; `mend_...` repairs it where that raised the
+expected error.  Nothing is decided by version numbers, and an old stack
+stays as it is: only Deconvolution2D is broken everywhere.
+
+`REPAIRS` says of each what is wrong, and when it is needed.
+"""
+import functools
+import types
+import warnings
+from typing import Any, Callable, List, NamedTuple, Tuple, Type
+
+import chainer
+import numpy
+from chainer import distributions
+from chainer.dataset import convert
+from chainer.functions.array import as_strided, pad_sequence, resize_images
+from chainer.functions.connection import deconvolution_2d
+from chainer.functions.math import basic_math, sparse_matmul
+
+from sn_function import _loans, _precision
+from sn_function._precision import WrongResultError
+
+
+def _reading(function: Callable, **names: object) -> Callable:
+    """A copy of a function of Chainer that reads a richer NumPy.
+
+    Its global `numpy` (or `np`) becomes a copy of the module that has
+    `names` as well.  So neither NumPy nor the rest of the module changes,
+    where `if xp is numpy` must stay true.
+    """
+    richer = types.ModuleType('numpy')
+    vars(richer).update(vars(numpy), **names)
+    scope = {name: richer if value is numpy else value
+             for name, value in function.__globals__.items()}
+    copy = types.FunctionType(
+        function.__code__, scope, function.__name__,
+        function.__defaults__, function.__closure__)
+    return functools.update_wrapper(copy, function)
+
+
+# Names that NumPy no longer has, or means otherwise
+
+# chainer#8632: the class reads np.sctypes['float'], gone in NumPy 2.
+
+def _try_as_strided() -> None:
+    x = numpy.zeros(2)
+    geometry = as_strided.TensorGeometry(x)
+    as_strided.AsStridedGrad(geometry, (2,), (1,), 0).forward((x,))
+
+
+def _mend_as_strided() -> None:
+    grad = as_strided.AsStridedGrad
+    grad.forward = _reading(grad.forward, sctypes=_loans.SCTYPES)
+
+
+# np.float was the builtin; gone in NumPy 1.24.
+
+def _try_resize_images() -> None:
+    resize_images.compute_indices_and_weights(
+        (1, 1), (1, 1), 'nearest', True, numpy)
+
+
+def _mend_resize_images() -> None:
+    function = resize_images.compute_indices_and_weights
+    resize_images.compute_indices_and_weights = _reading(function, float=float)
+
+
+# log_prob adds a list to what np.meshgrid returns: since NumPy 2 a tuple.
+
+def _try_categorical() -> None:
+    distribution = distributions.Categorical(p=numpy.ones((1, 1)))
+    distribution.log_prob(numpy.zeros(1))
+
+
+def _mend_categorical() -> None:
+    def meshgrid(*args: Any, **kwargs: Any) -> List[numpy.ndarray]:
+        return list(numpy.meshgrid(*args, **kwargs))
+
+    categorical = distributions.Categorical
+    categorical.log_prob = _reading(categorical.log_prob, meshgrid=meshgrid)
+
+
+# Python numbers that do not fit an integer type.  Where NumPy 2 refuses one,
+# it wraps around as it did before, and as astype still does.
+
+def _wrapped(value: Any, dtype: numpy.dtype) -> Any:
+    if dtype.kind in 'iu' and isinstance(value, (int, float)):
+        return numpy.array(int(value)).astype(dtype)[()]
+    return value
+
+
+def _try_pad_sequence() -> None:
+    pad_sequence.PadSequence(1, -1).forward((numpy.zeros(0, numpy.uint8),))
+
+
+def _mend_pad_sequence() -> None:
+    original = pad_sequence.PadSequence.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, xs: Tuple[Any, ...]) -> Any:
+        self.padding = _wrapped(self.padding, xs[0].dtype)
+        return original(self, xs)
+
+    pad_sequence.PadSequence.forward = forward
+
+
+def _try_concat_examples() -> None:
+    convert._concat_arrays_with_padding([numpy.zeros(1, numpy.uint8)], -1)
+
+
+def _mend_concat_examples() -> None:
+    # It also passes `out` by its place, which NumPy 2.4 deprecates.
+    def maximum(x: Any, y: Any, out: Any) -> Any:
+        return numpy.maximum(x, y, out=out)
+
+    original = _reading(convert._concat_arrays_with_padding, maximum=maximum)
+
+    @functools.wraps(original)
+    def concat(arrays: Any, padding: Any) -> Any:
+        if isinstance(padding, int):    # numpy.full takes any float
+            padding = _wrapped(padding, arrays[0].dtype)
+        return original(arrays, padding)
+
+    convert._concat_arrays_with_padding = concat
+
+
+# The constant of x + c, x * c and so on; x - 1 is x + -1.
+
+def _try_basic_math() -> None:
+    basic_math._preprocess_const(numpy.zeros(1, numpy.uint8), -1)
+
+
+def _mend_basic_math() -> None:
+    original = basic_math._preprocess_const
+
+    @functools.wraps(original)
+    def preprocess(x: Any, value: Any) -> Any:
+        return original(x, _wrapped(value, x.dtype))
+
+    basic_math._preprocess_const = preprocess
+
+
+# Others
+
+# Before 1.15 SciPy made float32 of float16, now it refuses it.
+
+def _try_sparse_matmul() -> None:
+    if sparse_matmul._scipy_available:
+        x, i = numpy.ones(1, numpy.float16), numpy.zeros(1, int)
+        sparse_matmul._coo_matmul_cpu(x, i, i, (1, 1), x[None], x.dtype)
+
+
+def _mend_sparse_matmul() -> None:
+    original = sparse_matmul._coo_matmul_cpu
+
+    @functools.wraps(original)
+    def matmul(A_data: Any, A_row: Any, A_col: Any, A_shape: Any,
+               B: Any, dtype: Any) -> Any:
+        if A_data.dtype == numpy.float16:   # SciPy computed in float32
+            A_data = A_data.astype(numpy.float32)
+        if B.dtype == numpy.float16:
+            B = B.astype(numpy.float32)
+        return original(A_data, A_row, A_col, A_shape, B, dtype)
+
+    sparse_matmul._coo_matmul_cpu = matmul
+
+
+# chainer#8624, fixed on Chainer's master: where the input needs no gradient,
+# backward passes Variables for their shapes.
+
+def _try_deconvolution_2d() -> None:
+    x = numpy.zeros((1, 1, 1, 1), numpy.float32)
+    W = chainer.Variable(x)
+    with chainer.using_config('enable_backprop', True):
+        chainer.grad([chainer.functions.deconvolution_2d(x, W)], [W])
+
+
+def _mend_deconvolution_2d() -> None:
+    function = deconvolution_2d.Deconvolution2DFunction
+    original = function._set_cover_all
+
+    @functools.wraps(original)
+    def _set_cover_all(self: Any, x: Any, W: Any) -> None:
+        original(self, getattr(x, 'shape', x), getattr(W, 'shape', W))
+
+    function._set_cover_all = _set_cover_all
+
+
+class Repair(NamedTuple):
+    name: str
+    fault: str
+    needed: str
+    attempt: Callable[[], None]
+    error: Type[Exception]
+    mend: Callable[[], None]
+
+    def is_needed(self) -> bool:
+        # What only warns is not broken; and floating point errors are looked
+        # for in the result.
+        with warnings.catch_warnings(), numpy.errstate(all='ignore'):
+            warnings.simplefilter('ignore')
+            try:
+                self.attempt()
+            except Exception as error:
+                # Another error is not what `mend` can repair.
+                return isinstance(error, self.error)
+        return False
+
+
+# Each goes with the support of Chainer 7, or of what it is needed with.
+REPAIRS = (
+    Repair('as_strided',
+           'the backward of F.as_strided fails (chainer#8632)',
+           'with NumPy 2',
+           _try_as_strided, AttributeError, _mend_as_strided),
+    Repair('categorical',
+           'log_prob of Categorical fails', 'with NumPy 2',
+           _try_categorical, TypeError, _mend_categorical),
+    Repair('pad_sequence',
+           'F.pad_sequence fails with -1 in unsigned arrays', 'with NumPy 2',
+           _try_pad_sequence, OverflowError, _mend_pad_sequence),
+    Repair('basic_math',
+           'x - 1 of an unsigned Variable fails', 'with NumPy 2',
+           _try_basic_math, OverflowError, _mend_basic_math),
+    Repair('numpy_scalars',
+           'an eps, alpha or decay that is a numpy.float64 makes what four '
+           'normalizations compute float64, or fails', 'with NumPy 2',
+           _precision.try_numpy_scalars,
+           WrongResultError, _precision.mend_numpy_scalars),
+    Repair('summary',
+           'a report of many float16 losses has a wrong mean',
+           'with NumPy 2', _precision.try_summary,
+           WrongResultError, _precision.mend_summary),
+    Repair('mean_squared_error',
+           'of more than 65,519 float16 numbers it is 0 or NaN',
+           'with NumPy 2', _precision.try_mean_squared_error,
+           WrongResultError, _precision.mend_mean_squared_error),
+    Repair('gradient_clipping',
+           'GradientClipping makes large float16 gradients 0',
+           'with NumPy 2', _precision.try_gradient_clipping,
+           WrongResultError, _precision.mend_gradient_clipping),
+    Repair('gradient_lars',
+           'GradientLARS makes float16 gradients of 0 NaN',
+           'with NumPy 2', _precision.try_gradient_lars,
+           WrongResultError, _precision.mend_gradient_lars),
+    Repair('concat_examples',
+           'concat_examples fails with -1 in unsigned arrays',
+           'with NumPy 2.1 or newer',
+           _try_concat_examples, OverflowError, _mend_concat_examples),
+    Repair('resize_images',
+           'F.resize_images fails', 'with NumPy 1.24 or newer',
+           _try_resize_images, AttributeError, _mend_resize_images),
+    Repair('sparse_matmul',
+           'F.sparse_matmul of float16 fails',
+           'with SciPy 1.15 or newer',
+           _try_sparse_matmul, ValueError, _mend_sparse_matmul),
+    Repair('deconvolution_2d',
+           'its backward fails where the input needs no gradient, as in a '
+           'first layer (chainer#8624)', 'with Chainer 7.8.1',
+           _try_deconvolution_2d, ValueError, _mend_deconvolution_2d),
+)
+
+
+def repair() -> List[str]:
+    """Mends what fails, and returns the names."""
+    needed = [each for each in REPAIRS if each.is_needed()]
+    for each in needed:
+        each.mend()
+    return [each.name for each in needed]
