@@ -24,8 +24,10 @@ def original(link: chainer.Link, name: str) -> Any:
 
 def exchange(cb_args: Any, name: str, Y: Any) -> None:
     """Puts ``Y`` in the place of the weight until the call ends."""
-    cb_args.__dict__['_sn_lifeline_' + name] = _Lifeline(
-        _Exchange(cb_args.link, name, Y))
+    new = _Exchange(cb_args.link, name, Y)
+    # Before anything changes: an interrupt may come between any two lines.
+    cb_args.__dict__['_sn_lifeline_' + name] = _Lifeline(new)
+    new.begin()
 
 
 def restore_uncalled(link: chainer.Link, name: str) -> None:
@@ -43,18 +45,21 @@ def restore_uncalled(link: chainer.Link, name: str) -> None:
 class _Exchange:
 
     def __init__(self, link: chainer.Link, name: str, Y: Any) -> None:
-        attributes = link.__dict__
         self.link = link
         self.name = name
         self.Y = Y
         self.is_called = False
         self.is_active = True
-        self.previous = attributes[name]
-        self.shadowed = attributes.get('forward')
-        attributes.setdefault(_STATE, {}).setdefault(name, []).append(self)
-        if not _has_injected_call(link):
+        self.previous = link.__dict__[name]
+        self.shadowed = link.__dict__.get('forward')
+
+    def begin(self) -> None:
+        attributes = self.link.__dict__
+        attributes.setdefault(_STATE, {}).setdefault(
+            self.name, []).append(self)
+        if not _has_injected_call(self.link):
             attributes['forward'] = self.forward
-        attributes[name] = Y
+        attributes[self.name] = self.Y
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.is_called = True
@@ -79,22 +84,23 @@ class _Exchange:
             attributes['forward'] = shadowed
 
     def restore(self) -> None:
+        """Undoes :meth:`begin`; either may be interrupted, and this redone."""
         if not self.is_active:
             return
-        self.is_active = False
         self._unshadow()
         attributes = self.link.__dict__
-        stacks = attributes[_STATE]
-        stack = stacks[self.name]
-        first = stack[0].previous
-        stack.remove(self)
         # A forward that gave the link a new parameter keeps it.
         if not isinstance(attributes[self.name], chainer.Parameter):
-            attributes[self.name] = self.previous if stack else first
+            attributes[self.name] = self.previous
+        stacks = attributes.get(_STATE, {})
+        stack = stacks.get(self.name, [])
+        if self in stack:
+            stack.remove(self)
         if not stack:
-            del stacks[self.name]
-            if not stacks:
-                del attributes[_STATE]
+            stacks.pop(self.name, None)
+        if not stacks:
+            attributes.pop(_STATE, None)
+        self.is_active = False
 
     def repair(self) -> None:
         self.restore()
