@@ -34,6 +34,7 @@ class LinkState:
         self.v: Any = None
         self._copied: Any = None
         self._link: Callable[[], Any] = lambda: None  # a weak reference
+        self._latest: Any = None
 
     def put(self, link: chainer.Link) -> None:
         link.__dict__[self._key(self.weight_name)] = self
@@ -57,6 +58,24 @@ class LinkState:
     def _key(weight_name: str) -> str:
         return f'_{weight_name}_sn_state'
 
+    def watch(self, W: Any, u: Any) -> None:
+        """Keeps the parameter and u, which a copy that shares has, too.
+
+        That may be copied when the link is gone, as may an unpickled one that
+        does not know its link before the first call.
+
+        """
+        if isinstance(W, chainer.Parameter):
+            self._latest = W, u
+
+    def _present(self) -> Any:
+        """Returns the parameter and u as they are, or ``None``."""
+        link = self._link()
+        if link is not None:
+            self.watch(link.__dict__[self.weight_name],
+                       link.__dict__[self.weight_name + '_u'])
+        return self._latest
+
     def is_stale(self, W: Any, u: Any) -> bool:
         """Whether u was copied and the weight then got other values.
 
@@ -72,8 +91,7 @@ class LinkState:
             return False
         W, W_then, u, u_then = map(
             cuda.to_cpu, (W, W_then, u, u_then))  # it may have been moved
-        return numpy.array_equal(u, u_then) and not numpy.array_equal(
-            W, W_then)
+        return _is_same(u, u_then) and not _is_same(W, W_then)
 
     def forget_copied(self) -> None:
         """Gives up the comparison of :meth:`is_stale`."""
@@ -86,28 +104,36 @@ class LinkState:
         other = copy.copy(self)
         other.start = copy.deepcopy(self.start, memo)
         other._copied = copy.deepcopy(self._copied, memo)
-        link = self._link()
-        if link is not None:
-            # Where it is not in memo, the owner is a copy that shares.
-            is_owner = id(link) in memo
-            W = copy.deepcopy(link.__dict__[self.weight_name],
-                              memo if is_owner else None).array
-            u = link.__dict__[self.weight_name + '_u']
-            if other._copied is None and W is not None and u is not None:
+        other._latest = None
+        present = self._present()
+        if other._copied is None and present is not None:
+            # Of the array: the owner may be another link, which shares it.
+            W, u = copy.deepcopy(present[0].array, memo), present[1]
+            if W is not None and u is not None:
                 other._copied = W, u.copy()
-            if is_owner:
-                other._link = weakref.ref(memo[id(link)])
+        link = self._link()
+        if link is not None and id(link) in memo:
+            other._link = weakref.ref(memo[id(link)])
         return other
 
     def __reduce__(self) -> Any:
         return _unpickle, (
-            self.weight_name, self.gamma_name, self.start, self._copied)
+            self.weight_name, self.gamma_name, self.start, self._copied,
+            self._present())
+
+
+def _is_same(a: numpy.ndarray, b: numpy.ndarray) -> bool:
+    # As array_equal with equal_nan, which came with NumPy 1.19.
+    return a.shape == b.shape and bool(
+        ((a == b) | ((a != a) & (b != b))).all())
 
 
 def _unpickle(
-        weight_name: str, gamma_name: str | None, start: Any, copied: Any
+        weight_name: str, gamma_name: str | None, start: Any, copied: Any,
+        latest: Any = None,
 ) -> LinkState:
     state = LinkState(weight_name, gamma_name)
     state.start = start
     state._copied = copied
+    state._latest = latest
     return state

@@ -240,12 +240,12 @@ class SpectralNormalization(link_hook.LinkHook):
         if not isinstance(W, chainer.Parameter):
             # Another hook came first: this is no weight to compare with.
             state.forget_copied()
-        u = self._vector(link, W.array, state)
         is_second_run = chainer.config.in_recomputing
-        start = (_recompute.start_vector(link, state, u) if is_second_run
-                 else u)
-        gamma = state.gamma_name and getattr(link, state.gamma_name)
         try:
+            u = self._vector(link, W.array, state)
+            start = (_recompute.start_vector(link, state, u) if is_second_run
+                     else u)
+            gamma = state.gamma_name and getattr(link, state.gamma_name)
             (Y,), it = functions.normalize(
                 W, start, self.n_power_iteration, gamma,
                 1.0 if self.factor is None else self.factor, self.eps,
@@ -297,18 +297,13 @@ class SpectralNormalization(link_hook.LinkHook):
             # A snapshot loaded before the first call, or a new dtype of W.
             u = link.device.send(u).astype(W.dtype, copy=False)
             setattr(link, self.vector_name, u)
-        if is_stale:
-            self._warm_up(link, W, u)
+        parameter = _swap.original(link, self.weight_name)
         if state.gamma_name is not None:
-            gamma = getattr(link, state.gamma_name)
-            if gamma.array is None:
-                gamma.cleargrad()  # or its dtype may be another by now
-                gamma.initialize(())
-            elif is_stale:
-                # Chainer initializes by name: maybe gamma before this weight.
-                # And a copy of a copy that shares has the W of the latter.
-                gamma.initializer.W = _swap.original(link, self.weight_name)
-                gamma.initializer.renew(gamma.array)
+            _initialize_gamma(
+                getattr(link, state.gamma_name), parameter, is_stale)
+        if is_stale:
+            self._warm_up(link, W, u)  # the last, as it raises if u is zero
+        state.watch(parameter, u)
         return u
 
     def _make_vector(self, link: chainer.Link, W: Any) -> Any:
@@ -382,6 +377,22 @@ class _LargestSingularValue:
         if xp.isfinite(matrix).all():
             array[...] = xp.linalg.svd(matrix, compute_uv=False)[0]
         self.value = float(array)
+
+
+def _initialize_gamma(
+        gamma: chainer.Parameter, W: Any, is_stale: bool) -> None:
+    """Makes gamma from ``W``, unless that was done; anew if it is stale."""
+    if gamma.array is not None and not is_stale:
+        return
+    if isinstance(W, chainer.Parameter):
+        # A copy of a copy that shares has the weight of the latter.
+        gamma.initializer.W = W
+    if gamma.array is None:
+        gamma.cleargrad()  # or its dtype may be another by now
+        gamma.initialize(())
+    else:
+        # Chainer initializes by name: maybe gamma before this weight.
+        gamma.initializer.renew(gamma.array)
 
 
 def output_axis(link: chainer.Link) -> int:
