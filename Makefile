@@ -17,12 +17,13 @@ STAMP := $(VENV)/.made-$(shell { echo "$(PYTHON_PATH)"; \
 	$(PYTHON_PATH) -c 'import sys; print(sys.version)'; \
 	cat setup.py Makefile; } 2>/dev/null | cksum | tr ' ' '-')
 
-.PHONY: help setup test demo defects bench truth nvrtc mutants gpu \
+.PHONY: help setup test matrix demo defects bench truth nvrtc mutants gpu \
 	gpu-bundle lint docs clean
 
 help:
 	@echo 'make demo     train an SNGAN on real handwritten digits (CPU, 2 minutes)'
 	@echo 'make test     run the tests, with coverage'
+	@echo 'make matrix   the tests with all supported versions (an hour, 2 cores)'
 	@echo 'make defects  the built-in hook beside this one, fault by fault'
 	@echo 'make bench    time the normalization of one weight on both'
 	@echo 'make truth    errors of sigma and Y on hard matrices'
@@ -59,6 +60,11 @@ $(STAMP):
 # More threads of BLAS than needed wait for each other where others work, too.
 test: setup
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PY) -m pytest --cov
+
+# MATRIX=--extremes is the oldest cell and the newest; MATRIX='--python 3.8',
+# the cells of one interpreter.
+matrix: setup
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PY) -m tests.versions $(MATRIX)
 
 demo: setup
 	$(PY) examples/train_sngan_digits.py --out result

