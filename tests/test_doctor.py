@@ -28,6 +28,16 @@ machinery.PathFinder.find_spec = classmethod(
     None if name in {names} else find_spec(name, path, target))
 '''
 
+# One in which no other CuPy is installed than those in a directory.
+WITHOUT_OTHER_CUPY = '''
+from importlib import metadata
+distributions = metadata.distributions
+metadata.distributions = lambda: [
+    each for each in distributions()
+    if str(each.locate_file('')) == {path!r}
+    or not (each.metadata['Name'] or '').startswith('cupy')]
+'''
+
 
 def ask(path, *args):
     done = subprocess.run(
@@ -215,6 +225,11 @@ class runtime:
 
 
 class TestCuPy:
+
+    @pytest.fixture(autouse=True)
+    def _without_the_real_one(self, tmp_path):
+        write(tmp_path,
+              sitecustomize=WITHOUT_OTHER_CUPY.format(path=str(tmp_path)))
 
     def test_that_fails(self, tmp_path):
         write(tmp_path, cupy='raise ImportError("libcublas.so.12: gone")')
