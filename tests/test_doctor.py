@@ -39,12 +39,17 @@ metadata.distributions = lambda: [
 '''
 
 
-def ask(path, *args):
-    done = subprocess.run(
-        [sys.executable, '-W', 'error', '-m', 'sn_function', *args],
-        capture_output=True, text=True, timeout=300, cwd=path,
+def run_python(path, *args, **kwargs):
+    """An interpreter that finds what is in path, and then this package."""
+    return subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, timeout=300,
         env={**os.environ, 'PYTHONPATH': os.pathsep.join([
-            str(path), str(ROOT)])})
+            str(path), str(ROOT)])}, **kwargs)
+
+
+def ask(path, *args):
+    done = run_python(
+        path, '-W', 'error', '-m', 'sn_function', *args, cwd=path)
     assert 'Traceback' not in done.stderr, done.stderr
     return done
 
@@ -146,10 +151,7 @@ class TestBroken:
         write(tmp_path, sitecustomize=WITHOUT.format(names=['chainer']))
         for code in 'import sn_function', (
                 'import sys; sys.argv[1:] = ["doctor"]; import sn_function'):
-            done = subprocess.run(
-                [sys.executable, '-c', code], capture_output=True, text=True,
-                env={**os.environ, 'PYTHONPATH': os.pathsep.join([
-                    str(tmp_path), str(ROOT)])})
+            done = run_python(tmp_path, '-c', code)
             assert done.returncode == 1
             assert 'ImportError: sn_function needs Chainer' in done.stderr
 
@@ -166,11 +168,7 @@ class TestBroken:
         (tmp_path / 'other').mkdir()
         (tmp_path / 'other' / '__main__.py').write_text('print("other")')
         write(tmp_path, other='import sn_function')
-        done = subprocess.run(
-            [sys.executable, '-m', 'other', 'doctor'], text=True,
-            capture_output=True, env={
-                **os.environ,
-                'PYTHONPATH': os.pathsep.join([str(tmp_path), str(ROOT)])})
+        done = run_python(tmp_path, '-m', 'other', 'doctor')
         assert done.stdout == 'other\n', done.stderr
 
     def test_chainer_that_fails(self, tmp_path):

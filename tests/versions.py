@@ -340,7 +340,7 @@ def main(arguments=None):
     n_failed = sum(result.error is not None for result in results)
     print(f'{len(results)} cells, {n_failed} failed, {len(missing)} '
           f'interpreters not found')
-    complete = [load().get(cell) for cell in cells_of(OLDEST_NUMPY, False)]
+    complete = list(map(load().get, cells_of(OLDEST_NUMPY, False)))
     if all(result and result.error is None for result in complete):
         put_table(ROOT / 'README.md', table(complete))
         print('The table is in the README.')
