@@ -20,6 +20,20 @@ def result(cell, error=None, **found):
                   [], error, 1.0)
 
 
+def test_table_of_the_readme():
+    """It has every cell, and all are green."""
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    text = text.split(versions.MARKS[0])[1].split(versions.MARKS[1])[0]
+    rows = [re.split(r' *\| *', line)[1:-1]
+            for line in text.strip().splitlines()[2:]]
+    assert len(rows) == 2 * len(versions.OLDEST_NUMPY)
+    for row, expected in zip(rows[::2], versions.OLDEST_NUMPY.items()):
+        assert (row[0].rsplit('.', 1)[0], row[1]) == expected
+    for row in rows:
+        for entry in row[2:]:
+            assert re.fullmatch(r'\d,\d{3}( \([\d.]+\))?', entry)
+
+
 def test_setup_names_the_same_versions():
     text = (ROOT / 'setup.py').read_text(encoding='utf-8')
     assert re.findall(r'Python :: (3\.\d+)', text) == list(
