@@ -25,7 +25,7 @@ help:
 	@echo 'make test     run the tests, with coverage'
 	@echo 'make matrix   the tests with all supported versions (an hour, 2 cores)'
 	@echo 'make defects  the built-in hook beside this one, fault by fault'
-	@echo 'make bench    time the normalization of one weight on both'
+	@echo 'make bench    time weights and models beside others (CPU, 10 minutes)'
 	@echo 'make truth    errors of sigma and Y on hard matrices'
 	@echo 'make nvrtc    compile every CUDA kernel, without a device'
 	@echo 'make mutants  can the tests of the kernels fail?'
@@ -72,9 +72,10 @@ demo: setup
 defects: setup
 	$(PY) -m tests.defects
 
+# BENCH=--quick is a short one; BENCH='--out DIRECTORY' keeps the results.
 bench: setup
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 \
-		$(PY) -m tests.benchmarks.one_weight
+		$(PY) -m tests.benchmarks.cpu $(BENCH)
 
 $(STAMP)-nvrtc: $(STAMP)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[nvrtc]'

@@ -6,8 +6,9 @@ decided by the kernels of :mod:`sn_function._kernels`.  A ``u`` that is zero or
 not finite, which is an error on the host, is replaced: the iteration starts
 from the unit vector of the largest row.
 
-A small weight takes one launch forward and one backward.  Others take
-``3 K + 1`` and, with the exact gradient, ``4 K``, or 3 with u and v constant.
+A small weight takes one launch forward and one backward, which it shares with
+others of the same node.  A large one takes ``3 K + 1`` and, with the exact
+gradient, ``4 K``, or 3 with u and v constant.
 """
 from __future__ import annotations
 
@@ -124,39 +125,79 @@ def normalize(
         update_u: Overwrite ``u`` with ``u_K``, unless that is not finite.
 
     """
-    W = _contiguous(W)
-    it = Iteration(W, settings.axis, settings.n_power_iteration)
-    factor = settings.factor
-    if isinstance(gamma, float):
-        factor, gamma = factor * gamma, NULL
-    else:
-        gamma = gamma.astype(it.dtype, copy=False)
-    vector = _contiguous(u)
-    Y: Any = None
-    # Not a view of the state, which would live as long as it.
-    sigma: Any = (
-        cuda.cupy.empty((), it.dtype) if 'sigma' in output_names else NULL)
-    rest = factor, settings.eps, numpy.int32(update_u)
-    if it.is_small:
-        if 'Y' in output_names:
-            Y = cuda.cupy.empty(W.shape, W.dtype)
-        _kernels.fused_fwd(
-            W.dtype, vector.dtype, W, vector, it.state, sigma, gamma,
-            NULL if Y is None else Y, *it.sizes, numpy.int32(it.K), *rest)
-    else:
+    result, = normalize_all([dict(
+        settings=settings, W=W, u=u, gamma=gamma, output_names=output_names,
+        update_u=update_u)])
+    return result
+
+
+def normalize_all(
+        calls: Sequence[dict[str, Any]],
+) -> list[tuple[tuple[Any, ...], Iteration]]:
+    """:func:`normalize` of each; small ones of a kind in one launch."""
+    forwards = [_Forward(**call) for call in calls]
+    small: dict[Any, list[_Forward]] = {}
+    for each in forwards:
+        if each.it.is_small:
+            small.setdefault(each.kind, []).append(each)
+        else:
+            each.launch()
+    for (T, U, *common), group in small.items():
+        _kernels.fused_fwd(T, U, [each.arguments() for each in group], *common)
+    return [each.result() for each in forwards]
+
+
+class _Forward:
+    """What one weight takes of :func:`normalize_all`."""
+
+    def __init__(
+            self, settings: Settings, W: Any, u: Any, gamma: Any,
+            output_names: Sequence[str], update_u: bool) -> None:
+        self.W = W = _contiguous(W)
+        self.it = it = Iteration(
+            W, settings.axis, settings.n_power_iteration)
+        self.factor = settings.factor
+        if isinstance(gamma, float):
+            self.factor *= gamma
+            self.gamma: Any = NULL
+        else:
+            self.gamma = gamma.astype(it.dtype, copy=False)
+        self.u, self.vector = u, _contiguous(u)
+        self.output_names = output_names
+        self.update_u = update_u
+        # Not a view of the state, which would live as long as it.
+        self.sigma: Any = (
+            cuda.cupy.empty((), it.dtype) if 'sigma' in output_names else NULL)
+        self.Y: Any = NULL
+        if it.is_small and 'Y' in output_names:
+            self.Y = cuda.cupy.empty(W.shape, W.dtype)
+        # In common with others in one launch.
+        self.kind = (W.dtype, self.vector.dtype, numpy.int32(it.K),
+                     settings.eps, numpy.int32(update_u))
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (self.W, self.vector, self.it.state, self.sigma, self.gamma,
+                self.Y, *self.it.sizes, self.factor)
+
+    def launch(self) -> None:
+        """Computes it by kernels of its own."""
+        it, W, vector = self.it, self.W, self.vector
+        T, U, K, *rest = self.kind
         for k in range(it.K):
             _transposed_product(
                 it, W, it.us(k) if k else vector, it.vs(k + 1))
             _product(it, W, it.vs(k + 1), it.us(k + 1))
             _kernels.settle_fwd(
-                W.dtype, vector.dtype, W, vector, it.state, sigma, gamma,
-                *it.sizes, numpy.int32(k), numpy.int32(it.K), *rest)
-        if 'Y' in output_names:
-            Y = _kernels.scale_fwd(W, it.state)
-    if update_u and vector is not u:
-        u[...] = vector
-    outputs = {'Y': Y, 'sigma': sigma}
-    return tuple([outputs[name] for name in output_names]), it
+                T, U, W, vector, it.state, self.sigma, self.gamma, *it.sizes,
+                numpy.int32(k), K, self.factor, *rest)
+        if 'Y' in self.output_names:
+            self.Y = _kernels.scale_fwd(W, it.state)
+
+    def result(self) -> tuple[tuple[Any, ...], Iteration]:
+        if self.update_u and self.vector is not self.u:
+            self.u[...] = self.vector
+        outputs = {'Y': self.Y, 'sigma': self.sigma}
+        return tuple([outputs[name] for name in self.output_names]), self.it
 
 
 def gradients(
@@ -176,25 +217,108 @@ def gradients(
         gsigma: Upstream gradient of sigma, shape ``()``, or ``None``.
 
     """
-    W = _contiguous(W)
-    grads = {}
-    if 'W' in wanted:
-        grads['W'] = cuda.cupy.empty(W.shape, W.dtype)
-    if 'u' in wanted:
-        grads['u'] = cuda.cupy.empty(it.m, u.dtype)
-    if 'gamma' in wanted:
-        grads['gamma'] = cuda.cupy.empty((), it.dtype)
-    if gY is not None:
-        gY = gY.astype(W.dtype, copy=False)
-    gsigma = NULL if gsigma is None else gsigma.astype(it.dtype, copy=False)
-    backward = _backward_small if it.is_small else _backward_large
-    adjoint = cuda.cupy.empty(
-        len(ADJOINT) + it.K * (it.m + it.n) + max(it.m, it.n), it.dtype)
-    backward(settings, it, adjoint, W, gY, gsigma, **{
-        'g' + name: g for name, g in grads.items()})
-    if 'gamma' in wanted:
-        grads['gamma'] = grads['gamma'].astype(gamma.dtype, copy=False)
-    return tuple([grads[name] for name in wanted])
+    grads, = gradients_all([dict(
+        settings=settings, it=it, wanted=wanted, W=W, u=u, gamma=gamma,
+        gY=gY, gsigma=gsigma)])
+    return grads
+
+
+def gradients_all(
+        calls: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """:func:`gradients` of each; small ones of a kind in one launch."""
+    backwards = [_Backward(**call) for call in calls]
+    small: dict[Any, list[_Backward]] = {}
+    for each in backwards:
+        if each.it.is_small:
+            small.setdefault(each.kind, []).append(each)
+        else:
+            each.launch()
+    for (T, U, *common), group in small.items():
+        _kernels.fused_bwd(T, U, [each.arguments() for each in group], *common)
+    return [each.result() for each in backwards]
+
+
+class _Backward:
+    """What one weight takes of :func:`gradients_all`."""
+
+    def __init__(
+            self, settings: Settings, it: Iteration, wanted: Sequence[str],
+            W: Any, u: Any, gamma: Any, gY: Any = None, gsigma: Any = None,
+    ) -> None:
+        self.settings, self.it = settings, it
+        self.wanted, self.gamma = wanted, gamma
+        self.W = W = _contiguous(W)
+        empty = cuda.cupy.empty
+        self.gW = empty(W.shape, W.dtype) if 'W' in wanted else NULL
+        self.gu = empty(it.m, u.dtype) if 'u' in wanted else NULL
+        self.ggamma = empty((), it.dtype) if 'gamma' in wanted else NULL
+        self.gY: Any = NULL
+        if gY is not None:
+            self.gY = gY.astype(W.dtype, copy=False)
+            if it.is_small:
+                self.gY = _contiguous(self.gY)
+        self.gsigma = (NULL if gsigma is None
+                       else gsigma.astype(it.dtype, copy=False))
+        self.adjoint = empty(
+            len(ADJOINT) + it.K * (it.m + it.n) + max(it.m, it.n), it.dtype)
+        # In common with others in one launch.
+        self.kind = (W.dtype, it.dtype if self.gu is NULL else u.dtype,
+                     numpy.int32(it.K), numpy.int32(settings.detach_uv))
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (self.W, self.gY, self.gsigma, self.it.state, self.adjoint,
+                self.gW, self.gu, self.ggamma, *self.it.sizes,
+                self.settings.factor)
+
+    def result(self) -> tuple[Any, ...]:
+        grads = {'W': self.gW, 'u': self.gu, 'gamma': self.ggamma}
+        if 'gamma' in self.wanted:
+            grads['gamma'] = self.ggamma.astype(self.gamma.dtype, copy=False)
+        return tuple([grads[name] for name in self.wanted])
+
+    def launch(self) -> None:
+        """Computes it by kernels of its own."""
+        it, W, gY, adjoint = self.it, self.W, self.gY, self.adjoint
+        gW, gu, detach_uv = self.gW, self.gu, self.settings.detach_uv
+        K, m, n = it.K, it.m, it.n
+        tbars = len(ADJOINT)
+        sbars = tbars + K * m
+        x = adjoint[sbars + K * n:]
+        dots = NULL
+        if gY is not NULL:
+            dots = _dots(it, W, gY)
+        numbers = (
+            dots, numpy.int32(0 if gY is NULL else dots.size),
+            self.gsigma, self.ggamma, self.settings.factor)
+
+        def project(
+                is_first: bool, y: Any, e: Any, size: int, norm: int
+        ) -> None:
+            _kernels.project_bwd(
+                W.dtype, it.dtype, it.state, adjoint, numpy.int32(is_first),
+                *numbers, y, e, numpy.int32(size), numpy.int32(norm), x)
+
+        if detach_uv or (gW is NULL and gu is NULL):
+            project(True, NULL, NULL, 0, 0)
+        else:
+            for k in range(K, 0, -1):
+                sbar = adjoint[sbars + (k - 1) * n:sbars + k * n]
+                _transposed_product(it, W, it.x if k == K else x[:m], sbar)
+                project(k == K, sbar, it.vs(k), n, k - 1)
+                if k == 1 and gu is NULL:
+                    break
+                # Before the first iteration it goes where tbar_K would, u_K.
+                row = tbars + ((k - 2) % K) * m
+                ubar = adjoint[row:row + m]
+                _product(it, W, x[:n], ubar)
+                if k > 1:
+                    project(False, ubar, it.us(k - 1), m, K + k - 2)
+                else:
+                    _kernels.vector_bwd(ubar, it.state, adjoint, gu)
+        if gW is not NULL:
+            _kernels.correct_bwd(
+                0.0 if gY is NULL else gY, it.state, adjoint, m, n, it.r, K,
+                int(detach_uv), gW)
 
 
 def warm_up(W: Any, u: Any, axis: int, n: int) -> None:
@@ -245,57 +369,3 @@ def _dots(it: Iteration, W: Any, gY: Any) -> Any:
     _kernels.dot_bwd(
         gY, W, *it.scale, axis=tuple(range(1, W.ndim)), out=dots)
     return dots
-
-
-def _backward_small(
-        settings: Settings, it: Iteration, adjoint: Any, W: Any, gY: Any,
-        gsigma: Any, gW: Any = NULL, gu: Any = NULL, ggamma: Any = NULL,
-) -> None:
-    _kernels.fused_bwd(
-        W.dtype, it.dtype if gu is NULL else gu.dtype, W,
-        NULL if gY is None else _contiguous(gY), gsigma, it.state, adjoint,
-        gW, gu, ggamma, *it.sizes, numpy.int32(it.K), settings.factor,
-        numpy.int32(settings.detach_uv))
-
-
-def _backward_large(
-        settings: Settings, it: Iteration, adjoint: Any, W: Any, gY: Any,
-        gsigma: Any, gW: Any = None, gu: Any = None, ggamma: Any = NULL,
-) -> None:
-    K, m, n = it.K, it.m, it.n
-    tbars = len(ADJOINT)
-    sbars = tbars + K * m
-    x = adjoint[sbars + K * n:]
-    dots = NULL
-    if gY is not None:
-        dots = _dots(it, W, gY)
-    numbers = (
-        dots, numpy.int32(0 if gY is None else dots.size), gsigma, ggamma,
-        settings.factor)
-
-    def project(is_first: bool, y: Any, e: Any, size: int, norm: int) -> None:
-        _kernels.project_bwd(
-            W.dtype, it.dtype, it.state, adjoint, numpy.int32(is_first),
-            *numbers, y, e, numpy.int32(size), numpy.int32(norm), x)
-
-    if settings.detach_uv or (gW is None and gu is None):
-        project(True, NULL, NULL, 0, 0)
-    else:
-        for k in range(K, 0, -1):
-            sbar = adjoint[sbars + (k - 1) * n:sbars + k * n]
-            _transposed_product(it, W, it.x if k == K else x[:m], sbar)
-            project(k == K, sbar, it.vs(k), n, k - 1)
-            if k == 1 and gu is None:
-                break
-            # Before the first iteration it goes where tbar_K would, u_K.
-            row = tbars + ((k - 2) % K) * m
-            ubar = adjoint[row:row + m]
-            _product(it, W, x[:n], ubar)
-            if k > 1:
-                project(False, ubar, it.us(k - 1), m, K + k - 2)
-            else:
-                _kernels.vector_bwd(ubar, it.state, adjoint, gu)
-    if gW is not None:
-        _kernels.correct_bwd(
-            0.0 if gY is None else gY, it.state, adjoint, m, n, it.r, K,
-            int(settings.detach_uv), gW)

@@ -16,7 +16,7 @@ got the first factor and wait for a product with the weight.
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Sequence
 
 import numpy
 from chainer.backends import cuda
@@ -27,6 +27,8 @@ from sn_function._matrix import accumulator_dtype
 FUSED_SIZE = 1 << 16
 # A power of two, for the products deal out their threads by halving.
 BLOCK_SIZE = 512
+# In one launch: an argument for each of them takes room.
+MAX_WEIGHTS = 16
 # For a pointer that a raw kernel is to go without.
 NULL = numpy.intp(0)
 
@@ -65,6 +67,7 @@ __device__ A gradient_of_sigma(
   if (detach) return sum;
   const A* tbar = adjoint + N_ADJOINT + i;
   const A* sbar = adjoint + N_ADJOINT + K * m + j;
+#pragma unroll 2
   for (int k = 0; k < K; ++k) {
     sum += u[k * m] * sbar[k * n];
     if (k < K - 1) sum += tbar[k * m] * v[k * n];
@@ -127,7 +130,7 @@ class Raw:
     def __init__(self, name: str, code: str) -> None:
         self.name = name
         self.code = code
-        self._sources: dict[tuple[str, str], str] = {}  # by T and U
+        self._sources: dict[Any, str] = {}  # by T and U
 
     def source(self, T: Any, U: Any) -> str:
         """Returns the source for a weight and a vector of these dtypes."""
@@ -144,6 +147,63 @@ class Raw:
         if source is None:
             source = self._sources[key] = self.source(T, U)
         cuda.raw(source, self.name)((1,), (BLOCK_SIZE,), args)
+
+
+class Fused(Raw):
+    """A ``cupy.RawKernel`` in which each block has a weight of its own.
+
+    What a block does is the function ``NAME_of`` of the code, called with the
+    arguments of its weight and those that all have in common.  They all come
+    as arguments of the kernel: nothing is copied to the device for them.
+    """
+
+    def __init__(self, name: str, own: str, common: str, code: str) -> None:
+        super().__init__(name, code)
+        self.own = [text.strip() for text in own.split(',')]
+        self.common = [text.strip() for text in common.split(',')]
+
+    def source(self, T: Any, U: Any, n: int = 1) -> str:
+        """Returns the source for up to ``n`` weights of these dtypes."""
+        own, common = ([text.rsplit(' ', 1) for text in texts]
+                       for texts in (self.own, self.common))
+        parameters = [f'{kind} {name}{k}' for k in range(n)
+                      for kind, name in own] + self.common
+        names = [name for _, name in own]
+        cases = ''.join(
+            f'    case {k}:'
+            + ''.join(f' {name}0 = {name}{k};' for name in names)
+            + ' break;\n' for k in range(1, n))
+        arguments = ', '.join(
+            [name + '0' for name in names] + [name for _, name in common])
+        return super().source(T, U) + f"""
+extern "C" __global__ void __launch_bounds__(512, 1) {self.name}(
+    {', '.join(parameters)}) {{
+  switch (blockIdx.x) {{
+{cases}    default: break;
+  }}
+  {self.name}_of({arguments});
+}}
+"""
+
+    def __call__(
+            self, T: Any, U: Any, own: Sequence[tuple[Any, ...]],
+            *common: Any) -> None:
+        for start in range(0, len(own), MAX_WEIGHTS):
+            chosen = list(own[start:start + MAX_WEIGHTS])
+            n = 1 if len(chosen) == 1 else MAX_WEIGHTS
+            # Whoever has no block is not asked for.
+            missing = tuple(
+                NULL if '*' in text else
+                numpy.float64(0) if text.startswith('double') else
+                numpy.int32(0) for text in self.own)
+            slots = chosen + [missing] * (n - len(chosen))
+            key = T.char, U.char, n
+            source = self._sources.get(key)
+            if source is None:
+                source = self._sources[key] = self.source(T, U, n)
+            cuda.raw(source, self.name)(
+                (len(chosen),), (BLOCK_SIZE,),
+                tuple([x for slot in slots for x in slot]) + common)
 
 
 def _c_name(dtype: Any) -> str:
@@ -256,7 +316,7 @@ __device__ void strided_product(
     A sum = 0;
     if (o < n_out) {
       const Size base = o / r * block + o % r;
-#pragma unroll 8
+#pragma unroll 4
       for (int q = group; q < n_in; q += groups)
         sum += W[base + static_cast<Size>(q) * stride] * x[q];
     }
@@ -534,11 +594,13 @@ extern "C" __global__ void __launch_bounds__(512, 1) sn_project_bwd(
 """)
 
 # The whole forward: K iterations, u, and Y unless it is not wanted.
-fused_fwd = Raw('sn_fused_fwd', """
-extern "C" __global__ void __launch_bounds__(512, 1) sn_fused_fwd(
+_FORWARD_OF_EACH = """
     const T* w, U* u, A* state, A* sigma_out, const A* gamma, T* y, int l,
-    int m, int r, int K, double factor, double eps, int update) {
-  __shared__ double shared[512];
+    int m, int r, double factor"""
+_FORWARD_OF_ALL = 'int K, double eps, int update'
+fused_fwd = Fused('sn_fused_fwd', _FORWARD_OF_EACH, _FORWARD_OF_ALL, f"""
+__device__ void sn_fused_fwd_of({_FORWARD_OF_EACH}, {_FORWARD_OF_ALL}) {{
+""" + """  __shared__ double shared[512];
   Weight W = {w, l, m, r, 1, 1};
   Start start = {1, 1, false};
   bool ordinary = true;
@@ -558,12 +620,13 @@ extern "C" __global__ void __launch_bounds__(512, 1) sn_fused_fwd(
 
 # The whole backward: the adjoint of K iterations, and those of gW and gu
 # that are wanted; gY and gsigma may be missing.
-fused_bwd = Raw('sn_fused_bwd', """
-extern "C" __global__ void __launch_bounds__(512, 1) sn_fused_bwd(
+_BACKWARD_OF_EACH = """
     const T* w, const T* gy, const A* gsigma, const A* state, A* adjoint,
-    T* gw, U* gu, A* ggamma, int l, int m_, int r, int K, double factor,
-    int detach) {
-  __shared__ double shared[512];
+    T* gw, U* gu, A* ggamma, int l, int m_, int r, double factor"""
+_BACKWARD_OF_ALL = 'int K, int detach'
+fused_bwd = Fused('sn_fused_bwd', _BACKWARD_OF_EACH, _BACKWARD_OF_ALL, f"""
+__device__ void sn_fused_bwd_of({_BACKWARD_OF_EACH}, {_BACKWARD_OF_ALL}) {{
+""" + """  __shared__ double shared[512];
   const Weight W = {w, l, m_, r, state[W1], state[W2]};
   const Size m = m_, n = W.n();
   const A* norms = state + N_STATE;

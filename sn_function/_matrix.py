@@ -10,15 +10,27 @@ matrix is never transposed in memory:
 
 Where ``l`` or ``r`` is 1 these are one matrix-vector product of BLAS, else a
 batch of them over ``a``.
+
+What takes several passes over a large weight is done block by block, so that
+each pass finds in the cache what the one before has left there, and nothing
+of the size of the weight is made but the result.
 """
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from typing import Any, Callable, Iterator
 
 import numpy
 
 from sn_function import errors
+
+# Entries of a block.
+BLOCK_SIZE = 1 << 17
+# Up to so many entries, fewer calls count for more than fewer passes.
+SMALL_SIZE = 1 << 14
+# From so many on, a weight does not stay in a cache from pass to pass.
+LARGE_SIZE = 1 << 22
 
 
 def accumulator_dtype(dtype: Any) -> Any:
@@ -89,8 +101,10 @@ class Matrix:
             return self._blocks.dot(v)
         if self._r == 1:
             return v.dot(self._blocks)
-        blocks = self._blocks @ v.reshape(self._l, self._r, 1)
-        return blocks.sum(axis=0).reshape(self.m)
+        # Unlike BLAS, matmul would warn of NaN and Inf.
+        with numpy.errstate(all='ignore'):
+            blocks = self._blocks @ v.reshape(self._l, self._r, 1)
+            return blocks.sum(axis=0).reshape(self.m)
 
     def tdot(self, u: Any) -> Any:
         """Returns ``W^T u``, shape ``(n,)``, of ``u``, shape ``(m,)``."""
@@ -98,20 +112,93 @@ class Matrix:
             return u.dot(self._blocks)
         if self._r == 1:
             return self._blocks.dot(u)
-        return (u @ self._blocks).reshape(self.n)
+        with numpy.errstate(all='ignore'):
+            return (u @ self._blocks).reshape(self.n)
 
-    def outer(self, P: Any, Q: Any) -> Any:
-        """Returns ``sum_k p_k q_k^T`` in the shape of the weight.
+    def inner_and_tdot(self, X: Any, u: Any) -> tuple[float, Any]:
+        """Returns ``<X, W>`` and ``W^T u``, in one pass if it is large."""
+        X = X.reshape(self._blocks.shape)
+        if self.array.size < LARGE_SIZE or self._l != 1:
+            return self.inner(X), self.tdot(u)
+        inner, y = 0.0, numpy.zeros(self.n, u.dtype)
+        for part in _parts(X):
+            block = self._blocks[part]
+            inner += float(X[part].ravel().dot(block.ravel()))
+            y += u[part].dot(block)
+        return inner, y
+
+    def inner(self, X: Any) -> float:
+        """Returns ``<X, W>`` of ``X``, in the shape of the weight."""
+        return float(X.ravel().dot(self.array.ravel()))
+
+    def combination(
+            self, a: float, X: Any, P: Any, Q: Any,
+            empty: Callable[..., Any] = numpy.empty) -> Any:
+        """Returns ``a X + sum_k p_k q_k^T`` in the shape of the weight.
 
         Args:
+            a: A number.
+            X: Array in the shape of the weight, or ``None`` for zero.
             P: Array of shape ``(k, m)``.
             Q: Array of shape ``(k, n)``.
+            empty: Makes the array that is returned.
 
         """
-        if self._l == 1:
-            out = P.T.dot(Q)
-        elif self._r == 1:
-            out = Q.T.dot(P)
+        l, m, r = self._l, self.m, self._r  # NOQA: E741
+        if X is not None:
+            X = X.reshape(self._blocks.shape)
+        if l == 1:
+            out = _combination(a, X, P, Q, empty)
+        elif r == 1:
+            out = _combination(a, X, Q, P, empty)
         else:
-            out = P.T @ Q.reshape(-1, self._l, self._r).transpose(1, 0, 2)
+            out = empty((l, m, r), P.dtype)
+            Q = Q.reshape(-1, l, r).transpose(1, 0, 2)
+            for part in _parts(out):
+                block = out[part]
+                numpy.matmul(P.T, Q[part], out=block)
+                if X is not None:
+                    block += X[part] * a
         return out.reshape(self.array.shape)
+
+
+def _parts(X: Any) -> Iterator[slice]:
+    """Yields slices of the first axis of about ``BLOCK_SIZE`` entries."""
+    step = max(1, BLOCK_SIZE * len(X) // X.size)
+    for start in range(0, len(X), step):
+        yield slice(start, start + step)
+
+
+def _combination(
+        a: float, X: Any, rows: Any, columns: Any,
+        empty: Callable[..., Any]) -> Any:
+    """``a X + sum_k rows_k columns_k^T``, a matrix."""
+    if rows.shape[1] * columns.shape[1] <= SMALL_SIZE:
+        out = rows.T.dot(columns)
+        if X is not None:
+            out += X * a
+        return out
+    out = empty((rows.shape[1], columns.shape[1]), rows.dtype)
+    ger, gemm = _blas(out.dtype.char)
+    for part in _parts(out):
+        block = out[part]
+        if X is None:
+            block[...] = 0
+        else:
+            numpy.multiply(X[part], a, out=block)
+        # Transposed, as BLAS has its matrices; so the block is overwritten.
+        if len(rows) == 1:
+            ger(1.0, columns[0], rows[0][part], a=block.T, overwrite_a=1)
+        else:
+            gemm(1.0, columns.T, rows[:, part], beta=1.0, c=block.T,
+                 overwrite_c=1)
+    return out
+
+
+@functools.lru_cache(maxsize=None)
+def _blas(char: str) -> Any:
+    # On first use: importing it takes as long as NumPy.  NumPy itself cannot
+    # add a product to a matrix in place.
+    from scipy import linalg
+
+    return linalg.get_blas_funcs(('ger', 'gemm'), dtype=char)

@@ -145,8 +145,7 @@ def _iterate(
 def power_iteration(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
     """Runs ``n`` power iterations on ``A`` from ``u``, shape ``(m,)``.
 
-    A weight that holds NaN or Inf gives a sigma that is NaN.  Call it with
-    NumPy's warnings off: what overflows is done again, and NaN shows.
+    A weight that holds NaN or Inf gives a sigma that is NaN.
 
     Raises:
         VectorValueError: ``u`` is zero or not finite.
@@ -154,10 +153,12 @@ def power_iteration(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
     """
     dtype = A.array.dtype
     u = u.astype(dtype, copy=False)
-    try:
-        return _iterate(A, u, n, _ORDINARY_NORM[dtype.char])
-    except _ExtremeNorm:
-        return _rescaled(A, u, n)
+    # What overflows is done again, and NaN shows: no warning is needed.
+    with numpy.errstate(all='ignore'):
+        try:
+            return _iterate(A, u, n, _ORDINARY_NORM[dtype.char])
+        except _ExtremeNorm:
+            return _rescaled(A, u, n)
 
 
 def _rescaled(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
@@ -199,7 +200,8 @@ def warm_up(W: Any, u: Any, axis: int, n: int) -> None:
 
 
 def adjoint(
-        A: _matrix.Matrix, it: PowerIteration, detach_uv: bool, need_u: bool
+        A: _matrix.Matrix, it: PowerIteration, detach_uv: bool, need_u: bool,
+        vbar: Any = None,
 ) -> tuple[Any, Any, Any]:
     """Differentiates sigma with respect to ``A`` and ``u_0``.
 
@@ -208,6 +210,7 @@ def adjoint(
         it: The iterations.
         detach_uv: Take u and v as constants.
         need_u: Whether the derivative with respect to ``u_0`` is wanted.
+        vbar: ``A^T u_K`` if that is known; it is overwritten.
 
     Returns:
         ``P``, shape ``(r, m)``, and ``Q``, shape ``(r, n)``, such that
@@ -226,7 +229,8 @@ def adjoint(
         P[2 * k] = tbar
         Q[2 * k] = v
         P[2 * k + 1] = u
-        sbar = A.tdot(tbar)
+        sbar = A.tdot(tbar) if vbar is None else vbar
+        vbar = None
         sbar -= v * v.dot(sbar)
         sbar /= it.s_norms[k]
         Q[2 * k + 1] = sbar
@@ -242,6 +246,7 @@ def adjoint(
 def normalize(
         settings: Settings, W: Any, u: Any, gamma: Any,
         output_names: Sequence[str], update_u: bool,
+        empty: Callable[..., Any] = numpy.empty,
 ) -> tuple[tuple[Any, ...], PowerIteration]:
     """Returns ``Y`` and ``sigma``, as named, and what backward needs.
 
@@ -252,34 +257,58 @@ def normalize(
         gamma: A float, or an array of shape ``()``.
         output_names: ``'Y'``, ``'sigma'`` or both.
         update_u: Overwrite ``u`` with ``u_K``, unless that is not finite.
+        empty: Makes the array of ``Y``.
 
     Raises:
         VectorValueError: ``u`` is zero or not finite.
 
     """
-    # NaN and overflow show in the outputs; they need no warning as well.
-    with numpy.errstate(all='ignore'):
-        A = unfold(W, settings.axis)
-        # A copy: the owner of u is free to change it.
-        it = power_iteration(A, u.copy(), settings.n_power_iteration)
-        if it.matrix.array is not W:  # made anew, rather than kept
-            it = it._replace(matrix=None)
-        outputs = []
-        if 'Y' in output_names:
-            divisor, scale, _ = it.floored(settings.eps)
-            x = A.array if scale == 1.0 else A.array / scale
-            Y = x * (_number(gamma) * settings.factor / divisor)
-            outputs.append(Y.astype(W.dtype, copy=False))
-        if 'sigma' in output_names:
-            outputs.append(numpy.array(it.sigma * it.scale, A.array.dtype))
-        if update_u:
-            store(u, it)
-        return tuple(outputs), it
+    A = unfold(W, settings.axis)
+    # A copy: the owner of u is free to change it.
+    it = power_iteration(A, u.copy(), settings.n_power_iteration)
+    if it.matrix.array is not W:  # made anew, rather than kept
+        it = it._replace(matrix=None)
+    outputs: tuple[Any, ...] = ()
+    if 'Y' in output_names:
+        divisor, scale, _ = it.floored(settings.eps)
+        coefficient = _number(gamma) * settings.factor / divisor
+        if scale == 1.0 and W.dtype.char != 'e' and abs(coefficient) < 1e10:
+            if W.size <= _matrix.SMALL_SIZE:
+                Y = W * coefficient
+            else:
+                Y = numpy.multiply(W, coefficient, empty(W.shape, W.dtype))
+        else:
+            # NaN and overflow show in Y; they need no warning as well.
+            with numpy.errstate(all='ignore'):
+                x = A.array if scale == 1.0 else A.array / scale
+                Y = x * coefficient
+                Y = Y.astype(W.dtype, copy=False)
+        outputs = Y,
+    if 'sigma' in output_names:
+        with numpy.errstate(over='ignore'):
+            outputs += numpy.array(it.sigma * it.scale, A.array.dtype),
+    if update_u:
+        store(u, it)
+    return outputs, it
+
+
+def normalize_all(
+        calls: Sequence[dict[str, Any]],
+) -> list[tuple[tuple[Any, ...], PowerIteration]]:
+    """:func:`normalize` of each; no ``u`` is changed unless all are good."""
+    if len(calls) == 1:
+        return [normalize(**calls[0])]
+    results = [normalize(**dict(call, update_u=False)) for call in calls]
+    for call, (_, it) in zip(calls, results):
+        if call['update_u']:
+            store(call['u'], it)
+    return results
 
 
 def gradients(
         settings: Settings, it: PowerIteration, wanted: Sequence[str], W: Any,
         u: Any, gamma: Any, gY: Any = None, gsigma: Any = None,
+        empty: Callable[..., Any] = numpy.empty,
 ) -> tuple[Any, ...]:
     """Returns ``gW``, ``gu`` and ``ggamma``, as wanted.
 
@@ -292,41 +321,68 @@ def gradients(
         gamma: Scale.
         gY: Upstream gradient of ``Y``, of its shape and dtype, or ``None``.
         gsigma: Upstream gradient of sigma, shape ``()``, or ``None``.
+        empty: Makes the array of ``gW``.
 
     """
-    with numpy.errstate(all='ignore'):
-        A = it.matrix
-        if A is None or A.array is not W:
-            A = unfold(W, settings.axis)
-        if it.scale != 1.0:
-            A = A.scaled(it.scale)
-        grads: dict[str, Any] = {}
-        a, c, dot = 0.0, 0.0, 0.0  # gW = a gY + c G
-        if gsigma is not None:
-            c = gsigma.item()
-        if gY is not None:
-            gY = gY.astype(A.array.dtype, copy=False)
-            divisor, scale, is_above = it.floored(settings.eps)
-            # Twice divided: sigma ** 2 could overflow.
-            dot = gY.ravel().dot(A.array.ravel()).item()
-            dot = dot * (it.scale / scale) / divisor
-            a = _number(gamma) * settings.factor / divisor / scale
-            if is_above:
-                c -= a * dot
-        if 'gamma' in wanted:
+    A = it.matrix
+    if A is None or A.array is not W:
+        A = unfold(W, settings.axis)
+    if it.scale != 1.0:
+        A = A.scaled(it.scale)
+    needs_adjoint = 'W' in wanted or 'u' in wanted
+    a, c, dot, vbar = 0.0, 0.0, 0.0, None  # gW = a gY + c G
+    if gsigma is not None:
+        c = gsigma.item()
+    if gY is not None:
+        gY = gY.astype(A.array.dtype, copy=False)
+        divisor, scale, is_above = it.floored(settings.eps)
+        if settings.detach_uv or not needs_adjoint:
+            dot = A.inner(gY)
+        else:
+            dot, vbar = A.inner_and_tdot(gY, it.u)
+        # Twice divided: sigma ** 2 could overflow.
+        dot = dot * (it.scale / scale) / divisor
+        a = _number(gamma) * settings.factor / divisor / scale
+        if is_above:
+            c -= a * dot
+    grads: dict[str, Any] = {}
+    if 'gamma' in wanted:
+        with numpy.errstate(over='ignore'):
             grads['gamma'] = numpy.array(settings.factor * dot, gamma.dtype)
-        if 'W' in wanted or 'u' in wanted:
-            P, Q, ubar = adjoint(A, it, settings.detach_uv, 'u' in wanted)
-            if ubar is not None:
-                # In this order: scale / u_scale may not be in the range.
-                gu = ubar * (0 if it.restarted else c * it.scale / it.u_scale)
-                grads['u'] = gu.astype(u.dtype, copy=False)
-            if 'W' in wanted:
-                gW = A.outer(P * c, Q)
-                if gY is not None:
-                    gW += gY * a
-                grads['W'] = gW.astype(W.dtype, copy=False)
-        return tuple([grads[name] for name in wanted])
+    if needs_adjoint:
+        rest = A, it, settings, W, u, gY, a, c, vbar, wanted, empty
+        if it.scale == 1.0 and W.dtype.char != 'e' and (
+                abs(a) < 1e10 and abs(c) < 1e10):
+            grads.update(_gradients(*rest))
+        else:
+            # NaN and overflow show in the gradients, and need no warning.
+            with numpy.errstate(all='ignore'):
+                grads.update(_gradients(*rest))
+    return tuple([grads[name] for name in wanted])
+
+
+def _gradients(
+        A: _matrix.Matrix, it: PowerIteration, settings: Settings, W: Any,
+        u: Any, gY: Any, a: float, c: float, vbar: Any,
+        wanted: Sequence[str], empty: Callable[..., Any]
+) -> dict[str, Any]:
+    """``gW = a gY + c G`` and ``gu``, as wanted."""
+    grads = {}
+    P, Q, ubar = adjoint(A, it, settings.detach_uv, 'u' in wanted, vbar)
+    if ubar is not None:
+        # In this order: scale / u_scale may not be in the range.
+        gu = ubar * (0 if it.restarted else c * it.scale / it.u_scale)
+        grads['u'] = gu.astype(u.dtype, copy=False)
+    if 'W' in wanted:
+        gW = A.combination(a, gY, P * c, Q, empty)
+        grads['W'] = gW.astype(W.dtype, copy=False)
+    return grads
+
+
+def gradients_all(
+        calls: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """:func:`gradients` of each."""
+    return [gradients(**call) for call in calls]
 
 
 def _number(x: Any) -> float:

@@ -10,6 +10,7 @@ import numpy
 from chainer.backends import cuda
 
 from sn_function import errors
+from sn_function._buffers import Buffers
 
 
 class LinkState:
@@ -24,6 +25,10 @@ class LinkState:
         gamma_name (str or None): Name of the link's parameter gamma.
         start (ndarray or None): The vector that the latest call started from.
         v (ndarray or None): The right vector that the latest call found.
+        checked (tuple or None): The weight, u, gamma and settings of the
+            latest call, which need no other check.
+        empty (callable): Makes arrays, in the memory of those that the weight
+            has needed before.
 
     """
 
@@ -32,6 +37,8 @@ class LinkState:
         self.gamma_name = gamma_name
         self.start: Any = None
         self.v: Any = None
+        self.checked: Any = None
+        self.empty = Buffers().empty
         self._copied: Any = None
         self._link: Callable[[], Any] = lambda: None  # a weak reference
         self._latest: Any = None
@@ -53,6 +60,11 @@ class LinkState:
     @classmethod
     def remove(cls, link: chainer.Link, weight_name: str) -> None:
         del link.__dict__[cls._key(weight_name)]
+
+    @classmethod
+    def is_on(cls, link: chainer.Link, weight_name: str) -> bool:
+        """Whether the link has a hook of ours for that weight."""
+        return cls._key(weight_name) in link.__dict__
 
     @staticmethod
     def _key(weight_name: str) -> str:

@@ -139,6 +139,15 @@ class VectorUpdateError(SpectralNormalizationError, TypeError):
 
 # Settings
 
+class CountError(SpectralNormalizationError, ValueError):
+    """There are not as many of one argument as there are weights."""
+
+    def __init__(self, name: str, given: int, expected: int) -> None:
+        super().__init__(
+            f'{expected} weights and {given} of {name} were given. Give one '
+            f'for each weight, in their order.')
+
+
 class IterationCountError(SpectralNormalizationError, ValueError):
     """A number of iterations is not an integer in its range."""
 
@@ -198,3 +207,16 @@ class HookNotAddedError(SpectralNormalizationError, ValueError):
         super().__init__(
             f'{type(link).__name__} has no spectral normalization of '
             f'{weight_name!r}. Add it first: link.add_hook(hook).')
+
+
+class NoLinkError(SpectralNormalizationError, ValueError):
+    """A chain has no link whose weight could be normalized."""
+
+    def __init__(self, chain: Any, weight_name: str) -> None:
+        super().__init__(
+            f'{type(chain).__name__} has no link that is a Linear, an '
+            f'EmbedID, a convolution or a deconvolution, has a {weight_name} '
+            f'without spectral normalization, and passes the filter. Add the '
+            f'hook when all links are in the chain, look at '
+            f'chain.namedlinks() for the paths that the filter is called '
+            f'with, or add SpectralNormalization to the links themselves.')

@@ -5,155 +5,19 @@
     Y = \\gamma f W / \\max(\\sigma, \\epsilon)
 
 where :math:`\\sigma` is the estimate of the largest singular value of ``W``
-that ``K`` power iterations give.  Here are the nodes of the graph; their
-arithmetic is in :mod:`sn_function._power_iteration` for NumPy, and in
-:mod:`sn_function._device` for CuPy.
+that ``K`` power iterations give.  The nodes of the graph are in
+:mod:`sn_function._nodes`.
 """
 from __future__ import annotations
 
 from typing import Any, Sequence, Union
 
 import chainer
-import numpy
-from chainer import function_node
-from chainer import functions as F
 
-from sn_function import _checks, _composition, _device, _power_iteration
-from sn_function._power_iteration import Settings
+from sn_function import _nodes, errors
 
-Array = Any  # numpy.ndarray or cupy.ndarray
-ArrayOrVariable = Any  # Array or chainer.Variable
+ArrayOrVariable = Any  # of NumPy or CuPy, or a chainer.Variable
 Number = Union[int, float]
-
-
-def arithmetic_of(array: Array) -> Any:
-    """Returns the module that computes on this kind of array."""
-    return _device if _checks.is_on_device(array) else _power_iteration
-
-
-class _Node(function_node.FunctionNode):
-    """What the nodes share: the arguments, by name, among the inputs.
-
-    ``constants`` holds those that no gradient is wanted for: leaving them
-    out of the graph is what makes it cheap.
-    """
-
-    def __init__(
-            self, settings: Settings, names: Sequence[str],
-            constants: dict[str, Any]) -> None:
-        super().__init__()
-        self.settings = settings
-        self.names = names
-        self.constants = constants
-
-    def arguments(self, inputs: tuple[Array, ...]) -> dict[str, Any]:
-        self.retain_inputs(tuple(range(len(inputs))))
-        return dict(zip(self.names, inputs), **self.constants)
-
-
-class SpectralNormalize(_Node):
-    """``(W[, u][, gamma]) -> Y[, sigma]``, or ``-> sigma`` alone."""
-
-    def __init__(
-            self, settings: Settings, names: Sequence[str],
-            constants: dict[str, Any], outputs: Sequence[str],
-            update_u: bool) -> None:
-        super().__init__(settings, names, constants)
-        self.output_names = outputs
-        self.update_u = update_u
-
-    def forward_cpu(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        return self._forward(_power_iteration, inputs)
-
-    def forward_gpu(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        return self._forward(_device, inputs)
-
-    def _forward(
-            self, arithmetic: Any, inputs: tuple[Array, ...]
-    ) -> tuple[Array, ...]:
-        outputs, self.it = arithmetic.normalize(
-            self.settings, **self.arguments(inputs),
-            output_names=self.output_names, update_u=self.update_u)
-        # The owners of arrays are free to change them.
-        if 'u' in self.constants:
-            self.constants['u'] = None
-        if not isinstance(self.constants.get('gamma', 1.0), float):
-            self.constants['gamma'] = self.constants['gamma'].copy()
-        return outputs
-
-    def backward(
-            self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]
-    ) -> tuple[Any, ...]:
-        names = self.names
-        wanted = [
-            names[i] for i in indexes
-            if not (names[i] == 'u' and self.settings.detach_uv)]
-        if not wanted:
-            return tuple(None for _ in indexes)
-        inputs = dict(zip(names, self.get_retained_inputs()))
-        for name, g in zip(self.output_names, grad_outputs):
-            if g is not None:
-                inputs['g' + name] = g
-        if chainer.config.enable_backprop:
-            grads = SpectralNormalizeGrad(
-                self.settings, list(inputs), self.constants, self.it, wanted
-            ).apply(tuple(inputs.values()))
-        else:
-            # No graph is wanted: spare a small weight the cost of a node.
-            arrays = {name: x.array for name, x in inputs.items()}
-            grads = tuple([chainer.Variable(g) for g in arithmetic_of(
-                arrays['W']).gradients(
-                    self.settings, self.it, wanted,
-                    **arrays, **self.constants)])
-        if len(wanted) == len(indexes):
-            return grads
-        found = dict(zip(wanted, grads))
-        return tuple(found.get(names[i]) for i in indexes)
-
-
-class SpectralNormalizeGrad(_Node):
-    """``(W[, u][, gamma][, gY][, gsigma]) -> (gW, gu, ggamma)``, as wanted."""
-
-    def __init__(
-            self, settings: Settings, names: Sequence[str],
-            constants: dict[str, Any], it: Any,
-            wanted: Sequence[str]) -> None:
-        super().__init__(settings, names, constants)
-        self.it = it
-        self.wanted = wanted
-
-    def forward_cpu(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        return _power_iteration.gradients(
-            self.settings, self.it, self.wanted, **self.arguments(inputs))
-
-    def forward_gpu(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        return _device.gradients(
-            self.settings, self.it, self.wanted, **self.arguments(inputs))
-
-    def backward(
-            self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]
-    ) -> tuple[Any, ...]:
-        # The gradients are written once more, as a graph of Chainer's
-        # functions, and differentiated.  The inputs go through an identity:
-        # chainer.grad must stop there, for gY may itself depend on W.
-        with chainer.force_backprop_mode(), numpy.errstate(all='ignore'):
-            inputs = {name: F.identity(x) for name, x in
-                      zip(self.names, self.get_retained_inputs())}
-            x = dict(self.constants, **inputs)
-            outputs = dict(zip(('gY', 'gsigma'), _composition.compose(
-                self.settings, self.it, x['W'], x['u'], x['gamma'])))
-            given = [name for name in outputs if name in x]
-            grads = chainer.grad(
-                [outputs[name] for name in given],
-                [x[name] for name in self.wanted],
-                [x[name] for name in given], enable_double_backprop=True)
-        pairs = [(g, gg) for g, gg in zip(grads, grad_outputs)
-                 if g is not None and gg is not None]
-        with numpy.errstate(all='ignore'):
-            return tuple(chainer.grad(
-                [g for g, _ in pairs], [x[self.names[i]] for i in indexes],
-                [gg for _, gg in pairs],
-                enable_double_backprop=chainer.config.enable_backprop))
 
 
 def spectral_normalize(
@@ -242,9 +106,9 @@ def spectral_normalize(
         1.0000
 
     """
-    outputs, _ = normalize(
+    outputs, = _nodes.normalize([_nodes.make_weight(
         W, u, n_power_iteration, gamma, factor, eps, axis, detach_uv,
-        update_u, ('Y', 'sigma') if return_sigma else ('Y',))
+        update_u, ('Y', 'sigma') if return_sigma else ('Y',))])
     return outputs if return_sigma else outputs[0]
 
 
@@ -297,31 +161,78 @@ def spectral_norm(
          [0. 0.]]
 
     """
-    outputs, _ = normalize(
+    outputs, = _nodes.normalize([_nodes.make_weight(
         W, u, n_power_iteration, None, 1.0, 0.0, axis, detach_uv, update_u,
-        ('sigma',))
+        ('sigma',))])
     return outputs[0]
 
 
-def normalize(
-        W: ArrayOrVariable, u: ArrayOrVariable, n_power_iteration: int,
-        gamma: Any, factor: Number, eps: Number, axis: int, detach_uv: bool,
-        update_u: bool, output_names: Sequence[str],
-) -> tuple[tuple[chainer.Variable, ...], Any]:
-    """The functions above; returns the iterations as well."""
-    _checks.check_settings(n_power_iteration, factor, eps)
-    axis = _checks.check_arrays(W, u, axis, update_u)
-    gamma = 1.0 if gamma is None else _checks.check_gamma(gamma, W)
-    settings = Settings(
-        int(n_power_iteration), axis, detach_uv, float(factor), float(eps))
-    names, inputs = ['W'], [W]
-    constants: dict[str, Any] = {}
-    for name, x in (('u', u), ('gamma', gamma)):
-        if isinstance(x, chainer.Variable):
-            names.append(name)
-            inputs.append(x)
-        else:
-            constants[name] = x
-    node = SpectralNormalize(
-        settings, names, constants, output_names, update_u)
-    return node.apply(inputs), node.it
+def spectral_normalize_all(
+        Ws: Sequence[ArrayOrVariable],
+        us: Sequence[ArrayOrVariable],
+        n_power_iteration: int = 1,
+        gammas: Sequence[Number | ArrayOrVariable | None] | None = None,
+        factor: Number = 1.0,
+        eps: Number = 1e-6,
+        axis: int | Sequence[int] = 0,
+        *,
+        detach_uv: bool = False,
+        update_u: bool = False,
+        return_sigma: bool = False,
+) -> tuple[chainer.Variable, ...] | tuple[tuple[chainer.Variable, ...], ...]:
+    """Normalizes many weights, such as all of a model, in one node.
+
+    Each is what :func:`spectral_normalize` makes of it; the cost of a node of
+    the graph, which is most of that of a small weight, is paid once for all.
+    Backward goes through that node when the gradients of all ``Y`` are
+    there, so they are in memory together.
+
+    Args:
+        Ws (list of :class:`~chainer.Variable` or :ref:`ndarray`): Weights, on
+            one device.  Shapes and dtypes may differ.
+        us (list of :class:`~chainer.Variable` or :ref:`ndarray`): Start
+            vector of each, of shape ``(W.shape[axis],)``.
+        n_power_iteration (int): Number of iterations, 1 or more.
+        gammas (list or None): Scale of each, of shape ``()``; ``None`` is 1.
+        factor (float): A constant factor above 0.
+        eps (float): Floor on sigma.
+        axis (int or list of int): Output axis, one for all or of each.
+        detach_uv (bool): Take ``u`` and ``v`` as constants in the gradient.
+        update_u (bool): Overwrite the arrays ``us`` with the last ones.
+            Where one is not valid none is changed.
+        return_sigma (bool): Return the sigmas, too.
+
+    Returns:
+        tuple of ~chainer.Variable: The normalized weights.  With
+        ``return_sigma=True``, these and a tuple of the sigmas.
+
+    Raises:
+        SpectralNormalizationError: One of :mod:`sn_function.errors`.
+
+    .. admonition:: Example
+
+        >>> import numpy as np
+        >>> from sn_function import functions as F
+        >>> Ws = [np.diag([3., 1.]), np.full((2, 4), .5)]
+        >>> us = [np.ones(2), np.ones(2)]
+        >>> Ys = F.spectral_normalize_all(Ws, us, n_power_iteration=20)
+        >>> print(' '.join('%.4f' % np.linalg.norm(Y.array, 2) for Y in Ys))
+        1.0000 1.0000
+
+    """
+    n = len(Ws)
+    axes = axis if isinstance(axis, (list, tuple)) else [axis] * n
+    gammas = [None] * n if gammas is None else gammas
+    for name, given in (('us', us), ('gammas', gammas), ('axis', axes)):
+        if len(given) != n:
+            raise errors.CountError(name, len(given), n)
+    names = ('Y', 'sigma') if return_sigma else ('Y',)
+    outputs = _nodes.normalize([
+        _nodes.make_weight(
+            W, u, n_power_iteration, gamma, factor, eps, axis, detach_uv,
+            update_u, names)
+        for W, u, gamma, axis in zip(Ws, us, gammas, axes)])
+    columns = tuple([
+        tuple([of_weight[i] for of_weight in outputs])
+        for i in range(len(names))])
+    return columns if return_sigma else columns[0]

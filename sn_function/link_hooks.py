@@ -16,7 +16,15 @@ from chainer import link_hook
 from chainer import links as L
 from chainer.utils import size_of_shape
 
-from sn_function import _checks, _recompute, _swap, errors, functions
+from sn_function import (
+    _checks,
+    _graph,
+    _nodes,
+    _recompute,
+    _scope,
+    _swap,
+    errors,
+)
 from sn_function._matrix import accumulator_dtype
 from sn_function._state import LinkState
 
@@ -240,17 +248,21 @@ class SpectralNormalization(link_hook.LinkHook):
         if not isinstance(W, chainer.Parameter):
             # Another hook came first: this is no weight to compare with.
             state.forget_copied()
-        is_second_run = chainer.config.in_recomputing
+        is_train, is_second_run, will_be_run_again = _graph.config(
+            'train', 'in_recomputing', '_will_recompute')
+        scope = None if is_second_run else _scope.covering(link)
         try:
-            u = self._vector(link, W.array, state)
-            start = (_recompute.start_vector(link, state, u) if is_second_run
-                     else u)
-            gamma = state.gamma_name and getattr(link, state.gamma_name)
-            (Y,), it = functions.normalize(
-                W, start, self.n_power_iteration, gamma,
-                1.0 if self.factor is None else self.factor, self.eps,
-                output_axis(link), self.detach_uv,
-                chainer.config.train and not is_second_run, ('Y',))
+            if scope is not None:
+                Y, it = scope.normalize(self, link, W)
+            else:
+                gamma, u = self.gamma_and_vector(link, W, state)
+                if is_second_run:
+                    u = _recompute.start_vector(link, state, u)
+                weight = self.make_weight(
+                    link, W, state, gamma, u,
+                    is_train and not is_second_run)
+                (Y,), = _nodes.normalize([weight])
+                it = weight[0].it
         except errors.VectorValueError:
             # As other hooks leave it behind after one NaN.
             warnings.warn(
@@ -264,9 +276,43 @@ class SpectralNormalization(link_hook.LinkHook):
         _LATEST[self] = weakref.ref(state)
         if not is_second_run:
             state.start = it.start
-        if is_second_run or chainer.config._will_recompute:
+        if is_second_run or will_be_run_again:
             _recompute.record(link, state, it.start)
         return Y
+
+    def make_weight(
+            self, link: chainer.Link, W: chainer.Variable, state: LinkState,
+            gamma: Any, u: Any, update_u: bool) -> Any:
+        """Returns the link's weight for a node, and the node's inputs."""
+        own = (self.n_power_iteration, self.factor, self.eps, self.detach_uv)
+        array = W.array
+        checked = state.checked
+        if checked is None or not (
+                checked[0] is array and checked[1] is u
+                and checked[2] is gamma and checked[3] == own):
+            weight, inputs = _nodes.make_weight(
+                W, u, self.n_power_iteration, gamma,
+                1.0 if self.factor is None else self.factor, self.eps,
+                output_axis(link), self.detach_uv, update_u, ('Y',))
+            state.checked = array, u, gamma, own, weight.constants['settings']
+        else:
+            weight, inputs = _nodes.collect(
+                W, u, 1.0 if gamma is None else gamma, checked[4], ('Y',),
+                update_u)
+        # Without a graph the normalized weights do not live side by side, so
+        # that keeping the memory of each would take more than it did.
+        if _graph.config('enable_backprop')[0] and not _checks.is_on_device(
+                array):
+            weight.constants['empty'] = state.empty
+        return weight, inputs
+
+    def gamma_and_vector(
+            self, link: chainer.Link, W: chainer.Variable, state: LinkState,
+    ) -> Any:
+        """Returns gamma, or ``None``, and the vector, made if need be."""
+        u = self._vector(link, W.array, state)
+        gamma = state.gamma_name and getattr(link, state.gamma_name)
+        return gamma, u
 
     def reshape_W(self, W: Any) -> Any:
         """Returns ``W``, a Variable or an array, as a matrix.
@@ -317,7 +363,7 @@ class SpectralNormalization(link_hook.LinkHook):
     def _warm_up(self, link: chainer.Link, W: Any, u: Any) -> None:
         if self.n_warmup > 0:
             with chainer.using_device(link.device):
-                functions.arithmetic_of(W).warm_up(
+                _nodes.arithmetic_of(W).warm_up(
                     W, u, output_axis(link), self.n_warmup)
 
 
@@ -397,7 +443,17 @@ def _initialize_gamma(
 
 def output_axis(link: chainer.Link) -> int:
     """Returns the output axis of the link's weight."""
-    return int(isinstance(link, (L.Deconvolution2D, L.DeconvolutionND)))
+    kind = type(link)
+    axis = _OUTPUT_AXES.get(kind)
+    if axis is None:
+        axis = _OUTPUT_AXES[kind] = int(
+            issubclass(kind, (L.Deconvolution2D, L.DeconvolutionND)))
+    return axis
+
+
+# By class: asking for its bases takes a while.
+_OUTPUT_AXES: weakref.WeakKeyDictionary[type, int] = (
+    weakref.WeakKeyDictionary())
 
 
 def _initialize_weight(

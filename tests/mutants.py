@@ -54,12 +54,12 @@ EQUIVALENT = {
     ('_BLOCK', '>=', 'contiguous_product: if (r >= 32) {'): _TUNING,
     ('_BLOCK', '-', 'inverse_of_scale: const int half = (e - 1) / 2;'):
         'the factors differ, and their product does not',
-    ('sn_fused_bwd', '&&', 'sn_fused_bwd: if (!detach && (gw || gu))'):
+    ('sn_fused_bwd', '&&', 'sn_fused_bwd_of: if (!detach && (gw || gu))'):
         'what is computed is not used',
 }
 for _operator in '-/':
     EQUIVALENT['sn_fused_bwd', _operator, (
-        'sn_fused_bwd: const Size rows = (W.size() + width - 1) / width;'
+        'sn_fused_bwd_of: const Size rows = (W.size() + width - 1) / width;'
     )] = 'the loop also ends where the weight does'
 for _operator in ('>', '&&', '/', '>='):
     EQUIVALENT['_BLOCK', _operator, (

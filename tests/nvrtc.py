@@ -51,7 +51,8 @@ ARCHS = ('sm_75', 'sm_80', 'sm_90', 'sm_100')
 # Where one architecture is enough: between them, layouts make no difference.
 ONE_ARCH = 'sm_80'
 # The threads of a block, as the package or CuPy launches them.
-THREADS = {_kernels.Raw: _kernels.BLOCK_SIZE, _kernels.Reduction: 512,
+THREADS = {_kernels.Raw: _kernels.BLOCK_SIZE,
+           _kernels.Fused: _kernels.BLOCK_SIZE, _kernels.Reduction: 512,
            _kernels.Elementwise: 128}
 REGISTERS = 1 << 16     # of a multiprocessor, on all of these architectures
 
@@ -97,11 +98,12 @@ class Signature(NamedTuple):
 
     kernel: Any
     dtypes: tuple[tuple[str, str], ...]     # ('T', 'e'), ...
-    numbers: tuple[str, ...] = ()   # parameters that get no array
+    numbers: tuple[str, ...] = ()   # get no array; or for that many weights
 
     def __str__(self) -> str:
         return ' '.join([f'{name}={char}' for name, char in self.dtypes]
-                        + [f'{name}=0' for name in self.numbers])
+                        + [f'{name}=0' if name != 'MAX_WEIGHTS' else name
+                           for name in self.numbers])
 
 
 class Case(NamedTuple):
@@ -144,7 +146,11 @@ class Result(NamedTuple):
 def signatures(kernel: Any) -> list[Signature]:
     """Returns those that :mod:`sn_function._device` can come to use."""
     if isinstance(kernel, _kernels.Raw):
-        return [Signature(kernel, tuple(zip('TU', pair))) for pair in _PAIRS]
+        # For one weight, and for many.
+        numbers = [(), ('MAX_WEIGHTS',)][:1 + isinstance(
+            kernel, _kernels.Fused)]
+        return [Signature(kernel, tuple(zip('TU', pair)), each)
+                for pair in _PAIRS for each in numbers]
     names = {kind for kind, _ in parameters(kernel) if len(kind) == 1}
     found = {}
     for T, U in _PAIRS:
@@ -181,7 +187,8 @@ def cases(kernels: Iterable[Any] = _kernels.ALL,
 
 
 def usual_layout(kernel: Any) -> Layout | None:
-    return {_kernels.Raw: None, _kernels.Elementwise: CONTIGUOUS,
+    return {_kernels.Raw: None, _kernels.Fused: None,
+            _kernels.Elementwise: CONTIGUOUS,
             _kernels.Reduction: REDUCED}[type(kernel)]
 
 
@@ -298,6 +305,9 @@ def source(case: Case) -> str:
     cp = load()
     (kernel, _, numbers), layout, _ = case
     dtypes = {name: numpy.dtype(char) for name, char in case.signature.dtypes}
+    if isinstance(kernel, _kernels.Fused):
+        return kernel.source(
+            dtypes['T'], dtypes['U'], _kernels.MAX_WEIGHTS if numbers else 1)
     if isinstance(kernel, _kernels.Raw):
         return kernel.source(dtypes['T'], dtypes['U'])
     assert layout is not None

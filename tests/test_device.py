@@ -159,13 +159,17 @@ def test_a_bad_u_is_replaced(bad, dtype):
     np.testing.assert_allclose(cuda.to_cpu(Y.array), W / 3, rtol=1e-3)
 
 
+def iterations(*args, **kwargs):
+    """What the node of the function keeps for its backward."""
+    Y = functions.spectral_normalize(*args, eps=0.0, **kwargs)
+    return Y.creator_node.weights[0].it
+
+
 @pytest.mark.parametrize(('shape', 'axis'), [
     ((40, 70), 0), ((3, 40, 5), 1), ((70, 40), 1)])
 def test_the_largest_row_takes_its_place(shape, axis):
     W = random(*shape)
-    _, it = functions.normalize(
-        send(W), send(np.zeros(40)), 2, None, 1.0, 0.0, axis, False, False,
-        ('Y',))
+    it = iterations(send(W), send(np.zeros(40)), 2, axis=axis)
     norms = np.linalg.norm(reference.as_matrix(W, axis), axis=1)
     expected = np.zeros(40)
     expected[norms.argmax()] = 1
@@ -177,8 +181,7 @@ def test_all_vectors_of_a_bad_weight_are_nan(K):
     W = random(3, 4, 5)
     W[1, 2, 3] = np.inf
     u = random(4)
-    _, it = functions.normalize(
-        send(W), send(u), K, None, 1.0, 0.0, 1, False, False, ('Y',))
+    it = iterations(send(W), send(u), K, axis=1)
     vectors = cuda.to_cpu(it.state)[len(_kernels.STATE):]
     norms, start, rest = np.split(vectors, [2 * K, 2 * K + 4])
     assert rest.size == (K + 1) * 4 + K * 15
@@ -213,9 +216,8 @@ def test_the_scale_of_an_ordinary_weight_is_one():
     for dtype, least, most in (('f', 1e-10, 1e10), ('d', 1e-60, 1e60)):
         for size in (least, 1, most):
             W, u = size * 20 * random(40, 30), random(40)
-            _, it = functions.normalize(
-                send(W.astype(dtype)), send(u.astype(dtype)), 2, None, 1.0,
-                0.0, 0, False, False, ('Y',))
+            it = iterations(
+                send(W.astype(dtype)), send(u.astype(dtype)), 2)
             assert [float(x) for x in it.scale] == [1, 1]
 
 
@@ -223,8 +225,7 @@ def test_the_scale_of_an_ordinary_weight_is_one():
 def test_the_scale_of_an_extreme_weight(size):
     W, u = random(40, 30), random(40).astype('f')
     W = (W / abs(W).max() * size).astype('f')
-    _, it = functions.normalize(
-        send(W), send(u), 1, None, 1.0, 0.0, 0, False, False, ('Y',))
+    it = iterations(send(W), send(u), 1)
     first, second = map(float, it.scale)
     assert first * second * float(abs(W).max()) == pytest.approx(1.5, abs=0.5)
     assert {np.frexp(first)[0], np.frexp(second)[0]} == {0.5}
@@ -482,6 +483,70 @@ class TestHook:
             y.backward()
             grads.append(cuda.to_cpu(link.W.grad))
         np.testing.assert_array_equal(*grads)
+
+
+class TestManyWeights:
+    """All small ones of a kind are in one launch."""
+
+    SHAPES = (((4, 3), 0), ((3, 5, 2), 1), ((6, 2, 3), 0), ((7, 2), 1),
+              ((2, 3, 4), 2))
+
+    def make(self, convert, dtype='f'):
+        state = np.random.RandomState(0)
+        Ws = [chainer.Parameter(convert(state.normal(size=shape).astype(
+            dtype))) for shape, _ in self.SHAPES]
+        us = [convert(state.normal(size=shape[axis]).astype(dtype))
+              for shape, axis in self.SHAPES]
+        gammas = [None, 2.0, None, chainer.Parameter(
+            convert(np.array(3, dtype))), 0.5]
+        gYs = [convert(state.normal(size=shape).astype(dtype))
+               for shape, _ in self.SHAPES]
+        return Ws, us, gammas, gYs
+
+    @pytest.mark.parametrize('detach_uv', [False, True])
+    @pytest.mark.parametrize('fused_size', [0, 20, 1 << 62])
+    @pytest.mark.parametrize('n_in_a_launch', [2, 16])
+    def test_as_on_the_host(
+            self, n_in_a_launch, fused_size, detach_uv, monkeypatch):
+        monkeypatch.setattr(_kernels, 'FUSED_SIZE', fused_size)
+        monkeypatch.setattr(_kernels, 'MAX_WEIGHTS', n_in_a_launch)
+        found = []
+        for convert in (lambda x: x, send):
+            Ws, us, gammas, gYs = self.make(convert)
+            Ys, sigmas = functions.spectral_normalize_all(
+                Ws, us, 2, gammas, 1.5, axis=[axis for _, axis in self.SHAPES],
+                detach_uv=detach_uv, update_u=True, return_sigma=True)
+            terms = [CF.sum(Y * gY) for Y, gY in zip(Ys, gYs)]
+            terms[1] = 3 * sigmas[1]  # no gradient comes to Ys[1]
+            CF.add(*terms).backward()
+            found.append([
+                cuda.to_cpu(x) for x in (
+                    *us, gammas[3].grad, *(W.grad for W in Ws),
+                    *(Y.array for Y in Ys), *(s.array for s in sigmas))])
+        for a, b in zip(*found):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize(('n', 'expected'), [(1, 1), (16, 1), (17, 2)])
+    def test_launches(self, path, n, expected):
+        if path != 'one block':
+            return
+        Ws, us, gYs = zip(*[weight((4, 3), 0, 'f') for _ in range(n)])
+        with watched() as forward:
+            Ys = functions.spectral_normalize_all(Ws, us, update_u=True)
+        gYs = [chainer.Variable(gY) for gY in gYs]
+        with watched() as backward:
+            chainer.grad(Ys, Ws, gYs)
+        assert list(forward) == ['sn_fused_fwd'] * expected
+        assert list(backward) == ['sn_fused_bwd'] * expected
+
+    def test_kinds_are_apart(self, path):
+        weights = [weight((4, 3), 0, dtype) for dtype in 'fdefd']
+        Ws, us, gYs = zip(*weights)
+        Ys = functions.spectral_normalize_all(Ws, us)
+        for W, u, Y in zip(Ws, us, Ys):
+            expected = functions.spectral_normalize(W, u)
+            np.testing.assert_array_equal(
+                cuda.to_cpu(Y.array), cuda.to_cpu(expected.array))
 
 
 def test_every_kernel_is_run_here():

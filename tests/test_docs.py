@@ -18,15 +18,17 @@ MODULES = sorted(ROOT.glob('sn_function/*.py'))
 
 # The least number of examples in a file: none is lost without a word.
 LEAST = {
-    'README.md': 17,
+    'README.md': 22,
     'docs/accuracy.rst': 2,
     'docs/examples.rst': 19,
     'docs/index.rst': 12,
     'docs/install.rst': 3,
     'docs/mathematics.rst': 32,
     'docs/migration.rst': 28,
+    'docs/performance.rst': 13,
     'docs/training.rst': 50,
-    'sn_function/functions.py': 14,
+    'sn_function/chain.py': 11,
+    'sn_function/functions.py': 19,
     'sn_function/link_hooks.py': 8,
 }
 
@@ -150,6 +152,7 @@ def test_make_targets_exist(path):
 
 def test_readme_has_every_defect_with_its_test():
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    text = text.split('## What it does better')[1].split('Beyond that')[0]
     rows = [line.strip('| ').split(' | ') for line in text.splitlines()
             if line.startswith('| ') and not line.startswith('| ---')]
     assert {(row[0], row[-1].strip('`')) for row in rows[1:]} == {

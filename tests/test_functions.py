@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from chainer import gradient_check, testing
 
-from sn_function import _checks, _power_iteration, errors
+from sn_function import _checks, _matrix, _power_iteration, errors
 from sn_function import functions as F
 from tests import reference
 
@@ -380,10 +380,128 @@ def test_no_copy_of_the_weight_in_the_graph():
     W = chainer.Variable(random(3, 40, 5, 5))
     Y = F.spectral_normalize(W, random(40), axis=1)
     node = Y.creator_node
-    assert sum(x.size for x in (*node.it.us, *node.it.vs)) == 2 * 40 + 75
-    assert node.it.matrix.array is W.array
+    it = node.weights[0].it
+    assert sum(x.size for x in (*it.us, *it.vs)) == 2 * 40 + 75
+    assert it.matrix.array is W.array
     retained, = node.get_retained_inputs()
     assert retained.array is W.array
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+@pytest.mark.parametrize('K', [1, 2])
+@pytest.mark.parametrize('detach_uv', [False, True])
+@pytest.mark.parametrize(('shape', 'axis'), [
+    ((40, 30), 0), ((40, 3, 4), 0), ((30, 40), 1), ((5, 6, 7), 1),
+    ((3, 40, 50), 1)])
+def test_blocks_change_nothing(shape, axis, detach_uv, K, dtype, monkeypatch):
+    """A large weight is gone through in blocks; here it is each entry."""
+    W, u = random(*shape).astype(dtype), random(shape[axis]).astype(dtype)
+    gY, gsigma = random(*shape).astype(dtype), np.array(0.7, dtype)
+    found = []
+    for size in (10 ** 9, 64, 1):
+        monkeypatch.setattr(_matrix, 'SMALL_SIZE', size)
+        monkeypatch.setattr(_matrix, 'LARGE_SIZE', size)
+        monkeypatch.setattr(_matrix, 'BLOCK_SIZE', size)
+        inputs = [chainer.Variable(x) for x in (W, u)]
+        outputs = F.spectral_normalize(
+            *inputs, K, axis=axis, detach_uv=detach_uv, gamma=1.3,
+            return_sigma=True)
+        grads = grad(outputs, inputs, (gY, gsigma))
+        found.append([*(y.array for y in outputs), *grads])
+    rtol = 1e-4 if dtype is np.float32 else 1e-11
+    for blocked in found[1:]:
+        for a, b in zip(blocked, found[0]):
+            if b is None:
+                assert a is None
+            else:
+                np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol / 10)
+
+
+class TestAll:
+    """Many weights in one node."""
+
+    CASES = (((4, 3), 0, 'f'), ((3, 5, 2, 2), 1, 'd'), ((6, 2, 3), 0, 'e'),
+             ((2, 3, 4), 2, 'f'), ((200, 300), 0, 'f'))
+
+    def make(self):
+        state = np.random.RandomState(0)
+        Ws = [chainer.Parameter(state.normal(size=shape).astype(dtype))
+              for shape, _, dtype in self.CASES]
+        us = [state.normal(size=shape[axis]).astype(dtype)
+              for shape, axis, dtype in self.CASES]
+        gammas = [None, 2.0, None, chainer.Parameter(np.array(3, 'f')), 0.5]
+        gYs = [state.normal(size=W.shape).astype(W.dtype) for W in Ws]
+        return Ws, us, gammas, gYs
+
+    @pytest.mark.parametrize('detach_uv', [False, True])
+    @pytest.mark.parametrize('sends_none', [False, True])
+    def test_equals_one_by_one(self, detach_uv, sends_none):
+        found = []
+        axes = [axis for _, axis, _ in self.CASES]
+        for at_once in (True, False):
+            Ws, us, gammas, gYs = self.make()
+            settings = dict(n_power_iteration=2, factor=1.5, update_u=True,
+                            detach_uv=detach_uv, return_sigma=True)
+            if at_once:
+                Ys, sigmas = F.spectral_normalize_all(
+                    Ws, us, gammas=gammas, axis=axes, **settings)
+                assert len({Y.creator_node for Y in Ys + sigmas}) == 1
+            else:
+                Ys, sigmas = zip(*[
+                    F.spectral_normalize(
+                        W, u, gamma=gamma, axis=axis, **settings)
+                    for W, u, gamma, axis in zip(Ws, us, gammas, axes)])
+            terms = [chainer.functions.sum(chainer.functions.cast(
+                Y * gY, 'd')) for Y, gY in zip(Ys, gYs)]
+            if sends_none:  # nothing comes back to the first weight
+                del terms[0]
+            else:
+                terms.append(chainer.functions.cast(sigmas[0], 'd') * 3)
+            chainer.functions.add(*terms).backward()
+            found.append([*us, gammas[3].grad, *(Y.array for Y in Ys),
+                          *(s.array for s in sigmas)])
+            found[-1] += [W.grad for W in Ws if W.grad is not None]
+            assert (Ws[0].grad is None) == sends_none
+        assert len(found[0]) == len(found[1])
+        for a, b in zip(*found):
+            np.testing.assert_array_equal(a, b)
+
+    def test_gradients_of_any_order(self):
+        Ws = [random(4, 3), random(3, 2, 2)]
+        us = [random(4), random(2)]
+
+        def f(*inputs):
+            Ys = F.spectral_normalize_all(
+                inputs[:2], inputs[2:], 2, axis=(0, 1))
+            return tuple([Y * Y for Y in Ys])
+
+        inputs = (*Ws, *us)
+        gradient_check.check_backward(
+            f, inputs, tuple(map(np.copy, Ws)), dtype='d')
+        gradient_check.check_double_backward(
+            f, inputs, tuple(map(np.copy, Ws)), tuple(map(np.copy, inputs)),
+            dtype='d')
+
+    def test_one_bad_u(self):
+        """None is changed."""
+        us = [random(4), np.zeros(4)]
+        before = us[0].copy()
+        with pytest.raises(errors.VectorValueError):
+            F.spectral_normalize_all(
+                [random(4, 3)] * 2, us, update_u=True)
+        np.testing.assert_array_equal(us[0], before)
+
+    def test_counts(self):
+        W, u = random(4, 3), random(4)
+        for arguments in ({'us': [u]}, {'us': [u] * 3},
+                          {'us': [u] * 2, 'gammas': [1]},
+                          {'us': [u] * 2, 'axis': (0,)}):
+            with pytest.raises(errors.CountError, match='2 weights'):
+                F.spectral_normalize_all([W, W], **arguments)
+
+    def test_none(self):
+        assert F.spectral_normalize_all([], []) == ()
+        assert F.spectral_normalize_all([], [], return_sigma=True) == ((), ())
 
 
 class TestUpdate:
@@ -685,6 +803,7 @@ def test_every_error_has_a_test():
     named = {error for _, error, _ in BAD_ARGUMENTS.values()}
     elsewhere = {errors.VectorDeviceError, errors.WeightNotFoundError,
                  errors.HookCollisionError, errors.HookNotAddedError,
+                 errors.CountError, errors.NoLinkError,
                  errors.SpectralNormalizationError}
     classes = {c for c in vars(errors).values() if isinstance(c, type)
                and issubclass(c, errors.SpectralNormalizationError)}

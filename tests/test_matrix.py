@@ -20,11 +20,10 @@ class TestMatrix:
         u, v = np.random.normal(size=A.m), np.random.normal(size=A.n)
         np.testing.assert_allclose(A.dot(v), expected @ v)
         np.testing.assert_allclose(A.tdot(u), expected.T @ u)
-        P, Q = np.random.normal(size=(3, A.m)), np.random.normal(size=(3, A.n))
-        outer = A.outer(P, Q)
-        assert outer.shape == shape
-        np.testing.assert_allclose(
-            reference.as_matrix(outer, axis), P.T @ Q)
+        X = np.random.normal(size=shape)
+        inner, y = A.inner_and_tdot(X, u)
+        np.testing.assert_allclose(inner, np.sum(X * W))
+        np.testing.assert_allclose(y, expected.T @ u)
 
     def test_is_a_view(self, shape, axis):
         W = np.random.normal(size=shape)
@@ -40,6 +39,36 @@ class TestMatrix:
         W = np.random.normal(size=shape)
         rows = np.linalg.norm(reference.as_matrix(W, axis), axis=1)
         assert _matrix.Matrix(W, axis).largest_row() == rows.argmax()
+
+
+@pytest.mark.parametrize('rank', [1, 2, 4])
+@pytest.mark.parametrize('size', ['as it is', 'in blocks', 'in single rows'])
+@pytest.mark.parametrize(('shape', 'axis'), CASES)
+def test_combination(shape, axis, size, rank, monkeypatch):
+    if size != 'as it is':
+        monkeypatch.setattr(_matrix, 'SMALL_SIZE', 0)
+        monkeypatch.setattr(_matrix, 'LARGE_SIZE', 0)
+        monkeypatch.setattr(
+            _matrix, 'BLOCK_SIZE', 7 if size == 'in blocks' else 1)
+    W, X = np.random.normal(size=(2, *shape))
+    A = _matrix.Matrix(W, axis)
+    P = np.random.normal(size=(rank, A.m))
+    Q = np.random.normal(size=(rank, A.n))
+    P_then, Q_then, X_then = P.copy(), Q.copy(), X.copy()
+    for X_given in (X, None, np.asfortranarray(X)):
+        out = A.combination(1.5, X_given, P, Q)
+        assert out.shape == shape
+        assert out.flags.c_contiguous
+        expected = P.T @ Q
+        if X_given is not None:
+            expected = expected + 1.5 * reference.as_matrix(X, axis)
+        np.testing.assert_allclose(
+            reference.as_matrix(out, axis), expected, atol=1e-14)
+    inner, y = A.inner_and_tdot(np.asfortranarray(X), P[0])
+    np.testing.assert_allclose(inner, np.sum(X * W))
+    np.testing.assert_allclose(y, reference.as_matrix(W, axis).T @ P[0])
+    for then, now in ((P_then, P), (Q_then, Q), (X_then, X)):
+        np.testing.assert_array_equal(then, now)
 
 
 def test_normalize_axis():

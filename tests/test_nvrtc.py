@@ -145,10 +145,11 @@ def calls(monkeypatch):
         _kernels.Reduction, '__call__',
         lambda kernel, *args, axis, out: found.add(
             kinds(kernel, (*args, out))))
-    monkeypatch.setattr(
-        _kernels.Raw, '__call__',
-        lambda kernel, T, U, *args: found.add(nvrtc.Signature(
-            kernel, (('T', T.char), ('U', U.char)))))
+    for kind in (_kernels.Raw, _kernels.Fused):
+        monkeypatch.setattr(
+            kind, '__call__',
+            lambda kernel, T, U, *args: found.add(nvrtc.Signature(
+                kernel, (('T', T.char), ('U', U.char)))))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Statistics, floors and tables of :mod:`tests.benchmarks.gpu`.
+"""Statistics and tables of :mod:`tests.benchmarks.gpu`, and of its ``cpu``.
 
 Nothing here needs a device: timers are given, and reports are dictionaries.
 """
@@ -83,6 +83,7 @@ def measure(
         steps: dict[str, Callable[[], Any]],
         timer: Callable[[Callable[[], Any], int], tuple[float, float]],
         budget: Budget, n_rounds: int = 10, seconds: float = 0.003,
+        n_warm: int = 3,
 ) -> dict[str, dict[str, Any]]:
     """Times the steps in turn; a step that raises has its error instead.
 
@@ -93,9 +94,11 @@ def measure(
         budget: Where it is over, what has no time has an error.
         n_rounds: Number of times each.
         seconds: Time of a round.
+        n_warm: Number of calls, twice, before the first round.
 
     Returns:
-        By name, the summaries ``wall`` and ``device``, or ``error``.
+        By name, the summaries ``wall`` and ``device`` and the ``least`` of
+        the wall clock in microseconds, or ``error``.
 
     """
     times: dict[str, list[tuple[float, float]]] = {}
@@ -105,8 +108,8 @@ def measure(
         try:
             if budget.left <= 0:
                 raise TimeoutError('not measured: the time was up')
-            timer(step, 3)  # compiles, and fills the memory pool
-            wall, _ = timer(step, 3)
+            timer(step, n_warm)  # compiles, and fills the memory pool
+            wall, _ = timer(step, n_warm)
             counts[name] = max(1, min(500, int(seconds / max(wall, 1e-9))))
             times[name] = []
         except Exception as error:
@@ -128,6 +131,7 @@ def measure(
             walls, devices = zip(*times[name])
             result[name] = {
                 'wall': summary(walls), 'device': summary(devices),
+                'least': min(walls) * 1e6,
                 'rounds': len(walls), 'calls': counts[name]}
     return result
 

@@ -28,14 +28,17 @@ class Calls(Base):
     @stateful.rule(
         i=INDEX, train=st.booleans(), seed=SEED, depth=st.sampled_from(
             [0, 0, 1, 2]),
-        mode=st.sampled_from(['plain', 'keyword', 'no_backprop', 'timer']))
+        mode=st.sampled_from(
+            ['plain', 'keyword', 'no_backprop', 'timer', 'cached']))
     def forward(self, i, train, seed, depth, mode):
         rec = self.pick(i)
         rng = np.random.RandomState(seed)
         if rec.standardized:
             depth = 0  # Chainer's hook holds one weight at a time
-            mode = 'plain' if mode == 'keyword' else mode
-        run = None
+            mode = 'plain' if mode in ('keyword', 'cached') else mode
+        if mode == 'cached':
+            depth = 0  # all depths would start from one u
+        x, run = rec.x(rng), None
         if mode == 'keyword':
             def run(link, x):
                 return link(x=x)
@@ -44,10 +47,25 @@ class Calls(Base):
                 stack.enter_context(chainer.no_backprop_mode())
             if mode == 'timer':
                 stack.enter_context(link_hooks.TimerHook())
-            y = self.call(rec, rec.x(rng), train, run, depth)
+            if mode == 'cached':
+                stack.enter_context(sn_function.cached(rec.link))
+            y = self.call(rec, x, train, run, depth)
+            if mode == 'cached':
+                self.call_again(rec, x, train, y)
         if mode != 'no_backprop':
             self.pending.append((rec, y, rec.dtype))
             del self.pending[:-3]
+
+    def call_again(self, rec, x, train, y):
+        """A second call in a scope has the same weight, and leaves u alone."""
+        names = [name + '_u' for name in hooked(rec.link)]
+        us = [getattr(rec.link, name).copy() for name in names]
+        with chainer.using_config('train', train), self.maybe_not_ordinary(
+                rec):
+            again = rec.link(x)
+        np.testing.assert_array_equal(again.array, y.array)
+        for name, u in zip(names, us):
+            np.testing.assert_array_equal(getattr(rec.link, name), u)
 
     @stateful.rule(i=INDEX)
     def backward_of_an_earlier_call(self, i):

@@ -1,0 +1,167 @@
+"""What was tried for the speed of one weight on the CPU, and what it gave.
+
+``python -m tests.benchmarks.tried`` prints, for some shapes, the time of each
+way to do one thing, taken in turn in one process: what is in use, and what is
+not as it did not pay.  Set ``OPENBLAS_NUM_THREADS=1`` and
+``OMP_NUM_THREADS=1``.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any, Callable, Dict, Iterator
+
+import numpy as np
+
+from sn_function import _matrix
+from sn_function._buffers import Buffers
+from tests.benchmarks import cpu
+from tests.benchmarks.report import Budget, measure, number, text_table
+
+SHAPES = ((128, 1024), (512, 2304), (1024, 9216), (4096, 4096))
+Ways = Dict[str, Callable[[], Any]]
+
+
+class Example:
+    """A matrix, an upstream gradient, and vectors, in float32."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        random = np.random.RandomState(0)
+        self.shape = shape
+        self.W, self.gY, self.out = (
+            random.standard_normal(shape).astype('f') for _ in range(3))
+        self.A = _matrix.Matrix(self.W, 0)
+        self.P = random.standard_normal((2, shape[0])).astype('f')
+        self.Q = random.standard_normal((2, shape[1])).astype('f')
+
+    def blocks(self, size: int) -> Iterator[slice]:
+        step = max(1, size // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            yield slice(start, start + step)
+
+
+def correction(example: Example, rank: int) -> Ways:
+    """gW = a gY + P^T Q, into memory that is there."""
+    x, P, Q = example, example.P[:rank], example.Q[:rank]
+    ger, gemm = _matrix._blas('f')
+
+    def in_use(size: int = _matrix.BLOCK_SIZE) -> Callable[[], Any]:
+        def run() -> None:
+            before, _matrix.BLOCK_SIZE = _matrix.BLOCK_SIZE, size
+            try:
+                x.A.combination(1.5, x.gY, P, Q, lambda *_: x.out)
+            finally:
+                _matrix.BLOCK_SIZE = before
+        return run
+
+    def by_the_other() -> None:
+        for part in x.blocks(_matrix.BLOCK_SIZE):
+            np.multiply(x.gY[part], 1.5, out=x.out[part])
+            if rank == 1:
+                gemm(1.0, Q.T, P[:, part], beta=1.0, c=x.out[part].T,
+                     overwrite_c=1)
+            else:
+                for p, q in zip(P, Q):
+                    ger(1.0, q, p[part], a=x.out[part].T, overwrite_a=1)
+
+    def by_numpy() -> None:
+        for part in x.blocks(_matrix.BLOCK_SIZE):
+            np.multiply(x.gY[part], 1.5, out=x.out[part])
+            x.out[part] += P[:, part].T.dot(Q)
+
+    def at_once() -> None:
+        out = P.T.dot(Q)
+        out += x.gY * 1.5
+
+    return {
+        'blocks of 2^17 (in use)': in_use(),
+        'blocks of 2^13': in_use(1 << 13),
+        'blocks of 2^15': in_use(1 << 15),
+        'one block': in_use(x.W.size),
+        'by gemm, not ger' if rank == 1 else 'by ger, not gemm': by_the_other,
+        'blocks by NumPy': by_numpy,
+        'at once by NumPy (small ones)': at_once}
+
+
+def two_products(example: Example) -> Ways:
+    """<gY, W> and W^T u, of the exact gradient."""
+    x, u = example, example.P[0]
+
+    def one_pass() -> None:
+        inner, y = 0.0, np.zeros(x.shape[1], 'f')
+        for part in x.blocks(_matrix.BLOCK_SIZE):
+            inner += float(x.gY[part].ravel().dot(x.W[part].ravel()))
+            y += u[part].dot(x.W[part])
+
+    return {'two passes': lambda: (x.A.inner(x.gY), x.A.tdot(u)),
+            'one pass (from 2^22 entries on)': one_pass}
+
+
+def forward_products(example: Example) -> Ways:
+    """W^T u, then W v: from the end, it may find some of W in the cache."""
+    x, u, v = example, example.P[0], example.Q[0]
+
+    def backwards() -> None:
+        x.A.tdot(u)
+        t = np.empty(x.shape[0], 'f')
+        for part in reversed(list(x.blocks(_matrix.BLOCK_SIZE))):
+            np.dot(x.W[part], v, out=t[part])
+
+    return {'both from the start (in use)':
+            lambda: (x.A.tdot(u), x.A.dot(v)),
+            'the second from the end': backwards}
+
+
+def scaling(example: Example) -> Ways:
+    """Y = W coefficient."""
+    x, buffers = example, Buffers()
+    return {
+        'memory used again (in use)': lambda: np.multiply(
+            x.W, 0.3, out=buffers.empty(x.shape, 'f')),
+        'fresh memory': lambda: x.W * 0.3}
+
+
+def half(example: Example) -> Ways:
+    """What a float16 weight costs before anything is computed."""
+    W = example.W.astype('e')
+    u = example.P[0]
+    return {'float16 to float32': lambda: W.astype('f'),
+            'a product of it, then': lambda: u.dot(example.W)}
+
+
+QUESTIONS = {
+    'gW = a gY + p q^T': lambda x: correction(x, 1),
+    'gW = a gY + P^T Q, of rank 2': lambda x: correction(x, 2),
+    '<gY, W> and W^T u': two_products,
+    'W^T u and W v': forward_products,
+    'Y = W coefficient': scaling,
+    'a float16 weight': half}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--largest', type=int, default=2 ** 30,
+                        help='number of entries, of the weights')
+    args = parser.parse_args(argv)
+    print(cpu.machine())
+    shapes = [shape for shape in SHAPES if math.prod(shape) <= args.largest]
+    columns: dict[str, dict[str, list[str]]] = {}
+    for shape in shapes:
+        example = Example(shape)
+        for question, make in QUESTIONS.items():
+            found = measure(
+                make(example), cpu.time_on_host, Budget(math.inf),
+                args.rounds, 0.01)
+            rows = columns.setdefault(question, {})
+            for way, numbers in found.items():
+                rows.setdefault(way, []).append(
+                    number(numbers['wall']['median']))
+    for question, rows in columns.items():
+        header = (question, *('x'.join(map(str, shape)) for shape in shapes))
+        print('\n' + text_table(
+            header, [(way, *row) for way, row in rows.items()]))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,339 @@
+"""What the benchmark for the CPU times, and what it makes of it."""
+from __future__ import annotations
+
+import csv
+import gc
+import importlib.util
+import math
+
+import numpy as np
+import pytest
+
+from tests.benchmarks import cpu, tried
+
+MODEL_CONTENDERS = [
+    cpu.BUILT_IN, 'hook', 'hook, cached', 'chain hook', 'chain hook, cached']
+CASE_OF = cpu.case_of
+
+
+def distance(x, y):
+    x, y = (np.asarray(z, np.float64) for z in (x, y))
+    return np.linalg.norm(x - y) / np.linalg.norm(y)
+
+
+def settled(shape, n_power_iteration=1):
+    """A case whose u, once near, is there: one singular value is large."""
+    case = CASE_OF(shape, n_power_iteration=n_power_iteration)
+    W = 0.1 * case.W
+    return case._replace(W=W + case.u.reshape(-1, *[1] * (W.ndim - 1)))
+
+
+def made(name, case):
+    return cpu.CONTENDERS[name](case)
+
+
+# Contenders for a weight
+
+@pytest.mark.parametrize('K', [1, 2, 5])
+@pytest.mark.parametrize('shape', [(6, 5), (6, 4, 3, 3)])
+class TestContenders:
+
+    @pytest.mark.parametrize(('name', 'other'), [
+        ('exact', 'composition'), ('detached', cpu.BUILT_IN)])
+    def test_the_gradient_is_that_of_another(self, shape, K, name, other):
+        """In each step: u moves on in both."""
+        case = cpu.case_of(shape, n_power_iteration=K)
+        pair = [made(name, case), made(other, case)]
+        for _ in range(3):
+            x, y = (contender.step() for contender in pair)
+            assert distance(x, y) < 1e-4
+
+    def test_the_exact_gradient_is_another_one(self, shape, K):
+        """So the test above can tell."""
+        case = cpu.case_of(shape, n_power_iteration=K)
+        x, y = (made(name, case).step() for name in ('exact', 'detached'))
+        assert distance(x, y) > 1e-3
+
+    def test_all_agree_in_the_end(self, shape, K):
+        """Once u has converged there is one gradient, in PyTorch as well."""
+        case = settled(shape, K)
+        W = case.W.reshape(shape[0], -1).astype(np.float64)
+        gY = case.gY.reshape(W.shape)
+        U, s, Vt = np.linalg.svd(W)
+        expected = gY / s[0] - (
+            np.sum(gY * W) / s[0] ** 2 * np.outer(U[:, 0], Vt[0]))
+        to_make = cpu.makers(case)
+        for name in ('identity', 'copy'):
+            del to_make[name]
+        for name, make in to_make.items():
+            contender = make()
+            for _ in range(20):
+                gW = contender.step()
+            assert distance(gW.reshape(W.shape), expected) < 1e-3, name
+
+    def test_the_floors(self, shape, K):
+        case = cpu.case_of(shape, n_power_iteration=K)
+        np.testing.assert_array_equal(made('identity', case).step(), case.gY)
+        np.testing.assert_array_equal(made('copy', case).step(), case.W)
+
+
+@pytest.mark.parametrize('name', list(cpu.CONTENDERS))
+def test_a_step_can_be_repeated(name):
+    """Gradients do not add up, and nothing writes into what is shared."""
+    case = settled((6, 5), 20)
+    before = [x.copy() for x in case[:3]]
+    if name not in cpu.makers(case):
+        pytest.skip(f'PyTorch: {cpu.why_no_torch()}')
+    contender = made(name, case)
+    first = contender.step().copy()
+    assert distance(contender.step(), first) < 1e-4
+    for x, y in zip(case[:3], before):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_without_pytorch_it_says_so(monkeypatch):
+    monkeypatch.setattr(cpu, 'why_no_torch', lambda: 'E: absent')
+    assert list(cpu.makers(cpu.case_of((2, 3)))) == [
+        cpu.BUILT_IN, 'exact', 'detached', 'composition', 'identity', 'copy']
+    assert cpu.missing([]) == ['PyTorch: E: absent']
+
+
+# Contenders for a model
+
+@pytest.mark.parametrize('name', MODEL_CONTENDERS)
+def test_the_gradient_of_a_model_is_the_sum_of_three(name, monkeypatch):
+    """Converged, each call of a layer has the same gradient."""
+    monkeypatch.setattr(cpu, 'case_of', settled)
+    shapes = [(6, 5), (4, 6, 3, 3), (6, 5)]
+    nothing, contender = (
+        cpu.model_makers(shapes)[key]() for key in (cpu.NO_HOOK, name))
+    for _ in range(20):
+        gradients = contender.step()
+    for shape, gW, plain in zip(shapes, gradients, nothing.step()):
+        case = settled(shape, 20)
+        np.testing.assert_allclose(plain, 3 * case.gY, rtol=1e-6)
+        assert distance(gW, 3 * made('detached', case).step()) < 1e-3
+
+
+def test_the_models():
+    """What goes in is what came out."""
+    assert cpu.residual(64, 128) == [
+        (128, 64, 3, 3), (128, 128, 3, 3), (128, 64, 1, 1)]
+    assert {name: len(shapes) for name, shapes in cpu.MODELS.items()} == {
+        'SNGAN 32x32': 8, 'SNGAN ResNet 64x64': 18, 'BigGAN 128x128': 17}
+    for name, width in (('SNGAN ResNet 64x64', 64), ('BigGAN 128x128', 96)):
+        assert cpu.MODELS[name][:3] == [
+            (width, 3, 3, 3), (width, width, 3, 3), (width, 3, 1, 1)]
+        assert (16 * width, 16 * width, 3, 3) in cpu.MODELS[name]
+    convolutions = cpu.MODELS['SNGAN 32x32'][:-1]
+    assert all(before[0] == after[1] for before, after in zip(
+        convolutions, convolutions[1:]))
+
+
+# Measuring
+
+def test_time_is_taken_without_the_collector_of_garbage():
+    seen = []
+    assert gc.isenabled()
+    cpu.time_on_host(lambda: seen.append(gc.isenabled()), 3)
+    assert seen == [False] * 3
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        cpu.time_on_host(lambda: 1 / 0, 3)
+    assert gc.isenabled()
+
+
+def test_memory():
+    """A step that keeps one megabyte, and has three on the way."""
+    mega = 1 << 20
+    contender = cpu.Contender(
+        lambda: np.zeros(mega, np.int8),
+        lambda Y: np.zeros(2 * mega, np.int8)[:1], lambda: None)
+    peak, kept = cpu.memory_of(contender)
+    assert kept == pytest.approx(mega, rel=0.01)
+    assert peak == pytest.approx(3 * mega, rel=0.01)
+    assert all(map(math.isnan, cpu.memory_of(
+        contender._replace(is_traced=False))))
+
+
+def test_the_hook_keeps_less_than_the_composition():
+    """One weight, the normalized one, and vectors."""
+    case = cpu.case_of((256, 512))
+    _, ours = cpu.memory_of(made('exact', case))
+    _, composed = cpu.memory_of(made('composition', case))
+    assert case.W.nbytes < ours < 1.2 * case.W.nbytes
+    assert composed > ours
+
+
+@pytest.mark.parametrize(('name', 'n_kept'), [
+    (cpu.NO_HOOK, 0), (cpu.BUILT_IN, 3), ('hook', 3), ('hook, cached', 1),
+    ('chain hook', 3), ('chain hook, cached', 1), ('the same, detached', 1)])
+def test_a_model_keeps_a_normalized_weight_for_each_normalization(
+        name, n_kept):
+    shapes = [(128, 512), (256, 512)]
+    makers = cpu.model_makers(shapes)
+    makers[name]().step()  # what is imported on first use is no part of it
+    contender = makers[name]()
+    _, kept = cpu.memory_of(contender)
+    assert kept / cpu.nbytes_of(shapes) == pytest.approx(n_kept, abs=0.15)
+
+
+def fail():
+    raise ValueError('cannot be made')
+
+
+def test_a_contender_that_cannot_has_a_note():
+    case = cpu.case_of((2, 3))
+    found = cpu.measured({
+        cpu.BUILT_IN: fail,
+        'exact': lambda: made('exact', case._replace(gY=case.gY * np.nan)),
+        'copy': lambda: cpu.copy(case)}, 0, 1, 1e-4)
+    rows = cpu.rows_of('weight', '2x3', 'float32', 1, found)
+    assert [row.contender for row in rows] == [cpu.BUILT_IN, 'exact', 'copy']
+    assert [row.note for row in rows] == [
+        'ValueError: cannot be made',
+        'FloatingPointError: its gradient is not finite', '']
+    # Nothing to compare with.
+    assert rows[2].copies == 1
+    assert math.isnan(rows[2].ratio)
+    assert cpu.weight_cells(rows)[0] == (cpu.BUILT_IN, *['n/a'] * 8)
+    assert f'{cpu.BUILT_IN}: ValueError: cannot be made (2x3 float32, K = 1)' \
+        in cpu.missing(rows)
+
+
+def numbers(median, **more):
+    return dict({
+        'wall': {'median': median, 'p20': median - 1, 'p80': median + 1},
+        'peak': 96.0, 'kept': 48.0}, **more)
+
+
+# Tables
+
+def weight_rows():
+    return cpu.rows_of('weight', '2x3', 'float32', 1, {
+        cpu.BUILT_IN: numbers(20.0), 'exact': numbers(5.0),
+        'copy': numbers(2.0), 'PyTorch': {'error': 'E: absent'}})
+
+
+def model_rows():
+    return cpu.rows_of('model', 'SNGAN 32x32', 'float32', 1, {
+        cpu.NO_HOOK: numbers(2000.0), cpu.BUILT_IN: numbers(10000.0),
+        'hook': numbers(4000.0), 'hook, cached': numbers(1500.0)})
+
+
+def growth_rows():
+    return [row for n in (1, 2) for row in cpu.rows_of(
+        'layers', str(n), 'float32', 1, {
+            cpu.NO_HOOK: numbers(10.0 * n), 'hook': {'error': 'E: absent'}})]
+
+
+def test_cells():
+    assert cpu.weight_cells(weight_rows())[1] == (
+        'exact', '5.00', '4.00 to 6.00', '4.00', '2.50',
+        '0.0000916', '4.00', '0.0000458', '2.00')
+    nothing, _, hook, cached = cpu.model_cells(model_rows())
+    assert nothing[:5] == (
+        cpu.NO_HOOK, '2.00', '2.00 to 2.00', 'n/a', 'n/a')
+    assert hook[:5] == ('hook', '4.00', '4.00 to 4.00', '2.00', '4.00')
+    # Noise, when it costs nothing: no ratio.
+    assert cached[4] == 'n/a'
+    assert cpu.growth_cells(growth_rows()) == [
+        (cpu.NO_HOOK, '10.0', '20.0'), ('hook', 'n/a', 'n/a')]
+
+
+def test_markdown():
+    text = cpu.as_markdown(
+        weight_rows() + model_rows() + growth_rows(), 'python -m it')
+    titles = [line for line in text.splitlines() if line.startswith('#')]
+    assert titles == [
+        '# The normalization on a CPU', '## 2x3, float32, K = 1',
+        '## SNGAN 32x32: a step of 8 weights, 11.2 MiB',
+        '## ' + cpu.GROWTH['layers'], '## Not measured']
+    assert '`python -m it`' in text
+    assert '| exact | 5.00 | 4.00 to 6.00 | 4.00 |' in text
+    assert '* hook: E: absent (layers 1; layers 2)' in text
+
+
+# The run
+
+def test_what_is_measured_with_what(monkeypatch):
+    monkeypatch.setattr(
+        cpu, 'weight_rows',
+        lambda kind, name, shape, dtype, K, n: [(kind, name, dtype, K)])
+    monkeypatch.setattr(
+        cpu, 'model_rows', lambda kind, name, shapes, n: [(kind, name)])
+    args = cpu.parse([])
+    rows = [row for group in cpu.measurements(args) for row in group]
+    for i, shape in enumerate(cpu.SHAPES):
+        more = [('float32', 2), ('float32', 5), ('float16', 1)]
+        assert [row[2:] for row in rows if row[:2] == ('weight', shape)] == [
+            ('float32', 1), *(more if i in (0, 2, 4) else [])]
+    assert [row[1] for row in rows if row[0] == 'model'] == list(cpu.MODELS)
+    assert [row[1] for row in rows if row[0] == 'layers'] == [
+        '1', '2', '4', '8', '16', '32']
+    assert [row[1] for row in rows if row[0] == 'side'] == [
+        str(1 << n) for n in range(6, 13)]
+
+
+@pytest.fixture
+def _few(monkeypatch):
+    monkeypatch.setattr(cpu, 'N_LAYERS', (1, 2))
+    monkeypatch.setattr(cpu, 'SIDES', (4, 8))
+    monkeypatch.setitem(cpu.MODELS, 'SNGAN 32x32', [(8, 3, 3, 3), (1, 8)])
+
+
+@pytest.mark.usefixtures('_few')
+def test_a_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    out = tmp_path / 'a' / 'b'
+    cpu.main([
+        '--quick', '--shapes', '8x3x3x3', '--models', 'SNGAN 32x32',
+        '--iterations', '1', '2', '--rounds', '1', '--out', str(out)])
+    text, complaint = capsys.readouterr()
+    assert 'OMP_NUM_THREADS to 1' in complaint
+    for part in ('OMP_NUM_THREADS=2', '== 8x3x3x3, float32, K = 1',
+                 '== 8x3x3x3, float32, K = 2', '== 8x3x3x3, float16, K = 1',
+                 '== SNGAN 32x32: a step of 2 weights', '== Square weights'):
+        assert part in text
+    with (out / 'cpu.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        'kind', 'name', 'dtype', 'K', 'contender', 'p20', 'median', 'p80',
+        'ratio', 'copies', 'peak bytes', 'retained bytes', 'note']
+    assert {row['kind'] for row in rows} == {
+        'weight', 'model', 'layers', 'side'}
+    assert [row['note'] for row in rows if row['note']] == []
+    assert all(float(row['median']) > 0 for row in rows)
+    assert '--rounds 1' in (out / 'cpu.md').read_text()
+    if importlib.util.find_spec('matplotlib') is None:
+        assert 'cpu.png is not drawn' in complaint
+    else:
+        assert (out / 'cpu.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.usefixtures('_few')
+def test_one_thread_is_not_complained_of(capsys, monkeypatch):
+    for name in cpu.THREADS:
+        monkeypatch.setenv(name, '1')
+    cpu.main(['--quick', '--shapes', '--models', '--rounds', '1'])
+    assert capsys.readouterr().err == ''
+
+
+@pytest.mark.parametrize('rank', [1, 2])
+def test_what_was_tried_computes_the_same(rank):
+    example = tried.Example((128, 1024))
+    P, Q = example.P[:rank], example.Q[:rank]
+    expected = 1.5 * example.gY + P.T @ Q
+    for way, run in tried.correction(example, rank).items():
+        example.out[...] = np.nan
+        run()
+        if not way.startswith('at once'):
+            np.testing.assert_allclose(
+                example.out, expected, rtol=1e-4, atol=1e-4, err_msg=way)
+
+
+def test_what_was_tried_is_told(capsys):
+    tried.main(['--rounds', '1', '--largest', '200000'])
+    out = capsys.readouterr().out
+    assert all(question in out for question in tried.QUESTIONS)
+    assert out.count('128x1024') == len(tried.QUESTIONS)

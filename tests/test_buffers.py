@@ -1,0 +1,152 @@
+"""Memory of normalized weights and of their gradients, used again."""
+import copy
+import gc
+import pickle
+
+import sn_function  # isort: skip  # before chainer, which it repairs
+import chainer
+import chainer.links as L
+import numpy as np
+import pytest
+
+from sn_function import _buffers
+from sn_function._buffers import Buffers
+
+SHAPE = (3, _buffers.MIN_SIZE)
+
+
+def address(array):
+    return array.__array_interface__['data'][0]
+
+
+@pytest.mark.parametrize('dtype', ['f', 'd', '>f4'])
+def test_an_array_as_any_other(dtype):
+    x = Buffers().empty(SHAPE, dtype)
+    expected = np.empty(SHAPE, dtype)
+    for name in ('shape', 'dtype', 'strides'):
+        assert getattr(x, name) == getattr(expected, name)
+    assert type(x) is np.ndarray
+    assert x.flags.writeable
+    assert x.flags.aligned
+    assert x.flags.c_contiguous
+    x[...] = 1
+    for y in (copy.deepcopy(x), pickle.loads(pickle.dumps(x)), x.copy()):
+        np.testing.assert_array_equal(x, y)
+        assert not np.shares_memory(x, y)
+
+
+def test_memory_is_used_again():
+    buffers = Buffers()
+    x = buffers.empty(SHAPE, 'f')
+    first = address(x)
+    del x
+    x = buffers.empty(SHAPE, 'f')
+    assert address(x) == first
+    y = buffers.empty(SHAPE, 'f')
+    assert not np.shares_memory(x, y)
+
+
+@pytest.mark.parametrize('derive', [
+    lambda x: x[1:], lambda x: x.reshape(-1)[::2], lambda x: x.T[5:7].T,
+    memoryview, lambda x: chainer.Variable(x).reshape(-1),
+    lambda x: np.asarray(memoryview(x[:1]))])
+def test_not_before_the_last_view_has_died(derive):
+    buffers = Buffers()
+    x = buffers.empty(SHAPE, 'f')
+    first = address(x)
+    view = derive(x)
+    del x
+    assert address(buffers.empty(SHAPE, 'f')) != first
+    del view
+    gc.collect()
+    found = [buffers.empty(SHAPE, 'f') for _ in range(2)]
+    assert first in map(address, found)
+
+
+def test_at_most_two_are_kept():
+    buffers = Buffers()
+    xs = [buffers.empty(SHAPE, 'f') for _ in range(5)]
+    del xs
+    assert len(buffers._free) == _buffers.MAX_FREE
+
+
+def test_another_size():
+    buffers = Buffers()
+    buffers.empty(SHAPE, 'f')
+    assert buffers.empty(SHAPE, 'd').shape == SHAPE
+    assert len(buffers._free) == 1
+
+
+def test_small_arrays_are_left_to_numpy():
+    buffers = Buffers()
+    assert buffers.empty((3, 4), 'f').flags.owndata
+    assert not buffers._free
+
+
+def test_an_array_outlives_its_buffers():
+    buffers = Buffers()
+    x = buffers.empty(SHAPE, 'f')
+    x[...] = 7
+    del buffers
+    gc.collect()
+    assert (x == 7).all()
+
+
+class TestLinks:
+
+    def make(self):
+        link = L.Linear(512, 512, nobias=True).add_hook(
+            sn_function.SpectralNormalization())
+        assert link.W.array.nbytes >= _buffers.MIN_SIZE
+        return link
+
+    def step(self, link):
+        Y = link.local_link_hooks['SpectralNormalization'].normalize_weight(
+            link)
+        Y.grad = np.ones(Y.shape, 'f')
+        link.W.cleargrad()
+        Y.backward()
+        return address(Y.array), address(link.W.grad)
+
+    def test_each_step_has_the_same_memory(self):
+        link = self.make()
+        self.step(link)
+        places = {frozenset(self.step(link)) for _ in range(5)}
+        assert len(places) == 1
+
+    def test_what_is_kept_is_not_overwritten(self):
+        link = self.make()
+        x = np.ones((1, 512), 'f')
+        kept = []
+        for _ in range(4):
+            with sn_function.cached(link):
+                y = link(x)
+                Y = y.creator_node.inputs[1].get_variable().array
+            kept.append((Y, Y.copy()))
+            link.W.cleargrad()
+            y.grad = np.ones(y.shape, 'f')
+            y.backward()
+            kept.append((link.W.grad, link.W.grad.copy()))
+            link.W.array[...] *= 2
+        for now, then in kept:
+            np.testing.assert_array_equal(now, then)
+
+    def test_nothing_is_kept_without_a_graph(self):
+        link = self.make()
+        with chainer.no_backprop_mode():
+            link(np.ones((1, 512), 'f'))
+        assert not link._W_sn_state.empty.__self__._free
+
+    def test_copies_have_their_own(self):
+        link = self.make()
+        self.step(link)
+        other = copy.deepcopy(link)
+        assert not other._W_sn_state.empty.__self__._free
+        assert not set(self.step(link)) & set(self.step(other))
+        assert len(pickle.dumps(link)) < 2.5 * link.W.array.nbytes
+
+    def test_it_goes_with_the_hook(self):
+        link = self.make()
+        self.step(link)
+        link.delete_hook('SpectralNormalization')
+        assert not hasattr(link, '_W_sn_state')
