@@ -541,7 +541,7 @@ class TestManyWeights:
 
     def test_kinds_are_apart(self, path):
         weights = [weight((4, 3), 0, dtype) for dtype in 'fdefd']
-        Ws, us, gYs = zip(*weights)
+        Ws, us, _ = zip(*weights)
         Ys = functions.spectral_normalize_all(Ws, us)
         for W, u, Y in zip(Ws, us, Ys):
             expected = functions.spectral_normalize(W, u)
