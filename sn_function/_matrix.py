@@ -101,10 +101,8 @@ class Matrix:
             return self._blocks.dot(v)
         if self._r == 1:
             return v.dot(self._blocks)
-        # Unlike BLAS, matmul would warn of NaN and Inf.
-        with numpy.errstate(all='ignore'):
-            blocks = self._blocks @ v.reshape(self._l, self._r, 1)
-            return blocks.sum(axis=0).reshape(self.m)
+        blocks = self._blocks @ v.reshape(self._l, self._r, 1)
+        return blocks.sum(axis=0).reshape(self.m)
 
     def tdot(self, u: Any) -> Any:
         """Returns ``W^T u``, shape ``(n,)``, of ``u``, shape ``(m,)``."""
@@ -112,8 +110,7 @@ class Matrix:
             return u.dot(self._blocks)
         if self._r == 1:
             return self._blocks.dot(u)
-        with numpy.errstate(all='ignore'):
-            return (u @ self._blocks).reshape(self.n)
+        return (u @ self._blocks).reshape(self.n)
 
     def inner_and_tdot(self, X: Any, u: Any) -> tuple[float, Any]:
         """Returns ``<X, W>`` and ``W^T u``, in one pass if it is large."""

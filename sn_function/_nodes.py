@@ -67,9 +67,20 @@ class Weight:
 class SpectralNormalize(_graph.Node):
     """``(W[, u][, gamma]) -> (Y[, sigma])`` or ``sigma``, of each weight."""
 
-    def __init__(self, weights: Sequence[Weight]) -> None:
+    def __init__(
+            self, weights: Sequence[Weight], is_shared: bool = False) -> None:
         super().__init__()
         self.weights = weights
+        self.is_shared = is_shared
+
+    def unchain(self) -> None:
+        """Cuts the graph here, unless other calls share this node.
+
+        They may have a gradient to send through it.  What is unchained is cut
+        from it by the nodes that use its outputs.
+        """
+        if not self.is_shared:
+            super().unchain()
 
     def compute(
             self, arithmetic: Any, inputs: tuple[Array, ...]
@@ -212,11 +223,12 @@ def collect(
 
 def normalize(
         weights: Sequence[tuple[Weight, list[ArrayOrVariable]]],
+        is_shared: bool = False,
 ) -> list[tuple[chainer.Variable, ...]]:
     """Normalizes weights in one node; returns the outputs of each."""
     if not weights:
         return []
-    node = SpectralNormalize([weight for weight, _ in weights])
+    node = SpectralNormalize([weight for weight, _ in weights], is_shared)
     outputs = iter(node.apply([x for _, inputs in weights for x in inputs]))
     return [tuple([next(outputs) for _ in weight.output_names])
             for weight, _ in weights]

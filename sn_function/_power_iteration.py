@@ -145,7 +145,8 @@ def _iterate(
 def power_iteration(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
     """Runs ``n`` power iterations on ``A`` from ``u``, shape ``(m,)``.
 
-    A weight that holds NaN or Inf gives a sigma that is NaN.
+    A weight that holds NaN or Inf gives a sigma that is NaN.  Call it with
+    NumPy's warnings off: what overflows is done again, and NaN shows.
 
     Raises:
         VectorValueError: ``u`` is zero or not finite.
@@ -153,12 +154,10 @@ def power_iteration(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
     """
     dtype = A.array.dtype
     u = u.astype(dtype, copy=False)
-    # What overflows is done again, and NaN shows: no warning is needed.
-    with numpy.errstate(all='ignore'):
-        try:
-            return _iterate(A, u, n, _ORDINARY_NORM[dtype.char])
-        except _ExtremeNorm:
-            return _rescaled(A, u, n)
+    try:
+        return _iterate(A, u, n, _ORDINARY_NORM[dtype.char])
+    except _ExtremeNorm:
+        return _rescaled(A, u, n)
 
 
 def _rescaled(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
@@ -263,33 +262,28 @@ def normalize(
         VectorValueError: ``u`` is zero or not finite.
 
     """
-    A = unfold(W, settings.axis)
-    # A copy: the owner of u is free to change it.
-    it = power_iteration(A, u.copy(), settings.n_power_iteration)
-    if it.matrix.array is not W:  # made anew, rather than kept
-        it = it._replace(matrix=None)
-    outputs: tuple[Any, ...] = ()
-    if 'Y' in output_names:
-        divisor, scale, _ = it.floored(settings.eps)
-        coefficient = _number(gamma) * settings.factor / divisor
-        if scale == 1.0 and W.dtype.char != 'e' and abs(coefficient) < 1e10:
-            if W.size <= _matrix.SMALL_SIZE:
-                Y = W * coefficient
+    # NaN and overflow show in the outputs; they need no warning as well.
+    with numpy.errstate(all='ignore'):
+        A = unfold(W, settings.axis)
+        # A copy: the owner of u is free to change it.
+        it = power_iteration(A, u.copy(), settings.n_power_iteration)
+        if it.matrix.array is not W:  # made anew, rather than kept
+            it = it._replace(matrix=None)
+        outputs: tuple[Any, ...] = ()
+        if 'Y' in output_names:
+            divisor, scale, _ = it.floored(settings.eps)
+            x = A.array if scale == 1.0 else A.array / scale
+            coefficient = _number(gamma) * settings.factor / divisor
+            if W.size <= _matrix.SMALL_SIZE or W.dtype != x.dtype:
+                Y = (x * coefficient).astype(W.dtype, copy=False)
             else:
-                Y = numpy.multiply(W, coefficient, empty(W.shape, W.dtype))
-        else:
-            # NaN and overflow show in Y; they need no warning as well.
-            with numpy.errstate(all='ignore'):
-                x = A.array if scale == 1.0 else A.array / scale
-                Y = x * coefficient
-                Y = Y.astype(W.dtype, copy=False)
-        outputs = Y,
-    if 'sigma' in output_names:
-        with numpy.errstate(over='ignore'):
+                Y = numpy.multiply(x, coefficient, empty(W.shape, W.dtype))
+            outputs = Y,
+        if 'sigma' in output_names:
             outputs += numpy.array(it.sigma * it.scale, A.array.dtype),
-    if update_u:
-        store(u, it)
-    return outputs, it
+        if update_u:
+            store(u, it)
+        return outputs, it
 
 
 def normalize_all(
@@ -324,59 +318,42 @@ def gradients(
         empty: Makes the array of ``gW``.
 
     """
-    A = it.matrix
-    if A is None or A.array is not W:
-        A = unfold(W, settings.axis)
-    if it.scale != 1.0:
-        A = A.scaled(it.scale)
-    needs_adjoint = 'W' in wanted or 'u' in wanted
-    a, c, dot, vbar = 0.0, 0.0, 0.0, None  # gW = a gY + c G
-    if gsigma is not None:
-        c = gsigma.item()
-    if gY is not None:
-        gY = gY.astype(A.array.dtype, copy=False)
-        divisor, scale, is_above = it.floored(settings.eps)
-        if settings.detach_uv or not needs_adjoint:
-            dot = A.inner(gY)
-        else:
-            dot, vbar = A.inner_and_tdot(gY, it.u)
-        # Twice divided: sigma ** 2 could overflow.
-        dot = dot * (it.scale / scale) / divisor
-        a = _number(gamma) * settings.factor / divisor / scale
-        if is_above:
-            c -= a * dot
-    grads: dict[str, Any] = {}
-    if 'gamma' in wanted:
-        with numpy.errstate(over='ignore'):
+    with numpy.errstate(all='ignore'):
+        A = it.matrix
+        if A is None or A.array is not W:
+            A = unfold(W, settings.axis)
+        if it.scale != 1.0:
+            A = A.scaled(it.scale)
+        grads: dict[str, Any] = {}
+        needs_adjoint = 'W' in wanted or 'u' in wanted
+        a, c, dot, vbar = 0.0, 0.0, 0.0, None  # gW = a gY + c G
+        if gsigma is not None:
+            c = gsigma.item()
+        if gY is not None:
+            gY = gY.astype(A.array.dtype, copy=False)
+            divisor, scale, is_above = it.floored(settings.eps)
+            if settings.detach_uv or not needs_adjoint:
+                dot = A.inner(gY)
+            else:
+                dot, vbar = A.inner_and_tdot(gY, it.u)
+            # Twice divided: sigma ** 2 could overflow.
+            dot = dot * (it.scale / scale) / divisor
+            a = _number(gamma) * settings.factor / divisor / scale
+            if is_above:
+                c -= a * dot
+        if 'gamma' in wanted:
             grads['gamma'] = numpy.array(settings.factor * dot, gamma.dtype)
-    if needs_adjoint:
-        rest = A, it, settings, W, u, gY, a, c, vbar, wanted, empty
-        if it.scale == 1.0 and W.dtype.char != 'e' and (
-                abs(a) < 1e10 and abs(c) < 1e10):
-            grads.update(_gradients(*rest))
-        else:
-            # NaN and overflow show in the gradients, and need no warning.
-            with numpy.errstate(all='ignore'):
-                grads.update(_gradients(*rest))
-    return tuple([grads[name] for name in wanted])
-
-
-def _gradients(
-        A: _matrix.Matrix, it: PowerIteration, settings: Settings, W: Any,
-        u: Any, gY: Any, a: float, c: float, vbar: Any,
-        wanted: Sequence[str], empty: Callable[..., Any]
-) -> dict[str, Any]:
-    """``gW = a gY + c G`` and ``gu``, as wanted."""
-    grads = {}
-    P, Q, ubar = adjoint(A, it, settings.detach_uv, 'u' in wanted, vbar)
-    if ubar is not None:
-        # In this order: scale / u_scale may not be in the range.
-        gu = ubar * (0 if it.restarted else c * it.scale / it.u_scale)
-        grads['u'] = gu.astype(u.dtype, copy=False)
-    if 'W' in wanted:
-        gW = A.combination(a, gY, P * c, Q, empty)
-        grads['W'] = gW.astype(W.dtype, copy=False)
-    return grads
+        if needs_adjoint:
+            P, Q, ubar = adjoint(
+                A, it, settings.detach_uv, 'u' in wanted, vbar)
+            if ubar is not None:
+                # In this order: scale / u_scale may not be in the range.
+                gu = ubar * (0 if it.restarted else c * it.scale / it.u_scale)
+                grads['u'] = gu.astype(u.dtype, copy=False)
+            if 'W' in wanted:
+                gW = A.combination(a, gY, P * c, Q, empty)
+                grads['W'] = gW.astype(W.dtype, copy=False)
+        return tuple([grads[name] for name in wanted])
 
 
 def gradients_all(

@@ -41,6 +41,8 @@ def cached(*models: chainer.Link) -> Iterator[None]:
       such as ``link.W.array[...] = 0``, is not noticed before the scope ends.
     * What was made under :func:`chainer.no_backprop_mode` has no graph; a
       call that wants one makes it again, from the same ``u``.
+    * :meth:`~chainer.Variable.unchain_backward` leaves a normalized weight
+      connected with its parameter, as other calls share it.
     * Of scopes within one another the outer one counts, for the models that
       it has.  A scope is one of its thread.
     * A second run by :func:`chainer.functions.forget` starts from the ``u``
@@ -88,7 +90,8 @@ class ChainSpectralNormalization(link_hook.LinkHook):
     Args:
         filter (callable or None): Called with the path of a link in the chain,
             such as ``'/block1/conv'``, and the link; tells whether its weight
-            is normalized.  ``None`` takes every supported link.
+            is normalized.  ``None`` takes every supported link.  To pickle
+            the chain it must be a function of a module.
         name (str or None): Name of this hook,
             ``'ChainSpectralNormalization'`` if ``None``.
         **settings: Arguments of :class:`~sn_function.SpectralNormalization`
@@ -154,11 +157,12 @@ class ChainSpectralNormalization(link_hook.LinkHook):
 
     def _links(self, chain: chainer.Link) -> list[chainer.Link]:
         weight_name = self.hook.weight_name
-        return [
-            link for path, link in chain.namedlinks()
+        found = {  # a link may have several paths
+            id(link): link for path, link in chain.namedlinks()
             if isinstance(link, SUPPORTED) and hasattr(link, weight_name)
             and not LinkState.is_on(link, weight_name)
-            and (self.filter is None or self.filter(path, link))]
+            and (self.filter is None or self.filter(path, link))}
+        return list(found.values())
 
     def deleted(self, chain: chainer.Link) -> None:
         """Deletes the hook from the links."""
@@ -208,15 +212,15 @@ class _Scope:
         """Returns the normalized weight, and how it was computed."""
         key = id(link), hook.weight_name
         shared = self._shared.get(key)
-        if shared is None or not shared.is_usable(W):
+        if shared is None or not shared.is_usable(hook, W):
             own = hook, link, W
             try:
                 self._make([own, *self._others(own)])
-            except errors.SpectralNormalizationError:
+            except Exception:
                 self._make([own])  # of others it will be told in their turn
             shared = self._shared[key]
         if chainer.config.train:
-            shared.store_u(hook, link)
+            shared.store_u(link)
         return shared.Y, shared.it
 
     def _others(self, own: Any) -> Iterator[Any]:
@@ -232,7 +236,7 @@ class _Scope:
                         or not isinstance(W, chainer.Parameter)):
                     continue
                 shared = self._shared.get((id(link), hook.weight_name))
-                if shared is None or not shared.is_usable(W):
+                if shared is None or not shared.is_usable(hook, W):
                     yield hook, link, W
 
     def _make(self, members: Iterable[Any]) -> None:
@@ -242,9 +246,9 @@ class _Scope:
             key = id(link), hook.weight_name
             state = LinkState.of(link, hook.weight_name)
             gamma, u = hook.gamma_and_vector(link, W, state)
-            new = _Shared(W, gamma)
+            new = _Shared(hook, W, gamma)
             old = self._shared.get(key)
-            if old is not None and old.is_of(W):  # but has no graph
+            if old is not None and old.is_of(hook, W):  # but has no graph
                 u = old.it.start
                 new.is_stored = old.is_stored
             new.u = u.copy()
@@ -252,7 +256,7 @@ class _Scope:
             weights.append(hook.make_weight(
                 link, W, state, gamma, new.u, True))
         for (key, new), (weight, _), (Y,) in zip(
-                made, weights, _nodes.normalize(weights)):
+                made, weights, _nodes.normalize(weights, is_shared=True)):
             new.Y, new.it = Y, weight.it
             self._shared[key] = new
 
@@ -265,28 +269,37 @@ class _Shared:
     u: Any
 
     def __init__(
-            self, W: chainer.Variable, gamma: chainer.Parameter | None
-    ) -> None:
-        self.W, self.gamma = W, gamma
+            self, hook: SpectralNormalization, W: chainer.Variable,
+            gamma: chainer.Parameter | None) -> None:
+        self.hook, self.W, self.gamma = hook, W, gamma
         self.is_stored = False
         self.has_graph = bool(chainer.config.enable_backprop)
         self._versions = [_version(x) for x in (W, gamma)]
 
-    def is_of(self, W: chainer.Variable) -> bool:
-        """Whether it was made from the weight as it is now."""
-        return W is self.W and all(
+    def is_of(self, hook: SpectralNormalization, W: chainer.Variable) -> bool:
+        """Whether the hook made it from the weight as it is now."""
+        return hook is self.hook and W is self.W and all(
             array is version[0] and t == version[1] for version, (array, t)
             in zip(self._versions, map(_version, (W, self.gamma))))
 
-    def is_usable(self, W: chainer.Variable) -> bool:
-        return self.is_of(W) and (
-            self.has_graph or not chainer.config.enable_backprop)
+    def is_usable(
+            self, hook: SpectralNormalization, W: chainer.Variable) -> bool:
+        if chainer.config.enable_backprop and not (
+                self.has_graph and self.Y.creator_node is not None):
+            return False
+        return self.is_of(hook, W)
 
-    def store_u(self, hook: SpectralNormalization, link: chainer.Link) -> None:
+    def store_u(self, link: chainer.Link) -> None:
         """Moves the link's vector on, once."""
-        if not self.is_stored:
-            getattr(link, hook.vector_name)[...] = self.u
-            self.is_stored = True
+        if self.is_stored:
+            return
+        u = getattr(link, self.hook.vector_name)
+        if u is None:
+            setattr(link, self.hook.vector_name,
+                    self.u.astype(self.W.dtype, copy=False))
+        else:
+            u[...] = self.u
+        self.is_stored = True
 
 
 def _version(x: chainer.Variable | None) -> tuple[Any, Any]:

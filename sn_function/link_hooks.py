@@ -286,15 +286,17 @@ class SpectralNormalization(link_hook.LinkHook):
         """Returns the link's weight for a node, and the node's inputs."""
         own = (self.n_power_iteration, self.factor, self.eps, self.detach_uv)
         array = W.array
+        gamma_array = None if gamma is None else gamma.array
         checked = state.checked
         if checked is None or not (
                 checked[0] is array and checked[1] is u
-                and checked[2] is gamma and checked[3] == own):
+                and checked[2] is gamma_array and checked[3] == own):
             weight, inputs = _nodes.make_weight(
                 W, u, self.n_power_iteration, gamma,
                 1.0 if self.factor is None else self.factor, self.eps,
                 output_axis(link), self.detach_uv, update_u, ('Y',))
-            state.checked = array, u, gamma, own, weight.constants['settings']
+            state.checked = (
+                array, u, gamma_array, own, weight.constants['settings'])
         else:
             weight, inputs = _nodes.collect(
                 W, u, 1.0 if gamma is None else gamma, checked[4], ('Y',),

@@ -271,6 +271,14 @@ class TestHookOfAChain:
         assert not hasattr(outer[0], 'W_u')
         assert hasattr(inner.same, 'W_u')
 
+    def test_a_link_with_two_paths(self):
+        link = L.Linear(4, 4)
+        model = chainer.Sequential(link, CF.relu, link)
+        model.add_hook(ChainSpectralNormalization())
+        model(np.ones((1, 4), 'f'))
+        model.delete_hook('ChainSpectralNormalization')
+        assert not hasattr(link, 'W_u')
+
     def test_filter(self):
         seen = []
 
@@ -547,6 +555,62 @@ class TestCached:
             model.conv.W_u, other.conv.W_u, rtol=1e-6)
         for link in model.children():
             assert np.isfinite(link.W_u).all()
+
+    def test_unchain_backward(self):
+        """Of what one call has made; others share the normalized weights."""
+        found = []
+        for scope in (cached, contextlib.nullcontext):
+            gen = L.Linear(2, 3).add_hook(SpectralNormalization())
+            dis = L.Linear(3, 1).add_hook(SpectralNormalization())
+            gen.W.array[...] = np.arange(6).reshape(3, 2)
+            dis.W.array[...] = np.arange(3)
+            gen.cleargrads()
+            dis.cleargrads()
+            with scope(gen, dis) if scope is cached else scope():
+                fake = gen(np.ones((1, 2), 'f'))
+                score = dis(fake)
+                fake.unchain_backward()
+                CF.sum(score).backward()
+                assert gen.W.grad is None
+                assert fake.creator is None
+            found.append(dis.W.grad)
+        assert np.abs(found[0]).max() > 0
+        np.testing.assert_allclose(*found, rtol=0.1)  # u starts anywhere
+
+    def test_truncated_backpropagation(self):
+        layer = L.Linear(3, 3).add_hook(SpectralNormalization())
+        h = np.ones((1, 3), 'f')
+        sizes = []
+        with cached(layer):
+            for _ in range(3):
+                h = CF.tanh(layer(h))
+                loss = CF.sum(h * h)
+                layer.cleargrads()
+                loss.backward()
+                loss.unchain_backward()
+                sizes.append(abs(layer.W.grad).max())
+        assert min(sizes) > 0
+
+    def test_u_is_taken_away(self):
+        model = ready()
+        x = np.ones((1, 16), 'f')
+        with cached(model):
+            with chainer.using_config('train', False):
+                model.same(x)
+            model.same.W_u = None
+            model.same(x)
+        assert np.isfinite(model.same.W_u).all()
+
+    def test_another_hook_within(self):
+        model = ready()
+        x = np.ones((1, 16), 'f')
+        with cached(model):
+            before = model.same(x).array
+            model.same.delete_hook('SpectralNormalization')
+            model.same.add_hook(SpectralNormalization(factor=3))
+            after = model.same(x).array
+        b = model.same.b.array
+        assert np.linalg.norm(after - b) > 1.5 * np.linalg.norm(before - b)
 
     def test_a_weight_of_another_shape(self):
         """Its link is told of, in its turn, and the others are called."""

@@ -966,6 +966,33 @@ class TestBadInput:
         assert link._persistent == plain._persistent
 
 
+@pytest.mark.parametrize('bad', [
+    np.ones(1, 'f'), np.ones((), 'i'), np.ones(4, 'f')])
+def test_gamma_becomes_invalid(bad):
+    link, x = linear(use_gamma=True), x_of(2, 5)
+    for _ in range(2):
+        link(x)
+    link.gamma.array = bad
+    with pytest.raises(errors.GammaError):
+        link(x)
+
+
+@pytest.mark.parametrize('bad', [
+    [np.inf, -np.inf], [np.finfo('f').max] * 2, [np.nan, 0], [1e-38, 1e-38]])
+@pytest.mark.parametrize('shape', [(5, 6), (200, 300)])
+def test_no_warning_of_an_extreme_gradient(shape, bad):
+    W = chainer.Parameter(np.random.normal(size=shape).astype('f'))
+    W.array[0, 1] = 1e-38
+    gY = np.ones(shape, 'f')
+    gY[0, :2] = bad
+    with np.errstate(all='raise'):
+        for detach_uv in (False, True):
+            Y = sn_function.spectral_normalize(
+                W, np.ones(shape[0], 'f'), factor=1e-5, detach_uv=detach_uv)
+            Y.grad = gY
+            Y.backward()
+
+
 @pytest.mark.gpu
 class TestDevice:
 
