@@ -245,7 +245,7 @@ class _Scope:
         for hook, link, W in members:
             key = id(link), hook.weight_name
             state = LinkState.of(link, hook.weight_name)
-            gamma, u = hook.gamma_and_vector(link, W, state)
+            gamma, u = hook._gamma_and_vector(link, W, state)
             new = _Shared(hook, W, gamma)
             old = self._shared.get(key)
             if old is not None and old.is_of(hook, W):  # but has no graph
@@ -253,7 +253,7 @@ class _Scope:
                 new.is_stored = old.is_stored
             new.u = u.copy()
             made.append((key, new))
-            weights.append(hook.make_weight(
+            weights.append(hook._make_weight(
                 link, W, state, gamma, new.u, True))
         for (key, new), (weight, _), (Y,) in zip(
                 made, weights, _nodes.normalize(weights, is_shared=True)):

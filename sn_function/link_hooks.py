@@ -255,10 +255,10 @@ class SpectralNormalization(link_hook.LinkHook):
             if scope is not None:
                 Y, it = scope.normalize(self, link, W)
             else:
-                gamma, u = self.gamma_and_vector(link, W, state)
+                gamma, u = self._gamma_and_vector(link, W, state)
                 if is_second_run:
                     u = _recompute.start_vector(link, state, u)
-                weight = self.make_weight(
+                weight = self._make_weight(
                     link, W, state, gamma, u,
                     is_train and not is_second_run)
                 (Y,), = _nodes.normalize([weight])
@@ -280,7 +280,7 @@ class SpectralNormalization(link_hook.LinkHook):
             _recompute.record(link, state, it.start)
         return Y
 
-    def make_weight(
+    def _make_weight(
             self, link: chainer.Link, W: chainer.Variable, state: LinkState,
             gamma: Any, u: Any, update_u: bool) -> Any:
         """Returns the link's weight for a node, and the node's inputs."""
@@ -308,7 +308,7 @@ class SpectralNormalization(link_hook.LinkHook):
             weight.constants['empty'] = state.empty
         return weight, inputs
 
-    def gamma_and_vector(
+    def _gamma_and_vector(
             self, link: chainer.Link, W: chainer.Variable, state: LinkState,
     ) -> Any:
         """Returns gamma, or ``None``, and the vector, made if need be."""
