@@ -135,16 +135,7 @@ def normalize_all(
         calls: Sequence[dict[str, Any]],
 ) -> list[tuple[tuple[Any, ...], Iteration]]:
     """:func:`normalize` of each; small ones of a kind in one launch."""
-    forwards = [_Forward(**call) for call in calls]
-    small: dict[Any, list[_Forward]] = {}
-    for each in forwards:
-        if each.it.is_small:
-            small.setdefault(each.kind, []).append(each)
-        else:
-            each.launch()
-    for (T, U, *common), group in small.items():
-        _kernels.fused_fwd(T, U, [each.arguments() for each in group], *common)
-    return [each.result() for each in forwards]
+    return _run(_kernels.fused_fwd, [_Forward(**call) for call in calls])
 
 
 class _Forward:
@@ -226,16 +217,23 @@ def gradients(
 def gradients_all(
         calls: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """:func:`gradients` of each; small ones of a kind in one launch."""
-    backwards = [_Backward(**call) for call in calls]
-    small: dict[Any, list[_Backward]] = {}
-    for each in backwards:
-        if each.it.is_small:
-            small.setdefault(each.kind, []).append(each)
+    return _run(_kernels.fused_bwd, [_Backward(**call) for call in calls])
+
+
+def _run(fused: _kernels.Fused, parts: Sequence[Any]) -> list[Any]:
+    """Runs :class:`_Forward` or :class:`_Backward` of each weight.
+
+    Small ones of a kind share the launches of the fused kernel.
+    """
+    small: dict[Any, list[Any]] = {}
+    for part in parts:
+        if part.it.is_small:
+            small.setdefault(part.kind, []).append(part)
         else:
-            each.launch()
+            part.launch()
     for (T, U, *common), group in small.items():
-        _kernels.fused_bwd(T, U, [each.arguments() for each in group], *common)
-    return [each.result() for each in backwards]
+        fused(T, U, [part.arguments() for part in group], *common)
+    return [part.result() for part in parts]
 
 
 class _Backward:

@@ -210,18 +210,22 @@ class _Scope:
             self, hook: SpectralNormalization, link: chainer.Link,
             W: chainer.Variable) -> tuple[chainer.Variable, Any]:
         """Returns the normalized weight, and how it was computed."""
-        key = id(link), hook.weight_name
-        shared = self._shared.get(key)
-        if shared is None or not shared.is_usable(hook, W):
+        if not self._has(hook, link, W):
             own = hook, link, W
             try:
                 self._make([own, *self._others(own)])
             except Exception:
                 self._make([own])  # of others it will be told in their turn
-            shared = self._shared[key]
+        shared = self._shared[id(link), hook.weight_name]
         if chainer.config.train:
             shared.store_u(link)
         return shared.Y, shared.it
+
+    def _has(
+            self, hook: SpectralNormalization, link: chainer.Link,
+            W: chainer.Variable) -> bool:
+        shared = self._shared.get((id(link), hook.weight_name))
+        return shared is not None and shared.is_usable(hook, W)
 
     def _others(self, own: Any) -> Iterator[Any]:
         """What else lacks a normalized weight, and can get it now."""
@@ -235,8 +239,7 @@ class _Scope:
                         W.device != device
                         or not isinstance(W, chainer.Parameter)):
                     continue
-                shared = self._shared.get((id(link), hook.weight_name))
-                if shared is None or not shared.is_usable(hook, W):
+                if not self._has(hook, link, W):
                     yield hook, link, W
 
     def _make(self, members: Iterable[Any]) -> None:

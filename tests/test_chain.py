@@ -58,6 +58,19 @@ def images(n=2, seed=1):
     return np.random.RandomState(seed).normal(size=(n, 2, 2, 2)).astype('f')
 
 
+def train(model, optimizer, n, in_test_mode=None):
+    """Returns the losses of n steps, one of them maybe in test mode."""
+    losses = []
+    for i in range(n):
+        with chainer.using_config('train', i != in_test_mode):
+            loss = model(images(seed=i))
+        model.cleargrads()
+        loss.backward()
+        optimizer.update()
+        losses.append(loss.array)
+    return losses
+
+
 def state_of(model):
     target = chainer.serializers.DictionarySerializer()
     target.save(model)
@@ -107,15 +120,7 @@ class TestHookOfAChain:
         for model in models:
             np.random.seed(1)
             optimizer = optimizers.MomentumSGD(0.05).setup(model)
-            of_model = []
-            for i in range(6):
-                with chainer.using_config('train', i != 3):
-                    loss = model(images(seed=i))
-                model.cleargrads()
-                loss.backward()
-                optimizer.update()
-                of_model.append(loss.array)
-            losses.append(of_model)
+            losses.append(train(model, optimizer, 6, in_test_mode=3))
         np.testing.assert_allclose(*losses, rtol=1e-5)
         assert_same_state(*models, rtol=1e-5)
 
@@ -446,15 +451,8 @@ class TestCached:
         found = []
         for scope, model in zip((cached, contextlib.nullcontext), models):
             optimizer = optimizers.SGD(0.1).setup(model)
-            losses = []
             with scope(model):
-                for i in range(4):
-                    loss = model(images(seed=i))
-                    model.cleargrads()
-                    loss.backward()
-                    optimizer.update()
-                    losses.append(loss.array)
-            found.append(losses)
+                found.append(train(model, optimizer, 4))
         np.testing.assert_allclose(*found, rtol=1e-5)
         assert_same_state(*models, rtol=1e-5)
 
