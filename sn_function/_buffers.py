@@ -7,23 +7,24 @@ cache that takes as long as all that is done with it.
 from __future__ import annotations
 
 import math
-import weakref
-from typing import Any, Callable, cast
+import sys
+from typing import Any
 
 import numpy
 
 # Smaller arrays are left to NumPy, in bytes.
 MIN_SIZE = 1 << 18
 # The normalized weight and its gradient.
-MAX_FREE = 2
+MAX_KEPT = 2
+# Of a cache line, which NumPy does not look to; whole ones are written faster.
+ALIGNMENT = 64
 
 
 class Buffers:
     """Makes arrays, out of the memory of those that nobody has any more."""
 
     def __init__(self) -> None:
-        self._free: list[_Memory] = []
-        self._give_back = weakref.WeakMethod(self._take_back)
+        self._kept: list[Any] = []
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """As :func:`numpy.empty`."""
@@ -31,32 +32,25 @@ class Buffers:
         size = math.prod(shape) * dtype.itemsize
         if size < MIN_SIZE:
             return numpy.empty(shape, dtype)
-        try:
-            memory = self._free.pop()
-        except IndexError:
-            memory = None
-        if memory is None or memory.size != size:
-            memory = _Memory(size, numpy.uint8)
-        lent = memory.view()
-        lent.give_back = self._give_back
-        return numpy.ndarray(shape, dtype, lent)
+        memory = self._take(size + ALIGNMENT)
+        offset = -memory.__array_interface__['data'][0] % ALIGNMENT
+        array = numpy.ndarray(shape, dtype, memory, offset)
+        # Only now: the array holds the memory, so no other thread takes it.
+        self._kept.append(memory)
+        if len(self._kept) > MAX_KEPT:
+            del self._kept[0]
+        return array
 
-    def _take_back(self, memory: _Memory) -> None:
-        if len(self._free) < MAX_FREE:
-            self._free.append(memory)
-
-
-class _Memory(numpy.ndarray):
-    """Bytes; a view of them is what a lent array has as its base.
-
-    That is of another type than the array, so NumPy does not pass it over
-    when it looks for the base of the array's own views; and so it dies when
-    the array and all its views have died.
-    """
-
-    give_back: Callable[[], Callable[[_Memory], None] | None] | None = None
-
-    def __del__(self) -> None:
-        take_back = self.give_back and self.give_back()
-        if take_back:
-            take_back(cast(_Memory, self.base))
+    def _take(self, size: int) -> Any:
+        """Returns memory that no array is in, and does not keep it."""
+        for _ in range(len(self._kept)):
+            try:
+                memory = self._kept.pop(0)
+            except IndexError:
+                break
+            # An array, and each view of it, holds its memory as its base.
+            # Without one the references are `memory` and the argument.
+            if memory.size == size and sys.getrefcount(memory) == 2:
+                return memory
+            self._kept.append(memory)
+        return numpy.empty(size, numpy.uint8)

@@ -2,6 +2,8 @@
 import copy
 import gc
 import pickle
+import sys
+from concurrent import futures
 
 import sn_function  # isort: skip  # before chainer, which it repairs
 import chainer
@@ -63,24 +65,60 @@ def test_not_before_the_last_view_has_died(derive):
     assert first in map(address, found)
 
 
-def test_at_most_two_are_kept():
+def test_the_last_two_are_kept():
     buffers = Buffers()
     xs = [buffers.empty(SHAPE, 'f') for _ in range(5)]
-    del xs
-    assert len(buffers._free) == _buffers.MAX_FREE
+    assert len(buffers._kept) == _buffers.MAX_KEPT
+    last = {address(x) for x in xs[-2:]}
+    del xs[-2:]
+    assert {address(buffers.empty(SHAPE, 'f')) for _ in range(4)} <= last
+
+
+@pytest.mark.parametrize('offset', range(0, 80, 16))
+def test_it_begins_with_a_cache_line(monkeypatch, offset):
+    empty = np.empty
+    monkeypatch.setattr(_buffers.numpy, 'empty', lambda size, dtype: empty(
+        size + offset, dtype)[offset:])
+    x = Buffers().empty(SHAPE, 'f')
+    assert address(x) % 64 == 0
+    x[...] = 1
+
+
+def test_threads_do_not_share():
+    buffers = Buffers()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def work(number):
+        for _ in range(300):
+            x = buffers.empty(SHAPE, 'f')
+            x[0] = number
+            y = buffers.empty(SHAPE, 'f')
+            y[0] = -number
+            assert (x[0] == number).all()
+            assert (y[0] == -number).all()
+            del x, y
+        return True
+
+    try:
+        with futures.ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, range(1, 5)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_another_size():
     buffers = Buffers()
     buffers.empty(SHAPE, 'f')
     assert buffers.empty(SHAPE, 'd').shape == SHAPE
-    assert len(buffers._free) == 1
+    assert buffers.empty(SHAPE, 'd').shape == SHAPE
+    assert len(buffers._kept) == 2
 
 
 def test_small_arrays_are_left_to_numpy():
     buffers = Buffers()
     assert buffers.empty((3, 4), 'f').flags.owndata
-    assert not buffers._free
+    assert not buffers._kept
 
 
 def test_an_array_outlives_its_buffers():
@@ -135,13 +173,13 @@ class TestLinks:
         link = self.make()
         with chainer.no_backprop_mode():
             link(np.ones((1, 512), 'f'))
-        assert not link._W_sn_state.empty.__self__._free
+        assert not link._W_sn_state.empty.__self__._kept
 
     def test_copies_have_their_own(self):
         link = self.make()
         self.step(link)
         other = copy.deepcopy(link)
-        assert not other._W_sn_state.empty.__self__._free
+        assert not other._W_sn_state.empty.__self__._kept
         assert not set(self.step(link)) & set(self.step(other))
         assert len(pickle.dumps(link)) < 2.5 * link.W.array.nbytes
 

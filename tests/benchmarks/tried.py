@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import mmap
 from typing import Any, Callable, Dict, Iterator
 
 import numpy as np
@@ -22,14 +23,26 @@ SHAPES = ((128, 1024), (512, 2304), (1024, 9216), (4096, 4096))
 Ways = Dict[str, Callable[[], Any]]
 
 
+def in_huge_pages(shape: tuple[int, ...], offset: int = 0) -> np.ndarray:
+    """Memory that the system is asked to map in pages of 2 MB."""
+    size = math.prod(shape) * 4
+    page = 1 << 21
+    memory = mmap.mmap(-1, (size // page + 2) * page)
+    if hasattr(mmap, 'MADV_HUGEPAGE'):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = np.frombuffer(memory, np.uint8).ctypes.data
+    return np.ndarray(shape, 'f', memory, -start % page + offset)
+
+
 class Example:
     """A matrix, an upstream gradient, and vectors, in float32."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         random = np.random.RandomState(0)
         self.shape = shape
-        self.W, self.gY, self.out = (
-            random.standard_normal(shape).astype('f') for _ in range(3))
+        self.W, self.gY = (
+            random.standard_normal(shape).astype('f') for _ in range(2))
+        self.out, self.unaligned = (in_huge_pages(shape, k) for k in (0, 16))
         self.A = _matrix.Matrix(self.W, 0)
         self.P = random.standard_normal((2, shape[0])).astype('f')
         self.Q = random.standard_normal((2, shape[1])).astype('f')
@@ -45,11 +58,12 @@ def correction(example: Example, rank: int) -> Ways:
     x, P, Q = example, example.P[:rank], example.Q[:rank]
     ger, gemm = _matrix._blas('f')
 
-    def in_use(size: int = _matrix.BLOCK_SIZE) -> Callable[[], Any]:
+    def in_use(size: int = _matrix.BLOCK_SIZE,
+               out: np.ndarray = x.out) -> Callable[[], Any]:
         def run() -> None:
             before, _matrix.BLOCK_SIZE = _matrix.BLOCK_SIZE, size
             try:
-                x.A.combination(1.5, x.gY, P, Q, lambda *_: x.out)
+                x.A.combination(1.5, x.gY, P, Q, lambda *_: out)
             finally:
                 _matrix.BLOCK_SIZE = before
         return run
@@ -75,6 +89,7 @@ def correction(example: Example, rank: int) -> Ways:
 
     return {
         'blocks of 2^17 (in use)': in_use(),
+        'between cache lines': in_use(out=x.unaligned),
         'blocks of 2^13': in_use(1 << 13),
         'blocks of 2^15': in_use(1 << 15),
         'one block': in_use(x.W.size),
@@ -116,6 +131,7 @@ def scaling(example: Example) -> Ways:
     """Y = W coefficient."""
     x, buffers = example, Buffers()
     return {
+        'huge pages': lambda: np.multiply(x.W, 0.3, out=x.out),
         'memory used again (in use)': lambda: np.multiply(
             x.W, 0.3, out=buffers.empty(x.shape, 'f')),
         'fresh memory': lambda: x.W * 0.3}
