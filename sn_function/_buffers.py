@@ -45,12 +45,23 @@ class Buffers:
         """Returns memory that no array is in, and does not keep it."""
         for _ in range(len(self._kept)):
             try:
-                memory = self._kept.pop(0)
-            except IndexError:
+                memory, n_references = _pop(self._kept)
+            except IndexError:  # another thread was quicker
                 break
-            # An array, and each view of it, holds its memory as its base.
-            # Without one the references are `memory` and the argument.
-            if memory.size == size and sys.getrefcount(memory) == 2:
+            if memory.size == size and n_references == _N_REFERENCES_OF_FREE:
                 return memory
             self._kept.append(memory)
         return numpy.empty(size, numpy.uint8)
+
+
+def _pop(memories: list[Any]) -> tuple[Any, int]:
+    """Returns the first, and how often it is referred to.
+
+    An array, and each view of it, holds its memory as its base.
+    """
+    memory = memories.pop(0)
+    return memory, sys.getrefcount(memory)
+
+
+# Versions of Python differ in how many of these are made by the asking.
+_, _N_REFERENCES_OF_FREE = _pop([numpy.empty(1)])
