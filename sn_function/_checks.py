@@ -14,14 +14,29 @@ from chainer.backends import cuda
 from sn_function import _matrix, errors
 
 
-def check_settings(n_power_iteration: int, factor: float,
-                   eps: float) -> None:
-    """Raises an error that tells which setting is out of its range."""
+def check_settings(
+        n_power_iteration: int, factor: float | None, eps: float,
+        cap: float | None) -> tuple[float, float]:
+    """Raises an error that tells which setting is out of its range.
+
+    Returns:
+        The factor and the floor on sigma.  With a cap ``c`` these are ``c``
+        and ``c``, as ``W / max(1, sigma / c)`` is ``c W / max(sigma, c)``.
+
+    """
     check_count('n_power_iteration', n_power_iteration, 1)
+    factor = 1.0 if factor is None else factor
     if not 0 < as_float(factor) < math.inf:
         raise errors.FactorError(factor)
     if not 0 <= as_float(eps) < math.inf:
         raise errors.EpsError(eps)
+    if cap is None:
+        return float(factor), float(eps)
+    if not 0 < as_float(cap) < math.inf:
+        raise errors.CapError(cap)
+    if factor != 1:
+        raise errors.CapConflictError('factor', factor)
+    return float(cap), float(cap)
 
 
 def check_count(name: str, value: int, least: int) -> None:

@@ -189,15 +189,16 @@ class SpectralNormalizeGrad(_graph.Node):
 
 def make_weight(
         W: ArrayOrVariable, u: ArrayOrVariable, n_power_iteration: int,
-        gamma: Any, factor: float, eps: float, axis: int, detach_uv: bool,
-        update_u: bool, output_names: Sequence[str],
+        gamma: Any, factor: float | None, eps: float, axis: int,
+        detach_uv: bool, update_u: bool, output_names: Sequence[str],
+        cap: float | None = None,
 ) -> tuple[Weight, list[ArrayOrVariable]]:
     """Checks the arguments; returns the weight of a node, and its inputs."""
-    _checks.check_settings(n_power_iteration, factor, eps)
+    factor, eps = _checks.check_settings(n_power_iteration, factor, eps, cap)
     axis = _checks.check_arrays(W, u, axis, update_u)
     gamma = 1.0 if gamma is None else _checks.check_gamma(gamma, W)
     settings = Settings(
-        int(n_power_iteration), axis, detach_uv, float(factor), float(eps))
+        int(n_power_iteration), axis, detach_uv, factor, eps)
     return collect(W, u, gamma, settings, output_names, update_u)
 
 

@@ -175,6 +175,25 @@ class FactorError(SpectralNormalizationError, ValueError):
             f'finite number above 0, but is {factor!r}. Leave it out for 1.')
 
 
+class CapError(SpectralNormalizationError, ValueError):
+    """The cap is not a positive number."""
+
+    def __init__(self, cap: Any) -> None:
+        super().__init__(
+            f'cap, the largest norm that a weight may keep, must be a finite '
+            f'number above 0, but is {cap!r}. Leave it out to give every '
+            f'weight the same norm.')
+
+
+class CapConflictError(SpectralNormalizationError, ValueError):
+    """The cap is given with a setting that would undo it."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__(
+            f'cap leaves weights with a smaller norm alone, and '
+            f'{name}={value!r} scales every weight. Give one of the two.')
+
+
 class GammaError(SpectralNormalizationError, TypeError):
     """gamma is not a number."""
 

@@ -32,6 +32,7 @@ def spectral_normalize(
         detach_uv: bool = False,
         update_u: bool = False,
         return_sigma: bool = False,
+        cap: Number | None = None,
 ) -> chainer.Variable | tuple[chainer.Variable, ...]:
     """Divides a weight by an estimate of its largest singular value.
 
@@ -74,6 +75,11 @@ def spectral_normalize(
         update_u (bool): Overwrite the array ``u`` with the last ``u``,
             unless that is zero or not finite.  ``False`` leaves it alone.
         return_sigma (bool): Return sigma, too.
+        cap (float or None): Instead of ``factor`` and ``eps``: the largest
+            norm :math:`c` above 0 that ``W`` may keep, :math:`Y = \\gamma W /
+            \\max(1, \\sigma / c)`.  A weight below it is left alone, and its
+            gradient is that of ``gamma * W`` (H. Gouk et al.,
+            `arXiv:1804.04368 <https://arxiv.org/abs/1804.04368>`_).
 
     Returns:
         ~chainer.Variable: ``Y``, of the shape and dtype of ``W``.  With
@@ -108,7 +114,7 @@ def spectral_normalize(
     """
     outputs, = _nodes.normalize([_nodes.make_weight(
         W, u, n_power_iteration, gamma, factor, eps, axis, detach_uv,
-        update_u, ('Y', 'sigma') if return_sigma else ('Y',))])
+        update_u, ('Y', 'sigma') if return_sigma else ('Y',), cap)])
     return outputs if return_sigma else outputs[0]
 
 
@@ -179,6 +185,7 @@ def spectral_normalize_all(
         detach_uv: bool = False,
         update_u: bool = False,
         return_sigma: bool = False,
+        cap: Number | None = None,
 ) -> tuple[chainer.Variable, ...] | tuple[tuple[chainer.Variable, ...], ...]:
     """Normalizes many weights, such as all of a model, in one node.
 
@@ -201,6 +208,8 @@ def spectral_normalize_all(
         update_u (bool): Overwrite the arrays ``us`` with the last ones.
             Where one is not valid none is changed.
         return_sigma (bool): Return the sigmas, too.
+        cap (float or None): Largest norm that a weight may keep, instead of
+            ``factor`` and ``eps``.
 
     Returns:
         tuple of ~chainer.Variable: The normalized weights.  With
@@ -230,7 +239,7 @@ def spectral_normalize_all(
     outputs = _nodes.normalize([
         _nodes.make_weight(
             W, u, n_power_iteration, gamma, factor, eps, axis, detach_uv,
-            update_u, names)
+            update_u, names, cap)
         for W, u, gamma, axis in zip(Ws, us, gammas, axes)])
     columns = tuple([
         tuple([of_weight[i] for of_weight in outputs])

@@ -73,6 +73,11 @@ class SpectralNormalization(link_hook.LinkHook):
         n_warmup (int): Number of iterations that are run, once, when the
             link's vector is made, so that sigma is right from the first
             call.  None are run if the vector came from a snapshot.
+        cap (float or None): Instead of ``factor`` and ``eps``: a weight whose
+            sigma is below ``cap`` is used as it is, one above it is divided
+            by ``sigma / cap``, as in H. Gouk et al., `Regularisation of
+            Neural Networks by Enforcing Lipschitz Continuity
+            <https://arxiv.org/abs/1804.04368>`_.
 
     Attributes:
         vector_name (str): Name of the link's vector, ``weight_name + '_u'``.
@@ -129,9 +134,11 @@ class SpectralNormalization(link_hook.LinkHook):
             *,
             detach_uv: bool = False,
             n_warmup: int = 15,
+            cap: float | None = None,
     ) -> None:
-        _checks.check_settings(
-            n_power_iteration, 1.0 if factor is None else factor, eps)
+        _checks.check_settings(n_power_iteration, factor, eps, cap)
+        if cap is not None and use_gamma:
+            raise errors.CapConflictError('use_gamma', use_gamma)
         _checks.check_count('n_warmup', n_warmup, 0)
         self.n_power_iteration = n_power_iteration
         self.eps = eps
@@ -142,6 +149,7 @@ class SpectralNormalization(link_hook.LinkHook):
         self.axis = 0
         self.detach_uv = detach_uv
         self.n_warmup = n_warmup
+        self.cap = cap
         if name is not None:
             self.name = name
 
@@ -284,7 +292,8 @@ class SpectralNormalization(link_hook.LinkHook):
             self, link: chainer.Link, W: chainer.Variable, state: LinkState,
             gamma: Any, u: Any, update_u: bool) -> Any:
         """Returns the link's weight for a node, and the node's inputs."""
-        own = (self.n_power_iteration, self.factor, self.eps, self.detach_uv)
+        own = (self.n_power_iteration, self.factor, self.eps, self.detach_uv,
+               self.cap)
         array = W.array
         gamma_array = None if gamma is None else gamma.array
         checked = state.checked
@@ -292,9 +301,8 @@ class SpectralNormalization(link_hook.LinkHook):
                 checked[0] is array and checked[1] is u
                 and checked[2] is gamma_array and checked[3] == own):
             weight, inputs = _nodes.make_weight(
-                W, u, self.n_power_iteration, gamma,
-                1.0 if self.factor is None else self.factor, self.eps,
-                output_axis(link), self.detach_uv, update_u, ('Y',))
+                W, u, self.n_power_iteration, gamma, self.factor, self.eps,
+                output_axis(link), self.detach_uv, update_u, ('Y',), self.cap)
             state.checked = (
                 array, u, gamma_array, own, weight.constants['settings'])
         else:

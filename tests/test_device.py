@@ -279,6 +279,30 @@ def test_outputs_do_not_keep_the_vectors_alive():
         assert x.base is None
 
 
+@pytest.mark.parametrize(('shape', 'axis'), [
+    ((40, 3, 3, 3), 0), ((3, 400, 8, 8), 1)])  # a fused kernel, and several
+@pytest.mark.parametrize('dtype', 'efd')
+def test_a_weight_below_the_cap_is_left_alone(dtype, shape, axis):
+    W, gY = random(*shape).astype(dtype), random(*shape).astype(dtype)
+    u = random(shape[axis]).astype(dtype)
+    norm = np.linalg.svd(
+        np.moveaxis(W, axis, 0).reshape(shape[axis], -1).astype('d'),
+        compute_uv=False)[0]
+    x = chainer.Variable(send(W))
+    Y = functions.spectral_normalize(x, send(u), axis=axis, cap=1.1 * norm)
+    Y.grad = send(gY)
+    Y.backward()
+    np.testing.assert_array_equal(cuda.to_cpu(Y.array), W)
+    np.testing.assert_array_equal(cuda.to_cpu(x.grad), gY)
+    Y = functions.spectral_normalize(
+        send(W), send(u), 3, axis=axis, cap=norm / 4)
+    expected = functions.spectral_normalize(
+        W, u, 3, axis=axis, factor=norm / 4)
+    np.testing.assert_allclose(
+        cuda.to_cpu(Y.array), expected.array,
+        rtol=2e-3 if dtype == 'e' else 1e-5)
+
+
 def test_an_extreme_weight_below_the_floor():
     W, u = (1e-30 * random(4, 3)).astype('f'), random(4).astype('f')
     gY = (1e30 * random(4, 3)).astype('f')

@@ -104,6 +104,99 @@ def test_exact_gradient_equals_complex_step(shape, axis, n_power_iteration):
         np.testing.assert_allclose(g, expected, rtol=1e-9, atol=1e-9)
 
 
+class TestCap:
+    """W / max(1, sigma / c)"""
+
+    CAP = 1.0
+
+    def make(self, is_above, shape=(4, 3, 2), axis=1):
+        W, u = random(*shape), random(shape[axis])
+        sigma = reference.power_iteration(W, u, axis=axis)[2]
+        return W * ((2.0 if is_above else 0.6) * self.CAP / sigma), u
+
+    def expected(self, W, u, gamma, axis, uv=None):
+        _, sigma = reference.spectral_normalize(W, u, axis=axis, uv=uv)
+        ratio = sigma / self.CAP
+        return gamma * W / (ratio if ratio.real > 1 else 1)
+
+    @pytest.mark.parametrize('is_above', [True, False])
+    @pytest.mark.parametrize('detach_uv', [True, False])
+    @pytest.mark.parametrize(('shape', 'axis'), WEIGHTS)
+    def test_gradient_equals_complex_step(
+            self, shape, axis, detach_uv, is_above):
+        W, u = self.make(is_above, shape, axis)
+        gamma, gY = np.array(0.7), random(*shape)
+        variables = [chainer.Variable(x) for x in (W, gamma)]
+        Y = F.spectral_normalize(
+            variables[0], u, gamma=variables[1], axis=axis, cap=self.CAP,
+            detach_uv=detach_uv)
+        uv = (reference.power_iteration(W, u, axis=axis)[:2]
+              if detach_uv else None)
+        np.testing.assert_allclose(
+            Y.array, self.expected(W, u, gamma, axis, uv), rtol=1e-12)
+
+        def scalar(W, gamma):
+            return np.sum(self.expected(W, u, gamma, axis, uv) * gY)
+
+        for actual, expected in zip(grad([Y], variables, [gY]), (
+                reference.complex_step(lambda z: scalar(z, gamma), W),
+                reference.complex_step(lambda z: scalar(W, z), gamma))):
+            np.testing.assert_allclose(
+                actual, expected, rtol=1e-9, atol=1e-9)
+
+    @pytest.mark.parametrize(('dtype', 'cap'), [
+        *itertools.product('efd', [2, 0.1]),
+        *itertools.product('fd', [1e-30, 3e30]), ('d', 1e-200)])
+    def test_below_it_nothing_is_changed(self, dtype, cap):
+        W = random(5, 4)
+        W = np.asarray(W * (cap / 2 / np.linalg.norm(W)), dtype)
+        variable, u, gY = chainer.Variable(W), random(5).astype(dtype), W + 1
+        Y, sigma = F.spectral_normalize(
+            variable, u, 5, cap=cap, update_u=True, return_sigma=True)
+        assert sigma.array < cap
+        assert Y.array.tobytes() == W.tobytes()
+        Y.grad = gY
+        Y.backward()
+        assert variable.grad.tobytes() == gY.tobytes()
+        # The estimate goes on to converge, for the time when it is above.
+        np.testing.assert_allclose(
+            abs(u @ np.linalg.svd(W.astype('d'))[0][:, 0]), 1, rtol=0.1)
+
+    # Above the cap that of constant u and v is not this function's.
+    @pytest.mark.parametrize(('is_above', 'detach_uv'), [
+        (True, False), (False, False), (False, True)])
+    def test_higher_orders(self, is_above, detach_uv):
+        W, u = self.make(is_above)
+        gradient_check.check_double_backward(
+            lambda W: F.spectral_normalize(
+                W, u, axis=1, cap=self.CAP, detach_uv=detach_uv) ** 2,
+            (W,), (random(*W.shape),), (random(*W.shape),),
+            **check_options())
+
+    def test_at_the_cap_both_sides_agree(self):
+        W, u = self.make(True)
+        W /= 2 / (1 + 1e-13)
+        for Y in (F.spectral_normalize(W * s, u, axis=1, cap=self.CAP).array
+                  for s in (1, 1 - 1e-12)):
+            np.testing.assert_allclose(Y, W, rtol=1e-11)
+
+    def test_all_of_them(self):
+        Ws, us = zip(*(self.make(k) for k in (True, False)))
+        Ys = F.spectral_normalize_all(Ws, us, axis=1, cap=self.CAP)
+        for Y, W, u in zip(Ys, Ws, us):
+            np.testing.assert_allclose(
+                Y.array, self.expected(W, u, 1.0, 1), rtol=1e-12)
+
+    @pytest.mark.parametrize('cap', [0, -1, np.nan, np.inf, '1', True, [1]])
+    def test_not_a_cap(self, cap):
+        with pytest.raises(errors.CapError, match='above 0'):
+            F.spectral_normalize(*self.make(True), axis=1, cap=cap)
+
+    def test_not_with_a_factor(self):
+        with pytest.raises(errors.CapConflictError, match='factor=2'):
+            F.spectral_normalize(*self.make(True), axis=1, cap=1, factor=2)
+
+
 @pytest.mark.parametrize('n_power_iteration', [1, 2, 3])
 @pytest.mark.parametrize(('shape', 'axis'), WEIGHTS)
 def test_detached_gradient_equals_its_definition(

@@ -476,6 +476,64 @@ class TestManyHooksManyLinks:
         assert link.V1_u.shape == (3,)
 
 
+class TestCap:
+
+    def test_both_sides(self):
+        link = linear(cap=2.0)
+        W = link.W.array / reference.true_norm(link.W.array)
+        for size, expected in ((0.5, 0.5), (1.9, 1.9), (2.1, 2), (300, 2)):
+            link.W.array[...] = W * size
+            for _ in range(20):
+                link(x_of(2, 5))
+            assert norm(link) == pytest.approx(expected, rel=1e-3)
+
+    def test_below_it_the_hook_is_not_there(self):
+        link, plain = linear(cap=100.), linear()
+        plain.delete_hook('SpectralNormalization')
+        x, gy = x_of(3, 5), x_of(3, 6)
+        plain.copyparams(link)
+        results = []
+        for each in (link, plain):
+            y = each(x)
+            each.cleargrads()
+            y.grad = gy
+            y.backward()
+            results.append((y.array, each.W.grad, each.b.grad))
+        for a, b in zip(*results):
+            np.testing.assert_array_equal(a, b)
+
+    def test_training_stays_below_it(self):
+        link = linear(cap=1.5, n_power_iteration=50)
+        link.W.array[...] *= 1.2 / reference.true_norm(link.W.array)
+        optimizer = chainer.optimizers.SGD(0.02).setup(link)
+        x = x_of(20, 5)
+        norms = []
+        for _ in range(300):
+            backward(link, -F.mean(link(x) ** 2))  # it would grow
+            optimizer.update()
+            norms.append(norm(link))
+        assert norms[0] < 1.45
+        assert 1.49 < max(norms) < 1.6
+        assert reference.true_norm(link.W.array) > 1.55
+
+    def test_a_change_of_it_counts_from_the_next_call_on(self):
+        link = linear(cap=0.1)
+        hook = link.local_link_hooks['SpectralNormalization']
+        link(x_of(2, 5))
+        hook.cap = 0.05
+        assert norm(link) == pytest.approx(0.05, rel=1e-3)
+
+    @pytest.mark.parametrize('other', [{'use_gamma': True}, {'factor': 2.}])
+    def test_not_with_what_would_undo_it(self, other):
+        name, = other
+        with pytest.raises(errors.CapConflictError, match=name):
+            SpectralNormalization(cap=1.0, **other)
+
+    def test_not_a_cap(self):
+        with pytest.raises(errors.CapError, match='-1'):
+            SpectralNormalization(cap=-1)
+
+
 class TestWarmUp:
 
     def test_the_first_call_is_normalized(self):

@@ -26,13 +26,22 @@ from tests.state_machine.record import Record
 
 MAX_LINKS = 4
 COUNTS: collections.Counter = collections.Counter()
+
+
+def without_conflict(settings):
+    if settings['cap'] is None:
+        return settings
+    return dict(settings, use_gamma=False, factor=None)
+
+
 SETTINGS = st.fixed_dictionaries({
     'n_power_iteration': st.integers(1, 3),
     'use_gamma': st.booleans(),
     'detach_uv': st.booleans(),
     'factor': st.sampled_from([None, 0.5, 2.5]),
     'n_warmup': st.sampled_from([15, 0]),
-})
+    'cap': st.sampled_from([None, None, None, 0.5, 2.5]),
+}).map(without_conflict)
 INDEX = st.integers(0, MAX_LINKS - 1)
 SEED = st.integers(0, 9)
 
@@ -98,7 +107,7 @@ class Base(stateful.RuleBasedStateMachine):
         return sn_function.SpectralNormalization(
             hook.n_power_iteration, hook.eps, hook.use_gamma, hook.factor,
             hook.weight_name, hook.name, detach_uv=hook.detach_uv,
-            n_warmup=hook.n_warmup)
+            n_warmup=hook.n_warmup, cap=hook.cap)
 
     def twin(self, rec, lazy):
         """A new link of the same kind with the same hooks and dtype."""

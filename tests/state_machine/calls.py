@@ -18,7 +18,12 @@ from tests import reference
 from tests.state_machine.base import COUNTS, INDEX, SEED, Base
 from tests.state_machine.checks import call, check_gradient
 from tests.state_machine.links import CALL, axis_of, hooked, our_hooks
-from tests.state_machine.oracle import TOLERANCES, assert_close, copy_of
+from tests.state_machine.oracle import (
+    TOLERANCES,
+    assert_close,
+    copy_of,
+    factor_and_floor,
+)
 
 assert sn_function  # it is imported for what it does
 
@@ -202,8 +207,8 @@ class Calls(Base):
             gamma = float(rec.params[gamma_name].array) if gamma_name else 1.0
             axis = axis_of(rec.link)
             sigma = reference.true_norm(W, axis)
-            expected = abs(gamma) * (hook.factor or 1.0) * (
-                min(sigma, hook.eps) / hook.eps)
+            factor, eps = factor_and_floor(hook)
+            expected = abs(gamma) * factor * min(sigma, eps) / eps
             for k in range(2000):
                 if k % 10 == 0:
                     with chainer.using_config('train', False), \

@@ -15,6 +15,7 @@ from tests.state_machine.oracle import (
     TOLERANCES,
     assert_close,
     copy_of,
+    factor_and_floor,
     largest_factor,
     predict,
     same_bits,
@@ -216,7 +217,8 @@ def norm_is_right(rec, name, Y, at_most=None):
     gamma_name = rec.gamma_of(name)
     gamma = float(rec.params[gamma_name].array) if gamma_name else 1.0
     sigma = reference.true_norm(W, axis_of(rec.link))
-    factor = abs(gamma) * (hook.factor or 1.0) / max(sigma, hook.eps)
+    factor, eps = factor_and_floor(hook)
+    factor *= abs(gamma) / max(sigma, eps)
     expected = factor * sigma
     # It is not finite, nor need Y be, where W or what it is multiplied by
     # leaves the range.

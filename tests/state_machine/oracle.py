@@ -27,19 +27,26 @@ class Prediction(NamedTuple):
     condition: float
 
 
+def factor_and_floor(hook):
+    """A weight below the cap c is left alone, and has norm c above it."""
+    if hook.cap is not None:
+        return hook.cap, hook.cap
+    return hook.factor or 1.0, hook.eps
+
+
 @np.errstate(all='ignore')  # what leaves the range is NaN or Inf in Y, too
 def predict(W, u, axis, hook, gamma, uv=None):
     """What one call computes, in float64."""
     top = largest_factor(W.dtype)
     W, u = W.astype('d'), u.astype('d')
-    factor = 1.0 if hook.factor is None else hook.factor
+    factor, eps = factor_and_floor(hook)
     scale = abs(W).max()
     if not np.isfinite(scale):
         return Prediction(W * np.nan, None, np.nan, 1.0)
     c = float(gamma) * factor
     if scale == 0:
         # Zero times what may be Inf in the weight's arithmetic.
-        Y = None if abs(c / hook.eps) > top else W * c
+        Y = None if abs(c / eps) > top else W * c
         return Prediction(Y, None, 0.0, 1.0)
     A = reference.as_matrix(W / scale, axis)
     u = u / abs(u).max()
@@ -51,12 +58,12 @@ def predict(W, u, axis, hook, gamma, uv=None):
     u_K, _, sigma = reference.power_iteration(A, u, hook.n_power_iteration)
     if uv is not None:
         sigma = uv[0] @ A @ uv[1]
-    if abs(c / max(sigma * scale, hook.eps)) > top:
+    if abs(c / max(sigma * scale, eps)) > top:
         # What W is multiplied by may be Inf, though Y is not: it depends on
         # whether W was divided by its scale first.
         Y = None
-    elif sigma * scale < hook.eps:
-        Y = W * (c / hook.eps)
+    elif sigma * scale < eps:
+        Y = W * (c / eps)
     else:
         # Not W / (sigma * scale), which may leave the range.
         Y = W / scale * (c / sigma)
