@@ -1,6 +1,7 @@
 """Spectral normalization for Chainer as one differentiable function."""
 from sn_function import _compat as _compat  # before anything of Chainer
 from sn_function import chain, errors, functions, link_hooks
+from sn_function._summary import summary
 from sn_function._version import __version__
 from sn_function.chain import ChainSpectralNormalization, cached
 from sn_function.functions import (
@@ -22,4 +23,5 @@ __all__ = [
     'spectral_norm',
     'spectral_normalize',
     'spectral_normalize_all',
+    'summary',
 ]

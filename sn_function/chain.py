@@ -6,8 +6,9 @@ notices, and each weight once, however often its link is called.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import uuid
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Iterable, Iterator
 
 import chainer
 from chainer import link_hook
@@ -21,6 +22,9 @@ from sn_function.link_hooks import SpectralNormalization
 SUPPORTED = (
     L.Linear, L.EmbedID, L.Convolution2D, L.ConvolutionND, L.Deconvolution2D,
     L.DeconvolutionND, L.DilatedConvolution2D)
+
+# A pattern, a class, a function of a path and a link, or a list of these.
+Filter = Any
 
 
 @contextlib.contextmanager
@@ -88,10 +92,13 @@ class ChainSpectralNormalization(link_hook.LinkHook):
     removes what it has added.
 
     Args:
-        filter (callable or None): Called with the path of a link in the chain,
-            such as ``'/block1/conv'``, and the link; tells whether its weight
-            is normalized.  ``None`` takes every supported link.  To pickle
-            the chain it must be a function of a module.
+        filter (str, type, callable, list or None): Which links: a pattern
+            of their paths in the chain, such as ``'/block*/conv?'``, with the
+            wildcards of :mod:`fnmatch`, where ``*`` also stands for slashes; a
+            class; a function that is called with the path and the link; or a
+            list of these, for links that any of them takes.  ``None`` takes
+            every supported link.  A function must be one of a module if the
+            chain is to be pickled.
         name (str or None): Name of this hook,
             ``'ChainSpectralNormalization'`` if ``None``.
         **settings: Arguments of :class:`~sn_function.SpectralNormalization`
@@ -124,8 +131,9 @@ class ChainSpectralNormalization(link_hook.LinkHook):
     name = 'ChainSpectralNormalization'
 
     def __init__(
-            self, filter: Callable[[str, chainer.Link], bool] | None = None,
-            name: str | None = None, **settings: Any) -> None:
+            self, filter: Filter = None, name: str | None = None,
+            **settings: Any) -> None:
+        _check_filter(filter)
         self.filter = filter
         self.hook = _HookOfLink(**settings)
         if name is not None:
@@ -161,8 +169,12 @@ class ChainSpectralNormalization(link_hook.LinkHook):
             id(link): link for path, link in chain.namedlinks()
             if isinstance(link, SUPPORTED) and hasattr(link, weight_name)
             and not LinkState.is_on(link, weight_name)
-            and (self.filter is None or self.filter(path, link))}
+            and self.accepts(path, link)}
         return list(found.values())
+
+    def accepts(self, path: str, link: chainer.Link) -> bool:
+        """Returns whether the filter takes the link at that path."""
+        return self.filter is None or _takes(self.filter, path, link)
 
     def deleted(self, chain: chainer.Link) -> None:
         """Deletes the hook from the links."""
@@ -183,6 +195,24 @@ class ChainSpectralNormalization(link_hook.LinkHook):
         scope = _scope.covering(cb_args.link)
         if isinstance(scope, _ScopeOfCall) and scope.link is cb_args.link:
             scope.restore_uncalled()
+
+
+def _check_filter(filter: Filter) -> None:
+    is_list = isinstance(filter, (list, tuple))
+    for one in filter if is_list else [filter]:
+        if not (isinstance(one, str) or callable(one)
+                or (one is None and not is_list)):
+            raise errors.FilterError(one)
+
+
+def _takes(filter: Any, path: str, link: chainer.Link) -> bool:
+    if isinstance(filter, (list, tuple)):
+        return any(_takes(one, path, link) for one in filter)
+    if isinstance(filter, str):
+        return fnmatch.fnmatchcase(path, filter)
+    if isinstance(filter, type):
+        return isinstance(link, filter)
+    return bool(filter(path, link))
 
 
 class _HookOfLink(SpectralNormalization):

@@ -228,6 +228,38 @@ class HookNotAddedError(SpectralNormalizationError, ValueError):
             f'{weight_name!r}. Add it first: link.add_hook(hook).')
 
 
+class WeightInUseError(SpectralNormalizationError, RuntimeError):
+    """A weight is to be baked while it is exchanged for another."""
+
+    def __init__(self, owner: str, weight_name: str) -> None:
+        super().__init__(
+            f'{owner}.{weight_name} is not a Parameter now, as in a call of '
+            f'the link, or after one that raised under Chainer\'s hook. Bake '
+            f'the model outside of its calls, with the Parameter in its '
+            f'place.')
+
+
+class HookedExportError(SpectralNormalizationError, RuntimeError):
+    """A model with hooks is to be exported."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        super().__init__(
+            f'ONNX has no spectral normalization, but these links have a hook '
+            f'of it: {", ".join(paths)}. Export the model with the '
+            f'normalized weights: '
+            f'onnx_chainer.export(sn_function.bake(model), args).')
+
+
+class FilterError(SpectralNormalizationError, TypeError):
+    """A filter is nothing that could choose links."""
+
+    def __init__(self, filter: Any) -> None:
+        super().__init__(
+            f'A filter of links must be a pattern of their paths such as '
+            f'"/block*/conv", a class of links, a function of a path and a '
+            f'link, or a list of these, but is {filter!r}.')
+
+
 class NoLinkError(SpectralNormalizationError, ValueError):
     """A chain has no link whose weight could be normalized."""
 
@@ -239,3 +271,183 @@ class NoLinkError(SpectralNormalizationError, ValueError):
             f'hook when all links are in the chain, look at '
             f'chain.namedlinks() for the paths that the filter is called '
             f'with, or add SpectralNormalization to the links themselves.')
+
+
+# Monitoring and the penalty
+
+class NothingToReportError(SpectralNormalizationError, ValueError):
+    """A model has no weight whose sigma could be reported."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(
+            f'{type(model).__name__} has no spectral normalization, so there '
+            f'is no estimate of sigma to report. Add a hook to its links '
+            f'before the trainer runs, or ask for the true values with '
+            f'true_sigma=True.')
+
+
+class ToleranceError(SpectralNormalizationError, ValueError):
+    """The tolerance is not a positive number."""
+
+    def __init__(self, tolerance: Any) -> None:
+        super().__init__(
+            f'tolerance, the relative error of sigma that is not worth a '
+            f'warning, must be a number above 0, but is {tolerance!r}.')
+
+
+class PenaltyRateError(SpectralNormalizationError, ValueError):
+    """The rate of the penalty is negative or not a number."""
+
+    def __init__(self, rate: Any) -> None:
+        super().__init__(
+            f'rate, the coefficient of the penalty, must be a finite number '
+            f'of at least 0, but is {rate!r}.')
+
+
+class NoPenaltyError(SpectralNormalizationError, ValueError):
+    """No weight of the optimizer's target gets the penalty."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__(
+            f'{type(target).__name__} has no link that is a Linear, an '
+            f'EmbedID, a convolution or a deconvolution, has no spectral '
+            f'normalization, and passes the filter, so there is nothing to '
+            f'penalize. Look at target.namedlinks() for the paths that the '
+            f'filter is called with, or remove the hook from the optimizer.')
+
+
+class SpectralNormalizationWarning(UserWarning):
+    """Something is wrong with a weight or with what is known of it."""
+
+
+# Snapshots
+
+def printable(text: str) -> str:
+    """A name out of a file without what would control a terminal."""
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class SnapshotError(SpectralNormalizationError, ValueError):
+    """A snapshot cannot be used as asked; base of those below."""
+
+    def __init__(self, path: str, key: str | None, what: str,
+                 mend: str) -> None:
+        where = path if key is None else f'{path}, entry {key!r}'
+        super().__init__(printable(f'{where}: {what}. {mend}'))
+
+
+class SnapshotFileError(SnapshotError):
+    """The file cannot be opened, is damaged, or is no snapshot."""
+
+    def __init__(self, path: str, what: str, mend: str) -> None:
+        super().__init__(path, None, what, mend)
+
+
+class SnapshotPackageError(SnapshotError, ImportError):
+    """A file of this kind needs a package that is not installed."""
+
+    def __init__(self, path: str, package: str) -> None:
+        package = package.split('.')[0]
+        super().__init__(
+            path, None, f'it needs the package {package}, which cannot be '
+            f'imported', f'Install it: pip install {package}')
+
+
+class SnapshotEntryError(SnapshotError):
+    """An entry of the file is damaged."""
+
+    def __init__(self, path: str, key: str, what: str) -> None:
+        super().__init__(
+            path, key, f'it is damaged: {what}',
+            'Take another copy of the file, or save it again.')
+
+
+class SnapshotPickleError(SnapshotError):
+    """An entry that is needed is a pickled object, which is not opened."""
+
+    def __init__(self, path: str, key: str) -> None:
+        super().__init__(
+            path, key, 'it is no plain array but an object, such as the None '
+            'of a parameter that was not initialized; objects are never '
+            'unpickled, as that may run code',
+            'Call the model once, and save it again.')
+
+
+class SnapshotLayoutError(SnapshotError):
+    """The entries are not those of weights with spectral normalization."""
+
+    def __init__(self, path: str, what: str, keys: Sequence[str]) -> None:
+        some = ', '.join(map(repr, list(keys)[:4])) or 'none'
+        super().__init__(
+            path, None, f'{what}. Its entries: {some}'
+            + (f' and {len(keys) - 4} more' if len(keys) > 4 else ''),
+            'Known are W with W_u (Chainer, sn_function), W with u '
+            '(sngan_projection), weight_orig with weight_u and weight_v, and '
+            'parametrizations.weight (PyTorch).')
+
+
+class SnapshotModelError(SnapshotError):
+    """It is not clear which model of the snapshot is meant."""
+
+    def __init__(self, path: str, model: str | None,
+                 models: Sequence[str]) -> None:
+        what = ('it holds several models' if model is None
+                else f'it has no entry below {model!r}')
+        known = ', '.join(models) or 'none, as it is of one model'
+        super().__init__(
+            path, None, f'{what}. Models of a trainer here: {known}',
+            'Name one of them, or the path of a link: --model NAME, or '
+            'model=NAME.')
+
+
+class SnapshotWeightError(SnapshotError):
+    """A weight is missing, or is not one that can be normalized."""
+
+    def __init__(self, path: str, key: str, what: str) -> None:
+        super().__init__(
+            path, key, what,
+            'It cannot be repaired: take an earlier snapshot.')
+
+
+class SnapshotVectorError(SnapshotError):
+    """A vector is missing, zero, not finite, or of the wrong length."""
+
+    def __init__(self, path: str, key: str, what: str) -> None:
+        super().__init__(
+            path, key, what,
+            'Make it anew first: sn-function repair SNAPSHOT OUT, or '
+            'snapshot.repair(src, dst).')
+
+
+class SnapshotAxisError(SnapshotError):
+    """It is not clear which axis of a weight is that of its outputs."""
+
+    def __init__(self, path: str, key: str, what: str) -> None:
+        super().__init__(
+            path, key, what,
+            f'Say which it is, 1 for a deconvolution, else 0: --axis {key}=1 '
+            f'or --axis {key}=0, or axes={{{key!r}: 1}}.')
+
+
+class SnapshotGammaError(SnapshotError):
+    """A weight has a gamma, or what may be one, that is in the way."""
+
+    def __init__(self, path: str, key: str, what: str) -> None:
+        super().__init__(
+            path, key, what,
+            'Bake the snapshot instead, or load it into its model in Python.')
+
+
+class SnapshotTargetError(SnapshotError):
+    """A weight cannot be put into the layout that was asked for."""
+
+    def __init__(self, path: str, key: str, what: str) -> None:
+        super().__init__(
+            path, key, what, 'Choose another layout, or bake the snapshot.')
+
+
+class SnapshotOutputError(SnapshotError):
+    """The output cannot be written, or must not be."""
+
+    def __init__(self, path: str, what: str, mend: str) -> None:
+        super().__init__(path, None, what, mend)

@@ -12,6 +12,7 @@ from sn_function import (  # isort: skip  # before chainer: it repairs that
     _scope,
     cached,
     errors,
+    summary,
 )
 import chainer
 import chainer.functions as CF
@@ -106,6 +107,88 @@ def grads_of(model):
 
 def us_of(model):
     return [link.W_u for link in used(model)]
+
+
+RECURRENT = {
+    'LSTM': lambda: L.LSTM(5, 6),
+    'StatelessLSTM': lambda: L.StatelessLSTM(5, 6),
+    'GRU': lambda: L.GRU(5, 6),
+    'StatefulGRU': lambda: L.StatefulGRU(5, 6),
+    'StatelessGRU': lambda: L.StatelessGRU(5, 6),
+    'StatefulPeepholeLSTM': lambda: L.StatefulPeepholeLSTM(5, 6),
+    'StatefulMGU': lambda: L.StatefulMGU(5, 6),
+    'StatelessMGU': lambda: L.StatelessMGU(5, 6),
+    'StatefulZoneoutLSTM': lambda: L.StatefulZoneoutLSTM(5, 6),
+    'ChildSumTreeLSTM': lambda: L.ChildSumTreeLSTM(5, 6),
+    'NaryTreeLSTM': lambda: L.NaryTreeLSTM(5, 6, n_ary=2)}
+
+
+class Steps(chainer.Chain):
+    """Three steps of a recurrent link."""
+
+    def __init__(self, rnn):
+        super().__init__()
+        with self.init_scope():
+            self.rnn = rnn
+
+    def forward(self, xs):
+        rnn, state = self.rnn, np.zeros((2, 6), 'f')
+        if hasattr(rnn, 'reset_state'):
+            rnn.reset_state()
+        c = h = state
+        for x in xs:
+            if 'Tree' in type(rnn).__name__:
+                c, h = rnn(c, c, h, h, x)
+            elif isinstance(rnn, L.StatelessLSTM):
+                c, h = rnn(c, h, x)
+            elif isinstance(rnn, L.StatelessGRU):
+                h = rnn(h, x)
+            elif isinstance(rnn, L.StatelessMGU):
+                h = rnn(h, x)
+            else:
+                h = rnn(x)
+        return h
+
+
+@pytest.mark.parametrize('name', RECURRENT)
+def test_the_inner_links_of_recurrent_ones(name):
+    model = Steps(RECURRENT[name]())
+    xs = np.random.normal(size=(3, 2, 5)).astype('f')
+    plain = model.copy('copy')
+    model.add_hook(ChainSpectralNormalization(n_warmup=2000))
+    matrices = [x for x in plain.params() if x.ndim == 2]
+    assert len(matrices) >= 2
+    assert sum(hasattr(link, 'W_u') for link in model.links()) == (
+        len(matrices))
+    for x in matrices:
+        x.array[...] /= np.linalg.svd(x.array.astype('d'))[1][0]
+    with chainer.using_config('train', False):  # zoneout is random
+        np.testing.assert_allclose(
+            model(xs).array, plain(xs).array, rtol=1e-4, atol=1e-5)
+    assert {row.status for row in summary(
+        model, lambda model: model(xs)).rows if len(row.shape) == 2} == {
+            'normalized'}
+
+
+def test_a_lazy_recurrent_link():
+    model = Steps(L.LSTM(None, 6))
+    model.add_hook(ChainSpectralNormalization())
+    model(np.ones((3, 2, 5), 'f'))
+    assert model.rnn.upward.W_u.shape == model.rnn.lateral.W_u.shape == (24,)
+
+
+def test_a_recurrent_link_normalizes_once_a_sequence():
+    model = Steps(L.LSTM(5, 6))
+    model.add_hook(ChainSpectralNormalization())
+    h = model(np.ones((3, 2, 5), 'f'))
+    nodes, todo = set(), [h.creator_node]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            todo += [x.creator_node for x in node.inputs]
+    assert sum(type(node).__name__ == 'SpectralNormalize'
+               for node in nodes) == 1
 
 
 class TestHookOfAChain:
@@ -298,6 +381,39 @@ class TestHookOfAChain:
         assert [link.name for link in model.children()
                 if hasattr(link, 'W_u')] == ['same']
         assert model.same.local_link_hooks['SpectralNormalization'].eps == 0.1
+
+    @pytest.mark.parametrize(('filter', 'expected'), [
+        ('/same', 'same'), ('/u*', 'unused up'), ('*', 'conv out same unused '
+                                                       'up'),
+        (L.Linear, 'out same'),
+        ([L.Deconvolution2D, '/s*'], 'same up'),
+        ((L.EmbedID, lambda path, link: path == '/out'),
+         'out unused')])
+    def test_kinds_of_filters(self, filter, expected):
+        model = Model()
+        model.add_hook(ChainSpectralNormalization(filter))
+        assert ' '.join(sorted(
+            link.name for link in model.children()
+            if hasattr(link, 'W_u'))) == expected
+
+    def test_a_pattern_goes_through_chains(self):
+        model = chainer.Sequential(Model(), Model())
+        model.add_hook(ChainSpectralNormalization(['/0/out', '*/same']))
+        assert sorted(path for path, link in model.namedlinks()
+                      if hasattr(link, 'W_u')) == [
+            '/0/out', '/0/same', '/1/same']
+        pickle.loads(pickle.dumps(model))
+
+    @pytest.mark.parametrize('filter', [3, [None], ['/a', 3]])
+    def test_not_a_filter(self, filter):
+        with pytest.raises(errors.FilterError, match='pattern'):
+            ChainSpectralNormalization(filter)
+
+    def test_nothing_passes_the_filter(self):
+        model = Model()
+        with pytest.raises(errors.NoLinkError):
+            model.add_hook(ChainSpectralNormalization([]))
+        assert not model.local_link_hooks
 
     def test_links_keep_the_hook_they_have(self):
         model = Model()
