@@ -141,9 +141,7 @@ class Steps(chainer.Chain):
                 c, h = rnn(c, c, h, h, x)
             elif isinstance(rnn, L.StatelessLSTM):
                 c, h = rnn(c, h, x)
-            elif isinstance(rnn, L.StatelessGRU):
-                h = rnn(h, x)
-            elif isinstance(rnn, L.StatelessMGU):
+            elif isinstance(rnn, (L.StatelessGRU, L.StatelessMGU)):
                 h = rnn(h, x)
             else:
                 h = rnn(x)
