@@ -11,12 +11,11 @@ import uuid
 from typing import Any, Iterable, Iterator
 
 import chainer
-from chainer import link_hook
 from chainer import links as L
 
-from sn_function import _nodes, _scope, _swap, errors
+from sn_function import _graph, _nodes, _scope, _swap, errors
 from sn_function._state import LinkState
-from sn_function.link_hooks import SpectralNormalization
+from sn_function.link_hooks import LocalHook, SpectralNormalization
 
 # What has a W that its forward uses, and nothing else does.
 SUPPORTED = (
@@ -75,7 +74,7 @@ def cached(*models: chainer.Link) -> Iterator[None]:
         _scope.end(scope)
 
 
-class ChainSpectralNormalization(link_hook.LinkHook):
+class ChainSpectralNormalization(LocalHook):
     """Normalizes the weights of all links of a chain in each call of it.
 
     Adds a :class:`~sn_function.SpectralNormalization` to every link in the
@@ -138,14 +137,6 @@ class ChainSpectralNormalization(link_hook.LinkHook):
         self.hook = _HookOfLink(**settings)
         if name is not None:
             self.name = name
-
-    def __enter__(self) -> None:
-        raise NotImplementedError(
-            'This hook is not supposed to be used as context manager. Add it '
-            'to a chain: chain.add_hook(ChainSpectralNormalization()).')
-
-    def __exit__(self, *_: Any) -> None:
-        raise NotImplementedError
 
     def added(self, chain: chainer.Link) -> None:
         """Adds the hook to the links."""
@@ -247,7 +238,8 @@ class _Scope:
             except Exception:
                 self._make([own])  # of others it will be told in their turn
         shared = self._shared[id(link), hook.weight_name]
-        if chainer.config.train:
+        is_train, = _graph.config('train')
+        if is_train:
             shared.store_u(link)
         return shared.Y, shared.it
 
@@ -306,7 +298,7 @@ class _Shared:
             gamma: chainer.Parameter | None) -> None:
         self.hook, self.W, self.gamma = hook, W, gamma
         self.is_stored = False
-        self.has_graph = bool(chainer.config.enable_backprop)
+        self.has_graph, = _graph.config('enable_backprop')
         self._versions = [_version(x) for x in (W, gamma)]
 
     def is_of(self, hook: SpectralNormalization, W: chainer.Variable) -> bool:
@@ -317,7 +309,8 @@ class _Shared:
 
     def is_usable(
             self, hook: SpectralNormalization, W: chainer.Variable) -> bool:
-        if chainer.config.enable_backprop and not (
+        wants_graph, = _graph.config('enable_backprop')
+        if wants_graph and not (
                 self.has_graph and self.Y.creator_node is not None):
             return False
         return self.is_of(hook, W)

@@ -29,7 +29,19 @@ from sn_function._matrix import accumulator_dtype
 from sn_function._state import LinkState
 
 
-class SpectralNormalization(link_hook.LinkHook):
+class LocalHook(link_hook.LinkHook):
+    """A hook that belongs on a link."""
+
+    def __enter__(self) -> None:
+        raise NotImplementedError(
+            f'This hook is not supposed to be used as context manager. Add '
+            f'it to a link: link.add_hook({type(self).__name__}()).')
+
+    def __exit__(self, *_: Any) -> None:
+        raise NotImplementedError
+
+
+class SpectralNormalization(LocalHook):
     """Divides a link's weight by its largest singular value at each call.
 
     At each call of the link its weight is replaced, for the time of the call,
@@ -163,14 +175,6 @@ class SpectralNormalization(link_hook.LinkHook):
         """
         state = _LATEST.get(self, _nothing)()
         return state and state.v
-
-    def __enter__(self) -> None:
-        raise NotImplementedError(
-            'This hook is not supposed to be used as context manager. Add it '
-            'to a link: link.add_hook(SpectralNormalization()).')
-
-    def __exit__(self, *_: Any) -> None:
-        raise NotImplementedError
 
     # Adding and deleting
 
