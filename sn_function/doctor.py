@@ -59,7 +59,8 @@ def examine() -> Dict[str, Any]:
     """What all probes find: the report that `--json` prints."""
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         parts = dict(zip(_probes.PROBES, pool.map(probe, _probes.PROBES)))
-    shims = parts['Chainer'].pop('shims', [])
+    shims = [shim for part in parts.values()
+             for shim in part.pop('shims', [])]
     return {
         'sn_function': __version__,
         'works': parts['Chainer'].pop('works', False),
