@@ -1,0 +1,215 @@
+"""Writes files of named arrays, of the kinds of :mod:`sn_function._archives`.
+
+A writer takes one entry at a time, into a temporary file beside the output,
+which takes its name once all is on the disk.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import zipfile
+from typing import Any, Callable, Iterator
+
+import numpy
+from numpy.lib import format as npy
+
+from sn_function import errors
+from sn_function._archives import (
+    HDF5Reader,
+    NpzReader,
+    Path,
+    Reader,
+    first_line,
+    import_package,
+)
+
+
+class Writer:
+    """A file of named arrays that is being written."""
+
+    def __init__(self, path: str, compress: bool) -> None:
+        raise NotImplementedError
+
+    def can_hold(self, array: Any) -> bool:
+        return array.dtype.kind in 'fiub'
+
+    def write(self, key: str, array: Any) -> None:
+        raise NotImplementedError
+
+    def copy(self, reader: Reader, key: str, new_key: str) -> bool:
+        """Copies an entry; returns False where this file cannot hold it."""
+        if not reader.entry(key).is_plain:
+            return False
+        array = reader.read(key)
+        if not self.can_hold(array):
+            return False
+        self.write(new_key, array)
+        return True
+
+    def finish(self) -> None:
+        """Writes what is left to be written."""
+
+    def close(self) -> None:
+        pass
+
+
+class NpzWriter(Writer):
+
+    def __init__(self, path: str, compress: bool) -> None:
+        self._compression = (
+            zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED)
+        self._zip = zipfile.ZipFile(path, 'w')
+
+    def can_hold(self, array: Any) -> bool:
+        return True
+
+    def _open(self, filename: str) -> Any:
+        info = zipfile.ZipInfo(filename)  # dated 1980: equal input and output
+        info.compress_type = self._compression
+        info.external_attr = 0o600 << 16
+        return self._zip.open(info, 'w', force_zip64=True)
+
+    def write(self, key: str, array: Any) -> None:
+        with self._open(key + '.npy') as file:
+            # This writes a pickle, and opens none: Chainer's None.
+            npy.write_array(file, array, allow_pickle=array.dtype.hasobject)
+
+    def copy(self, reader: Reader, key: str, new_key: str) -> bool:
+        if isinstance(reader, NpzReader):
+            name = reader.members[key].filename
+            with self._open(new_key + name[len(key):]) as file:
+                reader.guarded(key, lambda key: reader.copy(key, file))
+            return True
+        if isinstance(reader, HDF5Reader) and reader.is_empty(key):
+            self.write(new_key, numpy.asarray(None))
+            return True
+        return super().copy(reader, key, new_key)
+
+    def close(self) -> None:
+        self._zip.close()
+
+
+class HDF5Writer(Writer):
+
+    def __init__(self, path: str, compress: bool) -> None:
+        self._h5py = import_package('h5py', path)
+        self._file = self._h5py.File(path, 'w')
+        self._compression = 4 if compress else None  # as save_hdf5 has it
+
+    def write(self, key: str, array: Any) -> None:
+        self._file.create_dataset(
+            '/' + key, data=array,
+            compression=self._compression if array.size > 1 else None)
+
+    def copy(self, reader: Reader, key: str, new_key: str) -> bool:
+        if isinstance(reader, HDF5Reader) and reader.is_empty(key):
+            empty = self._h5py.Empty('f')
+            self._file.create_dataset('/' + new_key, data=empty)
+            return True
+        return super().copy(reader, key, new_key)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class SafetensorsWriter(Writer):
+    # Both this format and the next are written in one piece.
+
+    def __init__(self, path: str, compress: bool) -> None:
+        self._save = import_package('safetensors.numpy', path).save_file
+        self._path = path
+        self._arrays: dict[str, Any] = {}
+
+    def write(self, key: str, array: Any) -> None:
+        self._arrays[key] = array
+
+    def finish(self) -> None:
+        self._save(self._arrays, self._path)
+
+
+class TorchWriter(SafetensorsWriter):
+
+    def __init__(self, path: str, compress: bool) -> None:
+        self._torch = import_package('torch', path)
+        self._path = path
+        self._arrays = {}
+
+    def finish(self) -> None:
+        # A copy: tensors are writable, and what was mapped may not be.
+        self._torch.save({key: self._torch.from_numpy(array.copy())
+                          for key, array in self._arrays.items()}, self._path)
+
+
+_WRITERS: dict[str, Callable[[str, bool], Writer]] = {
+    'npz': NpzWriter, 'hdf5': HDF5Writer, 'safetensors': SafetensorsWriter,
+    'torch': TorchWriter}
+_KINDS = {'.npz': 'npz', '.h5': 'hdf5', '.hdf5': 'hdf5',
+          '.safetensors': 'safetensors', '.pt': 'torch', '.pth': 'torch'}
+
+
+def check_output(path: Path, source: Path, overwrite: bool) -> str:
+    """Returns the real path of an output that may be written.
+
+    Raises:
+        SnapshotOutputError: It exists and ``overwrite`` is false, or no file
+            can be there.
+
+    """
+    given = os.fspath(path)
+    path = os.path.realpath(given)  # what a link points to
+    if os.path.exists(path):
+        if not os.path.isfile(path):
+            raise errors.SnapshotOutputError(
+                given, 'it is there and no file', 'Give the path of a file.')
+        if not overwrite:
+            is_input = (os.path.exists(source)
+                        and os.path.samefile(path, source))
+            raise errors.SnapshotOutputError(
+                given, 'it is the input itself' if is_input
+                else 'it exists already',
+                'Give another path, or say that it is to be overwritten: '
+                '--overwrite, or overwrite=True.')
+    elif not os.path.isdir(os.path.dirname(path)):
+        raise errors.SnapshotOutputError(
+            given, 'its directory does not exist', 'Make the directory first.')
+    return path
+
+
+@contextlib.contextmanager
+def create(path: str, reader: Reader, compress: bool | None
+           ) -> Iterator[Writer]:
+    """Writes to a temporary file, which becomes ``path`` if all went well.
+
+    The kind is that of the extension, else that of the input; so is, by
+    default, whether a .npz is compressed.
+    """
+    kind = _KINDS.get(os.path.splitext(path)[1].lower(), reader.kind)
+    if compress is None:
+        compress = getattr(reader, 'is_compressed', True)
+    directory, name = os.path.split(path)
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(
+            prefix=f'.{name[:100]}.', suffix='.tmp', dir=directory)
+        os.close(handle)
+        writer = _WRITERS[kind](temporary, compress)
+        try:
+            yield writer
+            writer.finish()
+        finally:
+            writer.close()
+        shutil.copymode(
+            path if os.path.exists(path) else reader.path, temporary)
+        with open(temporary, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise errors.SnapshotOutputError(
+            path, f'it cannot be written: {e.strerror or first_line(e)}',
+            'Nothing was written.') from e
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)

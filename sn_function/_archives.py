@@ -1,0 +1,328 @@
+"""Files of named arrays: .npz, HDF5, safetensors and PyTorch's .pt.
+
+A reader tells the shape of an entry without its data, and reads one entry at
+a time.  Nothing is unpickled: what a .npz holds as a pickle is copied without
+a look, and a .pt is left to PyTorch, with ``weights_only=True``.
+:mod:`sn_function._archive_writers` writes them.
+"""
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import os
+import zipfile
+from typing import Any, Callable, Iterator, NamedTuple
+
+import numpy
+from numpy.lib import format as npy
+
+from sn_function import errors
+
+Path = Any  # str or os.PathLike
+_CHUNK = 1 << 20
+
+
+class Entry(NamedTuple):
+    """What is known of an entry without reading it.
+
+    ``shape`` is ``None`` where it holds no plain array: a pickled object, as
+    Chainer's ``None`` is in a .npz, or an empty dataset of HDF5.
+    """
+
+    shape: tuple[int, ...] | None
+    dtype: str
+    nbytes: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        return self.shape is not None
+
+
+class Reader:
+    """A file of named arrays; its methods raise SnapshotError only."""
+
+    kind = ''
+    has_checksums = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = os.fspath(path)
+        self.keys: list[str] = []
+
+    def close(self) -> None:
+        pass
+
+    def entry(self, key: str) -> Entry:
+        return self.guarded(key, self._entry)
+
+    def read(self, key: str) -> Any:
+        """Returns an array of the machine's byte order, C-contiguous."""
+        if not self.entry(key).is_plain:
+            raise errors.SnapshotPickleError(self.path, key)
+        array = self.guarded(key, self._read)
+        return array.astype(
+            array.dtype.newbyteorder('='), order='C', copy=False)
+
+    def verify(self, key: str) -> None:
+        """Reads an entry through where that shows whether it is damaged."""
+
+    def guarded(self, key: str, function: Callable[[str], Any]) -> Any:
+        try:
+            return function(key)
+        except errors.SnapshotError:
+            raise
+        except Exception as e:  # a damaged file raises whatever it likes
+            raise errors.SnapshotEntryError(
+                self.path, key, first_line(e)) from e
+
+    def _entry(self, key: str) -> Entry:
+        raise NotImplementedError
+
+    def _read(self, key: str) -> Any:
+        raise NotImplementedError
+
+
+class NpzReader(Reader):
+
+    kind = 'npz'
+    has_checksums = True
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._zip = zipfile.ZipFile(self.path)
+        self._entries: dict[str, Entry] = {}
+        self.members = {_key_of(each.filename): each
+                        for each in self._zip.infolist()
+                        if not each.is_dir()}
+        self.keys = list(self.members)
+        if len(self.keys) != sum(
+                not each.is_dir() for each in self._zip.infolist()):
+            self.close()
+            raise zipfile.BadZipFile('two entries have the same name')
+
+    @property
+    def is_compressed(self) -> bool:
+        return any(each.compress_type != zipfile.ZIP_STORED
+                   for each in self.members.values())
+
+    def close(self) -> None:
+        self._zip.close()
+
+    def _entry(self, key: str) -> Entry:
+        if key not in self._entries:
+            info = self.members[key]
+            if not info.filename.endswith('.npy'):
+                self._entries[key] = Entry(None, 'bytes', info.file_size)
+            else:
+                with self._zip.open(info) as file:
+                    self._entries[key] = _header(file, info.file_size)
+        return self._entries[key]
+
+    def _read(self, key: str) -> Any:
+        with self._zip.open(self.members[key]) as file:
+            array = npy.read_array(file, allow_pickle=False)
+            if file.read(1):  # at the end the checksum is compared
+                raise ValueError('there is more data than its header says')
+        return array
+
+    def verify(self, key: str) -> None:
+        self.guarded(key, lambda key: self.copy(key, None))
+
+    def copy(self, key: str, file: Any) -> None:
+        """Copies the bytes of an entry, whatever they are."""
+        with self._zip.open(self.members[key]) as source:
+            for chunk in iter(lambda: source.read(_CHUNK), b''):
+                if file is not None:
+                    file.write(chunk)
+
+
+def _key_of(filename: str) -> str:
+    return filename[:-4] if filename.endswith('.npy') else filename
+
+
+def _header(file: Any, size: int) -> Entry:
+    version = npy.read_magic(file)
+    if version == (1, 0):
+        shape, _, dtype = npy.read_array_header_1_0(file)
+    elif version == (2, 0):
+        shape, _, dtype = npy.read_array_header_2_0(file)
+    else:
+        return Entry(None, 'structure', size)
+    if dtype.hasobject:
+        return Entry(None, 'object', size)
+    nbytes = math.prod(shape) * dtype.itemsize
+    # Before memory is taken for what a damaged header says.
+    if any(n < 0 for n in shape) or nbytes != size - file.tell():
+        raise ValueError(f'its header says shape {shape} and dtype {dtype}, '
+                         f'which is not the size of the data')
+    return Entry(tuple(shape), str(dtype), nbytes)
+
+
+class HDF5Reader(Reader):
+
+    kind = 'hdf5'
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        h5py = import_package('h5py', self.path)
+        self._file = h5py.File(self.path, 'r')
+
+        def see(name: str, item: Any) -> None:
+            if isinstance(item, h5py.Dataset):
+                self.keys.append(name)
+
+        self._file.visititems(see)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _entry(self, key: str) -> Entry:
+        dataset = self._file[key]
+        if dataset.shape is None or dataset.dtype.hasobject:
+            return Entry(None, 'object')
+        return Entry(dataset.shape, str(dataset.dtype),
+                     dataset.size * dataset.dtype.itemsize)
+
+    def _read(self, key: str) -> Any:
+        return numpy.asarray(self._file[key][()])
+
+    def is_empty(self, key: str) -> bool:
+        """Whether it is the dataset that Chainer writes for None."""
+        return self._file[key].shape is None
+
+
+class SafetensorsReader(Reader):
+
+    kind = 'safetensors'
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        safetensors = import_package('safetensors', self.path)
+        self._file = safetensors.safe_open(self.path, framework='numpy')
+        self.keys = list(self._file.keys())
+
+    def _entry(self, key: str) -> Entry:
+        part = self._file.get_slice(key)
+        shape = tuple(part.get_shape())
+        return Entry(shape, part.get_dtype(), 4 * math.prod(shape))
+
+    def _read(self, key: str) -> Any:
+        return self._file.get_tensor(key)
+
+
+class TorchReader(Reader):
+
+    kind = 'torch'
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        torch = import_package('torch', self.path)
+        options = {}
+        if zipfile.is_zipfile(self.path):
+            # PyTorch does not look at the checksums of what it maps.
+            with zipfile.ZipFile(self.path) as file:
+                damaged = file.testzip()
+            if damaged:
+                raise ValueError(f'its part {damaged} is damaged')
+            options['mmap'] = True
+        found = torch.load(
+            self.path, map_location='cpu', weights_only=True, **options)
+        self._tensors = {
+            key: value for key, value in found.items()
+            if isinstance(value, torch.Tensor)
+        } if isinstance(found, dict) else {}
+        if not self._tensors:
+            names = ', '.join(map(repr, found)) if isinstance(
+                found, dict) else f'a {type(found).__name__}'
+            raise errors.SnapshotFileError(
+                self.path, f'it holds no tensors, but {names}',
+                'Save the state dict by itself: '
+                'torch.save(model.state_dict(), path)')
+        self.keys = list(self._tensors)
+
+    def _entry(self, key: str) -> Entry:
+        x = self._tensors[key]
+        return Entry(tuple(x.shape), str(x.dtype).split('.')[-1],
+                     x.numel() * x.element_size())
+
+    def _read(self, key: str) -> Any:
+        x = self._tensors[key].detach()
+        # NumPy has no bfloat16; float32 holds all of its values.
+        return (x.float() if str(x.dtype) == 'torch.bfloat16' else x).numpy()
+
+
+_READERS = {each.kind: each for each in (
+    NpzReader, HDF5Reader, SafetensorsReader, TorchReader)}
+
+
+def _kind_of_content(path: str) -> str:
+    """What the first bytes of a file say that it is."""
+    with open(path, 'rb') as file:
+        head = file.read(16)
+    if not head:
+        raise errors.SnapshotFileError(
+            path, 'it is empty', 'Save the snapshot again.')
+    if head.startswith(b'\x89HDF\r\n\x1a\n'):
+        return 'hdf5'
+    if head.startswith(b'PK'):
+        with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:
+            if any(name.endswith('/data.pkl') for name in file.namelist()):
+                return 'torch'
+        return 'npz'
+    if head[8:9] == b'{':
+        return 'safetensors'
+    if path.endswith(('.pt', '.pth')):
+        return 'torch'
+    known = {b'\x93NUMPY': 'one array in a .npy file',
+             b'\x1f\x8b': 'compressed by gzip; run gunzip on it first',
+             b'\x80': 'a pickle, which may run code and is never opened'}
+    what = next((what for magic, what in known.items()
+                 if head.startswith(magic)), 'none of these')
+    raise errors.SnapshotFileError(
+        path, f'it is no .npz, HDF5, safetensors or .pt file: it is {what}',
+        'Give a snapshot by chainer.serializers.save_npz or save_hdf5, or by '
+        'the trainer, or a state dict.')
+
+
+@contextlib.contextmanager
+def open_snapshot(path: Path) -> Iterator[Reader]:
+    """Opens a file, of the kind that its first bytes tell.
+
+    Raises:
+        SnapshotFileError: It is not there, damaged, or nothing of this kind.
+
+    """
+    path = os.fspath(path)
+    try:
+        kind = _kind_of_content(path)
+        reader = _READERS[kind](path)
+    except errors.SnapshotError:
+        raise
+    except OSError as e:
+        if e.errno is None:  # of HDF5, without a number
+            raise _damaged(path, e) from e
+        raise errors.SnapshotFileError(
+            path, f'it cannot be opened: {e.strerror}',
+            'Give the path of a snapshot.') from e
+    except Exception as e:  # a damaged file raises whatever it likes
+        raise _damaged(path, e) from e
+    with contextlib.closing(reader):
+        yield reader
+
+
+def _damaged(path: str, e: Exception) -> errors.SnapshotFileError:
+    return errors.SnapshotFileError(
+        path, f'it is truncated or damaged: {first_line(e)}',
+        'Take another copy of the file, or save it again.')
+
+
+def first_line(e: BaseException) -> str:
+    text = str(e).strip() or type(e).__name__
+    return text.splitlines()[0].rstrip('.')[:200]
+
+
+def import_package(package: str, path: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as e:
+        raise errors.SnapshotPackageError(path, package) from e

@@ -1,0 +1,126 @@
+"""Singular values and vectors of a weight, in float64."""
+from __future__ import annotations
+
+import math
+from typing import Any, Callable
+
+import numpy
+
+from sn_function._matrix import Matrix
+
+# From so many rows and columns on, only the largest singular value is found.
+LARGE = 4096
+
+
+def as_matrix(W: Any, axis: int) -> Any:
+    A = numpy.moveaxis(W, axis, 0).reshape(W.shape[axis], -1)
+    return A.astype(numpy.float64)
+
+
+def singular_values(W: Any, axis: int) -> tuple[float, float | None]:
+    """Returns the largest one, and the condition."""
+    A = as_matrix(W, axis)
+    if min(A.shape) > LARGE:
+        return largest(A)[0], None
+    values = numpy.linalg.svd(A, compute_uv=False)
+    zero = values[0] * max(A.shape) * float(numpy.finfo(W.dtype).eps)
+    condition = values[0] / values[-1] if values[-1] > zero else math.inf
+    return float(values[0]), float(condition)
+
+
+def largest(A: Any) -> tuple[float, Any, Any]:
+    """Returns the largest singular value of a matrix and its vectors."""
+    if min(A.shape) < 256 or not A.any():
+        u, values, v = numpy.linalg.svd(A, full_matrices=False)
+    else:
+        from scipy.sparse import linalg
+
+        # Drawn, but always the same: so is the output.
+        start = numpy.random.RandomState(0).normal(size=min(A.shape))
+        try:
+            u, values, v = linalg.svds(A, k=1, v0=start)
+        except linalg.ArpackError:
+            u, values, v = numpy.linalg.svd(A, full_matrices=False)
+    return float(values[0]), u[:, 0], v[0]
+
+
+def angle(W: Any, u: Any, v: Any, axis: int) -> float:
+    """The cosine between ``u`` and ``W v``."""
+    t = as_matrix(W, axis) @ v
+    lengths = numpy.linalg.norm(t) * numpy.linalg.norm(u)
+    return float(u @ t / lengths) if lengths else 0.0
+
+
+def fit(W: Any, u: Any, axis: int) -> float:
+    """How near ``u`` is to the singular vector, 1 where it is that."""
+    A = Matrix(W.astype(numpy.float64), axis)
+    u = u / numpy.linalg.norm(u.astype(numpy.float64))
+    first = sigma = float(numpy.linalg.norm(A.tdot(u)))
+    for _ in range(10):
+        sigma, u, _ = iterate(A, u)
+    return first / sigma if sigma else 0.0
+
+
+def iterate(A: Matrix, u: Any) -> tuple[float, Any, Any]:
+    """A power iteration in float64; zero vectors stay."""
+    s = A.tdot(u)
+    v = s / (numpy.linalg.norm(s) or 1.0)
+    t = A.dot(v)
+    sigma = float(numpy.linalg.norm(t))
+    return sigma, t / (sigma or 1.0), v
+
+
+def start_vector(A: Any, u: Any, v: Any) -> Any:
+    """Returns a start of one iteration that ends with PyTorch's sigma.
+
+    PyTorch has ``sigma = u^T W v`` of vectors that follow from one another:
+    ``u = W v / |W v|`` with the older function, and ``v = W^T u / |W^T u|``
+    with the newer one.  One iteration of Chainer's from ``x`` has
+    ``|W y|, y = W^T x / |W^T x|``.  That is sigma at ``y = v`` for the older;
+    for the newer somewhere between the ``y`` that W takes to u, and ``v``.
+    The weight may have moved since, and digits were lost: if ``x = u`` comes
+    nearer, that is taken.
+    """
+    dtype = u.dtype
+    u, v = u.astype(A.dtype), v.astype(A.dtype)
+    sigma = float(u @ (A @ v))
+    if min(A.shape) > LARGE or not A.any():
+        return u
+    solve, solve_transposed = _pseudo_inverses(A)
+    low = solve(u)
+    low /= numpy.linalg.norm(low) or 1.0
+    left, right = 0.0, 1.0
+    for _ in range(50):
+        t = (left + right) / 2
+        y = (1 - t) * low + t * v
+        if numpy.linalg.norm(A @ y) < sigma * numpy.linalg.norm(y):
+            left = t
+        else:
+            right = t
+    x = solve_transposed(y)
+    x /= numpy.linalg.norm(x) or 1.0
+
+    def error(x: Any) -> float:
+        s = A.T @ x.astype(dtype)
+        return abs(float(numpy.linalg.norm(A @ s)) - sigma * float(
+            numpy.linalg.norm(s))) / float(numpy.linalg.norm(s) or 1.0)
+
+    return min((x, u) if x.any() else (u,), key=error)
+
+
+def _pseudo_inverses(
+        A: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Returns what solves ``A x = b`` and ``A^T x = b``, by the smaller of
+    ``A A^T`` and ``A^T A``."""
+    m, n = A.shape
+    values, Q = numpy.linalg.eigh(A @ A.T if m <= n else A.T @ A)
+    inverse = numpy.zeros_like(values)
+    good = values > 1e-13 * values[-1]
+    inverse[good] = 1 / values[good]
+
+    def gram(b: Any) -> Any:
+        return Q @ (inverse * (Q.T @ b))
+
+    if m <= n:
+        return lambda b: A.T @ gram(b), lambda b: gram(A @ b)
+    return lambda b: gram(A.T @ b), lambda b: A @ gram(b)

@@ -1,0 +1,29 @@
+"""The command ``sn-function``, which is ``python -m sn_function``, too.
+
+The commands themselves are in :mod:`sn_function._commands`.
+"""
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+
+def main() -> int:
+    """Runs the command line; returns or exits with its exit code."""
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper):
+            # A name out of a file may have letters that the terminal lacks.
+            stream.reconfigure(errors='backslashreplace')
+    try:
+        from sn_function import _commands
+    except ImportError as e:
+        if (e.name or '').split('.')[0] not in ('click', 'rich'):
+            raise
+        print(f'Error: the command line needs the package {e.name}, which is '
+              f'not installed. Install it:\n\n'
+              f'    pip install "sn_function[cli]"', file=sys.stderr)
+        return 1
+    is_module = os.path.basename(sys.argv[0]) == '__main__.py'
+    name = 'python -m sn_function' if is_module else 'sn-function'
+    return _commands.cli(prog_name=name)
