@@ -1,0 +1,212 @@
+"""Optimizer hooks: a penalty on the spectral norm, instead of a division."""
+from __future__ import annotations
+
+import math
+from typing import Any, Callable
+
+import chainer
+import numpy
+from chainer import link_hooks
+
+from sn_function import _checks, _nodes, errors
+from sn_function._matrix import accumulator_dtype
+from sn_function._power_iteration import Settings
+from sn_function._state import LinkState
+from sn_function.chain import SUPPORTED
+from sn_function.link_hooks import output_axis
+
+# An attribute of the update rule of a parameter, which is copied and pickled
+# with it.
+VECTOR = '_sn_penalty_u'
+N_WARMUP = 15
+
+
+class SpectralNormPenalty:
+    """Optimizer hook that adds a penalty on the spectral norm of each weight.
+
+    To the loss of the optimizer's target it adds
+
+    .. math::
+
+        \\frac{\\lambda}{2} \\sum_W \\sigma(W)^2,
+
+    or rather its gradient :math:`\\lambda \\sigma u v^T` to that of each
+    weight, before the update.  The vectors come from power iterations, and
+    are constants in the gradient, as in the paper.  Once they have converged
+    that is exact.  Before, a second iteration brings it nearer to the
+    gradient of the true norm than going back through the first would.
+
+    The weights are those of the links of the target that
+    :class:`~sn_function.ChainSpectralNormalization` takes: linear layers,
+    embeddings, convolutions and deconvolutions, without those that a link
+    hook normalizes already.  As with :class:`chainer.optimizer_hooks.\
+WeightDecay`, a weight without a gradient is left alone, and the rate is
+    scaled where the loss is.  So is one whose update rule is disabled.
+
+    The value of the penalty is reported as ``spectral_norm_penalty``, by
+    :func:`chainer.report` with the target as the observer: as
+    ``main/spectral_norm_penalty`` by a trainer.  On a device nothing is
+    waited for.
+
+    Each weight has a vector ``u``, which is made at the first update, from
+    the largest row of the weight and some iterations on, and moves on in each
+    update.  It is not in Chainer's snapshots, so a resumed run makes it
+    anew, and goes on with nearly the same numbers; add
+    ``trainer.extend(extensions.SpectralNormPenaltyState(optimizer))`` to go
+    on with the same.
+
+    Args:
+        rate (float): Coefficient :math:`\\lambda` of the penalty, at least 0.
+        n_power_iteration (int): Number of iterations in each update.
+        filter (callable or None): Called with the path of a link in the
+            target, such as ``'/block1/conv'``, and the link; tells whether
+            its weight is penalized.  ``None`` takes all.
+
+    Attributes:
+        rate (float): Coefficient of the penalty, which may be changed.
+        timing (str): ``'pre'``: the hook is called before the update.
+        call_for_each_param (bool): ``False``: it is called once an update.
+
+    Raises:
+        SpectralNormalizationError: One of :mod:`sn_function.errors`; from the
+            first update where no weight is found.
+
+    See: Y. Yoshida and T. Miyato, `Spectral Norm Regularization for Improving
+    the Generalizability of Deep Learning <https://arxiv.org/abs/1705.10941>`_
+
+    .. admonition:: Example
+
+        >>> import chainer, chainer.links as L
+        >>> import numpy as np
+        >>> from sn_function.optimizer_hooks import SpectralNormPenalty
+        >>> model = L.Linear(3, 3)
+        >>> model.W.array[...] = np.diag([4, 2, 1])
+        >>> optimizer = chainer.optimizers.SGD(lr=0.5).setup(model)
+        >>> optimizer.add_hook(SpectralNormPenalty(rate=0.5))
+        >>> model.cleargrads()
+        >>> optimizer.update()          # 4 - 0.5 * 0.5 * 4
+        >>> print(model.W.array.diagonal().round(3))
+        [3. 2. 1.]
+
+    """
+
+    name = 'SpectralNormPenalty'
+    call_for_each_param = False
+    timing = 'pre'
+
+    def __init__(
+            self, rate: float, n_power_iteration: int = 1,
+            filter: Callable[[str, chainer.Link], bool] | None = None,
+    ) -> None:
+        _check_rate(rate)
+        _checks.check_count('n_power_iteration', n_power_iteration, 1)
+        self.rate = rate
+        self.n_power_iteration = n_power_iteration
+        self.filter = filter
+
+    def __call__(self, optimizer: chainer.Optimizer) -> None:
+        """Adds the gradient of the penalty to that of the weights."""
+        links = self._links(optimizer.target)
+        if not links:
+            raise errors.NoPenaltyError(optimizer.target)
+        by_device: dict[str, list[chainer.Link]] = {}
+        for link in links:
+            if _is_updated(link.W):
+                by_device.setdefault(str(link.W.device), []).append(link)
+        penalty: Any = 0.
+        for group in by_device.values():
+            with chainer.using_device(group[0].W.device):
+                value = self._add_gradients(group)
+            # It is an array on a device, and a number on the host.
+            if _checks.is_on_device(value):
+                value = optimizer.target.device.send(value)
+            penalty = penalty + value
+        _report(penalty, optimizer.target)
+
+    def _links(self, target: chainer.Link) -> list[chainer.Link]:
+        found = {  # a weight may be shared
+            id(link.W): link for path, link in target.namedlinks()
+            if isinstance(link, SUPPORTED) and hasattr(link, 'W')
+            and not _is_normalized(link)
+            and (self.filter is None or self.filter(path, link))}
+        return list(found.values())
+
+    def _add_gradients(self, links: list[chainer.Link]) -> Any:
+        """Adds them, for weights on one device; returns the penalty."""
+        calls: list[dict[str, Any]] = [
+            {'W': link.W.array, 'gamma': 1., 'u': vector_of(link),
+             'settings': Settings(
+                 self.n_power_iteration, output_axis(link), True)}
+            for link in links]
+        arithmetic = _nodes.arithmetic_of(calls[0]['W'])
+        results = arithmetic.normalize_all([
+            dict(call, output_names=('sigma',), update_u=True)
+            for call in calls])
+        total: Any = 0.
+        for link, call, ((sigma,), it) in zip(links, calls, results):
+            rate = self.rate
+            if link.W._loss_scale is not None:
+                rate *= link.W._loss_scale
+            call.update(it=it, wanted=('W',),
+                        gsigma=(sigma * rate).astype(sigma.dtype))
+            total = total + sigma.astype(numpy.float64) ** 2
+        for link, (gW,) in zip(links, arithmetic.gradients_all(calls)):
+            link.W.grad += gW
+        return self.rate / 2 * total
+
+
+def vector_of(link: chainer.Link) -> Any:
+    """Returns the vector of the penalty on the link's weight.
+
+    It is kept by the update rule of the weight.
+    """
+    W = link.W.array
+    rule = link.W.update_rule
+    axis = output_axis(link)
+    dtype = accumulator_dtype(W.dtype)
+    u = getattr(rule, VECTOR, None)
+    if u is not None and u.shape == (W.shape[axis],):
+        u = link.W.device.send(u).astype(dtype, copy=False)
+        # On a device a bad vector is replaced without anyone waiting for it.
+        if _checks.is_on_device(u) or (numpy.isfinite(u).all() and u.any()):
+            setattr(rule, VECTOR, u)
+            return u
+    u = _unit_vector_of_largest_row(W, axis, dtype)
+    _nodes.arithmetic_of(W).warm_up(W, u, axis, N_WARMUP)
+    setattr(rule, VECTOR, u)
+    return u
+
+
+def _unit_vector_of_largest_row(W: Any, axis: int, dtype: Any) -> Any:
+    """The same for the same weight, and not orthogonal to what matters."""
+    xp = chainer.backend.get_array_module(W)
+    axes = tuple(k for k in range(W.ndim) if k != axis)
+    with numpy.errstate(all='ignore'):  # the largest may well overflow
+        norms = (W.astype(dtype, copy=False) ** 2).sum(axis=axes)
+    return (xp.arange(len(norms)) == norms.argmax()).astype(dtype)
+
+
+def _is_normalized(link: chainer.Link) -> bool:
+    return LinkState.is_on(link, 'W') or any(
+        isinstance(hook, link_hooks.SpectralNormalization)
+        and hook.weight_name == 'W'
+        for hook in link.local_link_hooks.values())
+
+
+def _is_updated(W: chainer.Parameter) -> bool:
+    rule = W.update_rule
+    return (W.array is not None and W.grad is not None
+            and rule is not None and rule.enabled)
+
+
+def _check_rate(rate: Any) -> None:
+    if not 0 <= _checks.as_float(rate) < math.inf:
+        raise errors.PenaltyRateError(rate)
+
+
+def _report(penalty: Any, target: chainer.Link) -> None:
+    values = {'spectral_norm_penalty': penalty}
+    try:
+        chainer.report(values, target)
+    except KeyError:  # a reporter that does not know the target
+        chainer.report(values)

@@ -1,0 +1,671 @@
+"""What the trainer extension reports, by a float64 SVD and NumPy."""
+import sn_function  # isort: skip  # before chainer, which it repairs
+
+import builtins
+import copy
+import functools
+import io
+import json
+import os
+import sys
+import warnings
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+import pytest
+from chainer import link_hooks, optimizers, serializers, training
+from chainer.backends import cuda
+from chainer.training import extensions as chainer_extensions
+
+from sn_function import SpectralNormalization, _plot, errors, extensions
+from sn_function.extensions import SpectralNormReport
+from sn_function.link_hooks import output_axis
+from sn_function.optimizer_hooks import SpectralNormPenalty
+from tests import reference
+from tests.cuda_on_host import array as on_host
+
+LINKS = {
+    'Linear': lambda: L.Linear(7, 5),
+    'one output': lambda: L.Linear(7, 1),
+    'EmbedID': lambda: L.EmbedID(5, 4),
+    'Convolution2D': lambda: L.Convolution2D(3, 6, (2, 3)),
+    'grouped': lambda: L.Convolution2D(4, 6, 3, groups=2),
+    'ConvolutionND': lambda: L.ConvolutionND(1, 3, 5, 4),
+    'Deconvolution2D': lambda: L.Deconvolution2D(3, 6, 3),
+    'DeconvolutionND': lambda: L.DeconvolutionND(3, 2, 4, 2),
+}
+HOOKS = {
+    'ours': SpectralNormalization,
+    'K = 3': functools.partial(SpectralNormalization, 3, n_warmup=0),
+    'gamma': functools.partial(SpectralNormalization, use_gamma=True),
+    'factor': functools.partial(SpectralNormalization, factor=0.3),
+    'floor': functools.partial(SpectralNormalization, eps=100.0),
+    'cap, above': functools.partial(SpectralNormalization, cap=100.0),
+    'cap, below': functools.partial(SpectralNormalization, cap=0.1),
+    "Chainer's": link_hooks.SpectralNormalization,
+    "Chainer's, K = 2": functools.partial(
+        link_hooks.SpectralNormalization, 2, use_gamma=True, factor=2.0),
+}
+
+
+def measure(link, **kwargs):
+    return SpectralNormReport(link, true_sigma=True, **kwargs).measure()
+
+
+def expected(link):
+    """sigma, residual, the true sigma and the norm, in float64."""
+    hook, = link.local_link_hooks.values()
+    axis = output_axis(link)
+    W = link.W.array.astype(np.float64)
+    u, v, sigma = reference.power_iteration(
+        W, link.W_u.astype(np.float64), hook.n_power_iteration, axis)
+    A = reference.as_matrix(W, axis)
+    residual = np.linalg.norm(A.T @ u - sigma * v) / sigma
+    with chainer.using_config('train', False), chainer.no_backprop_mode():
+        Y = hook.normalize_weight(link).array
+    return (sigma, residual, reference.true_norm(W, axis),
+            reference.true_norm(Y, axis))
+
+
+class TestMeasure:
+
+    @pytest.mark.parametrize('hook', HOOKS)
+    @pytest.mark.parametrize('kind', LINKS)
+    def test_each_link_and_hook(self, kind, hook):
+        link = LINKS[kind]().add_hook(HOOKS[hook]())
+        link.W_u[...] = np.random.normal(size=link.W_u.shape)
+        layer, = measure(link)
+        assert layer.name == 'W'
+        assert layer.shape == link.W.shape
+        sigma, residual, true_sigma, norm = expected(link)
+        np.testing.assert_allclose(
+            layer[2:], (sigma, residual, true_sigma, norm),
+            rtol=1e-5, atol=1e-6)
+        # What the residual promises.
+        r = layer.residual
+        A = reference.as_matrix(
+            link.W.array.astype(np.float64), output_axis(link))
+        s = np.linalg.svd(A, compute_uv=False)
+        assert s[0] * (1 + 1e-5) >= layer.sigma * np.sqrt(1 + r ** 2)
+        assert abs(s - layer.sigma).min() <= (
+            r * layer.sigma / np.sqrt(2) + 1e-5)
+
+    @pytest.mark.parametrize(('dtype', 'tolerance'), [
+        ('e', 2e-3), ('f', 1e-5), ('d', 1e-12)])
+    @pytest.mark.parametrize('size', [1, 1e-4, 3e3])
+    def test_each_dtype(self, dtype, size, tolerance):
+        with chainer.using_config('dtype', np.dtype(dtype)):
+            link = L.Linear(30, 20)
+        link.W.array[...] *= size
+        link.add_hook(SpectralNormalization(eps=0))
+        layer, = measure(link)
+        np.testing.assert_allclose(
+            layer[2:], expected(link), rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize('size', [1e-30, 1e30])
+    def test_extreme_weights(self, size):
+        link = L.Linear(30, 20)
+        link.W.array[...] *= size
+        link.add_hook(SpectralNormalization(eps=0))
+        layer, = measure(link)
+        np.testing.assert_allclose(layer[2:], expected(link), rtol=1e-5)
+
+    def test_it_converges(self):
+        link = L.Linear(20, 30).add_hook(SpectralNormalization())
+        for _ in range(500):
+            link(np.ones((1, 20), 'f'))
+        layer, = measure(link)
+        assert layer.residual < 1e-5
+        np.testing.assert_allclose(layer.norm, 1, rtol=1e-5)
+
+    def test_names(self):
+        class Model(chainer.Chain):
+
+            def __init__(self):
+                super().__init__()
+                with self.init_scope():
+                    self.b = chainer.ChainList(
+                        L.Linear(2, 2).add_hook(SpectralNormalization()))
+                    self.a = L.Linear(2, 2)
+                    self.c = L.Bias(shape=(2, 2))
+                    self.d = self.b[0]  # the same link
+                    self.lstm = L.Maxout(2, 2, 2)
+                self.c.add_hook(SpectralNormalization(weight_name='b'))
+
+        model = Model()
+        names = [layer.name for layer in SpectralNormReport(model).measure()]
+        assert names == ['b/0', 'c/b']
+        found = {layer.name: layer.sigma for layer in measure(model)}
+        assert found.keys() == {'a', 'b/0', 'c/b', 'lstm/linear'}
+        assert found['a'] is None
+
+    def test_two_hooks_on_one_link(self):
+        link = L.StatefulGRU(3, 4)
+        link.W.add_hook(SpectralNormalization())
+        link.U.add_hook(SpectralNormalization())
+        assert [layer.name for layer in SpectralNormReport(link).measure()
+                ] == ['U', 'W']
+
+    def test_a_snapshot_in_another_dtype_and_before_the_first_call(self):
+        link = L.Linear(5, 4).add_hook(SpectralNormalization())
+        before = measure(link)
+        link.W_u = link.W_u.astype(np.float64)
+        np.testing.assert_allclose(measure(link)[0][2:], before[0][2:])
+
+    def test_in_a_call_and_in_a_scope(self):
+        found = []
+
+        class Link(L.Linear):
+
+            def forward(self, x):
+                found.append(measure(self))
+                return super().forward(x)
+
+        link = Link(3, 2).add_hook(SpectralNormalization())
+        with sn_function.cached(link):
+            y = link(np.ones((1, 3), 'f'))
+            measure(link)
+            with chainer.using_config('train', False):
+                np.testing.assert_array_equal(
+                    link(np.ones((1, 3), 'f')).array, y.array)
+        assert found[0][0].true_sigma == pytest.approx(
+            reference.true_norm(link.W.array), rel=1e-5)
+
+
+class Model(chainer.Chain):
+
+    def __init__(self, n_in=6, make_hook=SpectralNormalization):
+        super().__init__()
+        with self.init_scope():
+            self.l1 = L.Linear(n_in, 5).add_hook(make_hook())
+            self.l2 = L.Linear(5, 1).add_hook(make_hook())
+
+    def forward(self, x):
+        loss = F.mean(self.l2(F.relu(self.l1(x))) ** 2)
+        chainer.report({'loss': loss}, self)
+        return loss
+
+
+def make_trainer(out, model=None, n=6, hook=None):
+    model = Model() if model is None else model
+    x = np.random.RandomState(1).normal(size=(20, 6)).astype('f')
+    optimizer = optimizers.Adam(alpha=0.05).setup(model)
+    if hook is not None:
+        optimizer.add_hook(hook)
+    iterator = chainer.iterators.SerialIterator(x, 5, shuffle=False)
+    updater = training.updaters.StandardUpdater(iterator, optimizer)
+    return training.Trainer(updater, (n, 'iteration'), out=str(out)), model
+
+
+def arrays_of(model):
+    return {**{path: param.array for path, param in model.namedparams()},
+            'u1': model.l1.W_u, 'u2': model.l2.W_u}
+
+
+def assert_same(model, other):
+    a, b = arrays_of(model), arrays_of(other)
+    for key, value in a.items():
+        np.testing.assert_array_equal(b[key], value, key)
+
+
+class TestInTraining:
+
+    def test_what_others_find(self, tmp_path):
+        """Whatever reads the observation, and in whatever order."""
+        written = []
+        printed = io.StringIO()
+
+        class Writer:  # as of tensorboardX
+
+            def add_scalar(self, tag, value, step):
+                assert type(value) is float
+                written.append((tag, step))
+
+        @training.make_extension(trigger=(2, 'iteration'))
+        def write(trainer):
+            for key, value in trainer.observation.items():
+                if '/loss' not in key:
+                    Writer().add_scalar(key, value, trainer.updater.iteration)
+
+        trainer, model = make_trainer(tmp_path)
+        every = 2, 'iteration'
+        trainer.extend(chainer_extensions.LogReport(trigger=every))
+        trainer.extend(chainer_extensions.PrintReport(
+            ['iteration', 'sigma/l1', 'residual/l2'], out=printed),
+            trigger=every)
+        trainer.extend(chainer_extensions.PlotReport(
+            ['sigma/l1', 'norm/l1'], trigger=every))
+        trainer.extend(write)
+        trainer.extend(
+            SpectralNormReport(model, true_sigma=True), trigger=every)
+        trainer.run()
+        keys = {f'{kind}/{name}' for name in ('l1', 'l2') for kind in (
+            'sigma', 'residual', 'true_sigma', 'norm')} | {'lipschitz_bound'}
+        log = json.loads((tmp_path / 'log').read_text())
+        assert [entry['iteration'] for entry in log] == [2, 4, 6]
+        assert all(keys <= set(entry) for entry in log)
+        last = {layer.name: layer for layer in measure(model)}
+        assert log[-1]['sigma/l1'] == last['l1'].sigma
+        assert log[-1]['lipschitz_bound'] == pytest.approx(
+            last['l1'].norm * last['l2'].norm)
+        assert {tag for tag, _ in written} == keys
+        assert f'{last["l1"].sigma:.6}' in printed.getvalue()
+        assert (tmp_path / 'plot.png').exists()
+
+    def test_its_own_trigger_is_an_epoch(self, tmp_path):
+        trainer, model = make_trainer(tmp_path, n=9)
+        trainer.extend(SpectralNormReport(model))
+        trainer.extend(chainer_extensions.LogReport())
+        trainer.run()
+        log = json.loads((tmp_path / 'log').read_text())
+        assert [entry['iteration'] for entry in log] == [4, 8]
+        assert 'sigma/l1' in log[0]
+        assert 'true_sigma/l1' not in log[0]
+        assert 'lipschitz_bound' not in log[0]
+        assert os.listdir(tmp_path) == ['log']  # no picture is asked for
+
+    def test_prefix(self, tmp_path):
+        trainer, model = make_trainer(tmp_path, n=1)
+        for prefix in (None, 'dis'):
+            trainer.extend(SpectralNormReport(model, prefix=prefix),
+                           trigger=(1, 'iteration'))
+        trainer.run()
+        observation = trainer.observation
+        assert observation['dis/sigma/l1'] == observation['sigma/l1']
+
+    @pytest.mark.parametrize('make_hook', [
+        SpectralNormalization, link_hooks.SpectralNormalization])
+    def test_training_is_not_disturbed(self, tmp_path, make_hook):
+        """It ends with the same numbers, and draws the same at random."""
+        ends = []
+        first = Model(make_hook=make_hook)
+        for with_report in (False, True):
+            trainer, model = make_trainer(tmp_path, copy.deepcopy(first))
+            if with_report:
+                trainer.extend(
+                    SpectralNormReport(model, True, 'sigma.png'),
+                    trigger=(1, 'iteration'))
+            np.random.seed(7)
+            trainer.run()
+            ends.append((model, np.random.random()))
+        assert_same(ends[0][0], ends[1][0])
+        assert ends[0][1] == ends[1][1]
+
+    def test_lazy_layers_are_left_out_until_they_are_there(self, tmp_path):
+        trainer, model = make_trainer(tmp_path, Model(None), n=1)
+        report = SpectralNormReport(model, true_sigma=True)
+        assert [layer.name for layer in report.measure()] == ['l2']
+        trainer.extend(report, trigger=(1, 'iteration'),
+                       call_before_training=True)
+        found = []
+        trainer.extend(
+            lambda trainer: found.append(dict(trainer.observation)),
+            name='look', trigger=(1, 'iteration'), call_before_training=True)
+        trainer.run()
+        assert 'sigma/l2' in found[0]
+        assert not {'sigma/l1', 'lipschitz_bound'} & set(found[0])
+        assert {'sigma/l1', 'lipschitz_bound'} <= set(found[1])
+
+    def test_nothing_to_report(self, tmp_path):
+        model = L.Linear(6, 1)
+        trainer, _ = make_trainer(tmp_path, model, n=1)
+        trainer.extend(SpectralNormReport(model))
+        with pytest.raises(errors.NothingToReportError, match='Linear has'):
+            trainer.run()
+
+    def test_without_hooks(self, tmp_path):
+        model = L.Linear(6, 1)
+        layer, = measure(model)
+        assert layer[2:4] == (None, None)
+        assert layer.norm == layer.true_sigma == pytest.approx(
+            reference.true_norm(model.W.array), rel=1e-6)
+
+    @pytest.mark.parametrize('tolerance', [0, -1, float('nan'), None])
+    def test_bad_tolerance(self, tolerance):
+        with pytest.raises(errors.ToleranceError, match='above 0'):
+            SpectralNormReport(Model(), tolerance=tolerance)
+
+
+def operator_of(link, shape):
+    """The matrix of a convolution without its bias."""
+    n = int(np.prod(shape))
+    x = np.eye(n, dtype=np.float64).reshape(n, *shape)
+    link = copy.deepcopy(link)
+    with chainer.using_config('use_ideep', 'never'):
+        return link(x).array.reshape(n, -1)
+
+
+@pytest.mark.parametrize(('make', 'shape'), [
+    (lambda: L.Convolution2D(2, 3, 3, pad=1, nobias=True), (2, 5, 6)),
+    (lambda: L.Convolution2D(2, 3, (4, 3), stride=(2, 1), nobias=True),
+     (2, 7, 6)),
+    (lambda: L.Convolution2D(2, 3, 2, stride=2, nobias=True), (2, 6, 6)),
+    (lambda: L.Convolution2D(4, 6, 3, groups=2, nobias=True), (4, 5, 5)),
+    (lambda: L.Convolution2D(1, 2, 3, stride=2, dilate=2, pad=2, nobias=True),
+     (1, 7, 7)),
+    (lambda: L.Convolution2D(1, 2, 3, stride=2, dilate=3, pad=3, nobias=True),
+     (1, 9, 9)),
+    (lambda: L.DilatedConvolution2D(1, 2, 3, dilate=2, pad=2, nobias=True),
+     (1, 6, 6)),
+    (lambda: L.ConvolutionND(1, 2, 3, 5, stride=3, nobias=True), (2, 14)),
+    (lambda: L.Deconvolution2D(2, 3, 3, nobias=True), (2, 4, 5)),
+    (lambda: L.Deconvolution2D(2, 3, 4, stride=2, pad=1, nobias=True),
+     (2, 4, 4)),
+    (lambda: L.Deconvolution2D(4, 6, 3, groups=2, nobias=True), (4, 4, 4)),
+    (lambda: L.DeconvolutionND(1, 2, 3, 5, stride=3, nobias=True), (2, 6)),
+    (lambda: L.Linear(4, 3, nobias=True), (4,)),
+])
+@pytest.mark.parametrize('is_constant', [False, True])
+def test_lipschitz_bound_of_a_layer(make, shape, is_constant, tmp_path):
+    """It holds, and comes close where all entries are one."""
+    with chainer.using_config('dtype', np.float64):
+        link = make()
+    if is_constant:
+        link.W.array[...] = 1
+    norm = np.linalg.svd(operator_of(link, shape), compute_uv=False)[0]
+    observation = {}
+    trainer, _ = make_trainer(tmp_path, L.Linear(6, 1))
+    with chainer.Reporter().scope(observation):
+        SpectralNormReport(link, true_sigma=True)(trainer)
+    bound = observation['lipschitz_bound']
+    assert norm <= bound * (1 + 1e-12)
+    if is_constant:
+        assert norm > 0.3 * bound
+
+
+def test_lipschitz_bound_of_a_network(tmp_path):
+    """Of two linear layers that share their singular vectors it is exact."""
+    Q = np.linalg.qr(np.random.normal(size=(4, 4)))[0].astype('f')
+    model = chainer.ChainList(
+        L.Linear(4, 4, initialW=Q @ np.diag([3, 1, 1, 1]).astype('f')),
+        L.Linear(4, 4, initialW=np.diag([5, 1, 1, 1]).astype('f') @ Q.T))
+    trainer, _ = make_trainer(tmp_path, L.Linear(6, 1))
+    observation = {}
+    with chainer.Reporter().scope(observation):
+        SpectralNormReport(model, true_sigma=True)(trainer)
+    assert observation['lipschitz_bound'] == pytest.approx(15, rel=1e-5)
+    assert reference.true_norm(
+        model[1].W.array @ model[0].W.array) == pytest.approx(15, rel=1e-5)
+
+
+def damage(model, cause):
+    if cause == 'NaN':
+        model.l1.W.array[0, 0] = np.nan
+    elif cause == 'Inf':
+        model.l1.W.array[0, 0] = -np.inf
+    elif cause == 'zero':
+        model.l1.W.array[...] = 0
+    elif cause == 'vector of zeros':
+        model.l1.W_u[...] = 0
+    elif cause == 'vector of NaN':
+        model.l1.W_u[...] = np.nan
+    elif cause == 'estimate':
+        u, s, vt = np.linalg.svd(model.l1.W.array, full_matrices=False)
+        s[:2] = 10, 1
+        model.l1.W.array[...] = (u * s) @ vt
+        model.l1.W_u[...] = u[:, 1] + 0.05 * u[:, 0]
+
+
+MESSAGES = {
+    'NaN': 'l1: the weight holds NaN or Inf',
+    'Inf': 'l1: the weight holds NaN or Inf',
+    'zero': 'l1: the weight is all zero',
+    'vector of zeros': 'l1: the stored vector W_u is zero or not finite',
+    'vector of NaN': 'l1: the stored vector W_u is zero or not finite',
+    'estimate': r'l1: the estimate of sigma, [\d.]+, is off by .*\d+%',
+}
+
+
+def call(report, trainer):
+    """Calls the extension; returns what it reports, and its warnings."""
+    observation = {}
+    with chainer.Reporter().scope(observation), \
+            warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        report(trainer)
+    return observation, caught
+
+
+class TestWarnings:
+
+    @pytest.mark.parametrize('true_sigma', [False, True])
+    @pytest.mark.parametrize('cause', MESSAGES)
+    def test_once_for_each_layer_and_cause(self, cause, true_sigma, tmp_path):
+        trainer, model = make_trainer(tmp_path)
+        report = SpectralNormReport(model, true_sigma)
+        assert call(report, trainer)[1] == []
+        damage(model, cause)
+        values, (warning,) = call(report, trainer)
+        assert issubclass(
+            warning.category, errors.SpectralNormalizationWarning)
+        with pytest.warns(warning.category, match=MESSAGES[cause]):
+            warnings.warn(warning.message, stacklevel=1)
+        assert call(report, trainer)[1] == []
+        if cause in ('NaN', 'Inf'):
+            assert np.isnan(values['sigma/l1'])
+        if cause == 'zero':
+            assert values['sigma/l1'] == 0
+            assert 'residual/l1' not in values
+            assert values.get('norm/l1', 0) == 0
+        assert np.isfinite(values['sigma/l2'])
+        # Of another cause it is told, too.
+        damage(model, 'zero' if cause != 'zero' else 'NaN')
+        assert len(call(report, trainer)[1]) == 1
+
+    def test_at_least_what_the_residual_tells(self, tmp_path):
+        trainer, model = make_trainer(tmp_path)
+        damage(model, 'estimate')
+        errors_of = []
+        for true_sigma in (False, True):
+            _, (warning,) = call(
+                SpectralNormReport(model, true_sigma), trainer)
+            text = str(warning.message)
+            assert ('at least' in text) is not true_sigma
+            errors_of.append(int(text.split('%')[0].split()[-1]))
+        layer = {x.name: x for x in measure(model)}['l1']
+        assert errors_of[1] == round(
+            100 * (1 - layer.sigma / layer.true_sigma))
+        assert 20 <= errors_of[0] <= errors_of[1]
+
+    def test_tolerance(self, tmp_path):
+        trainer, model = make_trainer(tmp_path)
+        damage(model, 'estimate')
+        report = SpectralNormReport(model, True, tolerance=0.99)
+        assert call(report, trainer)[1] == []
+
+    def test_a_layer_without_a_hook(self, tmp_path):
+        trainer, _ = make_trainer(tmp_path)
+        link = L.Linear(3, 2)
+        link.W.array[...] = 0
+        report = SpectralNormReport(link, True, prefix='gen')
+        _, (warning,) = call(report, trainer)
+        assert str(warning.message).startswith('gen/W: the weight is all zero')
+
+
+class TestPicture:
+
+    def run(self, out, n=4, model=None, before=lambda trainer: None,
+            **kwargs):
+        trainer, model = make_trainer(out, model, n)
+        report = SpectralNormReport(model, filename='sigma.png', **kwargs)
+        trainer.extend(report, trigger=(1, 'iteration'))
+        trainer.extend(chainer_extensions.snapshot(), trigger=(2, 'iteration'))
+        before(trainer)
+        trainer.run()
+        return report, trainer
+
+    @pytest.fixture
+    def drawn(self, monkeypatch):
+        """What is drawn, instead of drawing it."""
+        found = []
+        monkeypatch.setattr(
+            _plot, 'draw', lambda history, path: found.append(list(history)))
+        return found
+
+    @pytest.mark.parametrize('true_sigma', [False, True])
+    def test_it_is_a_png(self, true_sigma, tmp_path):
+        self.run(tmp_path, true_sigma=true_sigma)
+        data = (tmp_path / 'sigma.png').read_bytes()
+        assert data.startswith(b'\x89PNG')
+        assert len(data) > 10000
+        assert not [name for name in os.listdir(tmp_path)
+                    if name.startswith('sigma') and name != 'sigma.png']
+
+    def test_many_layers_and_values_that_are_no_numbers(self, tmp_path):
+        history = [
+            {**{f'sigma/layer{i}': value + i for i in range(25)},
+             'iteration': 10 * k, 'sigma/late': 3., 'true_sigma/plain': 2.,
+             'residual/late': 0.1, 'lipschitz_bound': 1.}
+            for k, value in enumerate((1., float('nan'), 0., 1e8))]
+        _plot.draw(history[:1], str(tmp_path / 'one.png'))
+        _plot.draw(history, str(tmp_path / 'all.png'))
+        assert (tmp_path / 'all.png').stat().st_size > 20000
+
+    def test_the_last_picture_has_everything(self, tmp_path, drawn):
+        """And none is drawn while the one before has just been."""
+        report, _ = self.run(tmp_path, n=5)
+        report._rest_until = float('inf')
+        assert [entry['iteration'] for entry in drawn[-1]] == [1, 2, 3, 4, 5]
+        report.finalize()
+        n = len(drawn)
+        trainer, _ = make_trainer(tmp_path)
+        call(report, trainer)
+        assert len(drawn) == n
+        report.finalize()
+        assert len(drawn) == n + 1
+
+    def test_it_goes_on_after_a_resume(self, tmp_path, drawn):
+        self.run(tmp_path)
+        whole = drawn[-1]
+        self.run(tmp_path, before=lambda trainer: serializers.load_npz(
+            str(tmp_path / 'snapshot_iter_2'), trainer))
+        assert drawn[-1] == whole
+        assert [entry['iteration'] for entry in whole] == [1, 2, 3, 4]
+
+    @pytest.mark.parametrize('strict', [True, False])
+    def test_a_snapshot_of_a_run_without_it(self, tmp_path, strict):
+        trainer, model = make_trainer(tmp_path)
+        file = io.BytesIO()
+        trainer.extend(chainer_extensions.snapshot())
+        trainer._start_at = 0
+        serializers.save_npz(file, trainer)
+        file.seek(0)
+        report = SpectralNormReport(model)
+        trainer.extend(report, trigger=(1, 'iteration'))
+        with np.load(file, allow_pickle=True) as f:
+            deserializer = serializers.NpzDeserializer(f, strict=strict)
+            report.serialize(deserializer['extensions']['report'])
+        assert report._history == []
+
+    def test_without_matplotlib(self, tmp_path, monkeypatch):
+        """One warning, and training goes on."""
+        monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+        model = Model()
+        with pytest.warns(errors.SpectralNormalizationWarning,
+                          match='pip install matplotlib'):
+            report = SpectralNormReport(model, filename='sigma.png')
+        trainer, _ = make_trainer(tmp_path, model)
+        trainer.extend(report, trigger=(1, 'iteration'))
+        trainer.run()
+        assert 'sigma/l1' in trainer.observation
+        assert os.listdir(tmp_path) == []
+
+    def test_matplotlib_is_imported_for_a_picture_only(self, monkeypatch):
+        imported = builtins.__import__
+
+        def refuse(name, *args, **kwargs):
+            assert not name.startswith('matplotlib')
+            return imported(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, '__import__', refuse)
+        SpectralNormReport(Model()).measure()
+
+
+class TestPenaltyState:
+
+    def run(self, out, n, snapshot=None, with_state=True):
+        np.random.seed(0)
+        trainer, model = make_trainer(
+            out, Plain(), n, SpectralNormPenalty(0.1))
+        if with_state:
+            trainer.extend(extensions.SpectralNormPenaltyState(
+                trainer.updater.get_optimizer('main')))
+        trainer.extend(chainer_extensions.snapshot(), trigger=(3, 'iteration'))
+        if snapshot is not None:
+            serializers.load_npz(str(snapshot), trainer)
+        trainer.run()
+        return [param.array for _, param in sorted(model.namedparams())]
+
+    def test_a_resumed_run_ends_with_the_same_numbers(self, tmp_path):
+        whole = self.run(tmp_path, 8)
+        for with_state in (True, False):
+            self.run(tmp_path, 3, None, with_state)
+            resumed = self.run(
+                tmp_path, 8, tmp_path / 'snapshot_iter_3', with_state)
+            same = [np.array_equal(a, b) for a, b in zip(whole, resumed)]
+            assert all(same) is with_state
+            for a, b in zip(whole, resumed):
+                assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(a)
+
+    def test_a_snapshot_of_a_run_without_it(self, tmp_path):
+        self.run(tmp_path, 3, None, with_state=False)
+        with warnings.catch_warnings():
+            # By the trigger, of any extension that was not there.
+            warnings.filterwarnings('ignore', '.* is not saved')
+            self.run(tmp_path, 4, tmp_path / 'snapshot_iter_3')
+
+
+class Plain(chainer.Chain):
+
+    def __init__(self):
+        super().__init__()
+        with self.init_scope():
+            self.l1 = L.Linear(6, 5)
+            self.l2 = L.Linear(5, 1)
+
+    forward = Model.forward
+
+
+@pytest.mark.gpu
+class TestOnDevice:
+
+    def make(self):
+        model = chainer.ChainList(
+            L.Linear(7, 5).add_hook(SpectralNormalization(use_gamma=True)),
+            L.Convolution2D(3, 4, 3).add_hook(
+                link_hooks.SpectralNormalization(2)),
+            L.Deconvolution2D(3, 4, 3).add_hook(SpectralNormalization(cap=1)),
+            L.Linear(4, 3))
+        for link in list(model)[:3]:
+            link.W_u[...] = np.random.normal(size=link.W_u.shape)
+        return model
+
+    def test_as_on_the_host_and_waiting_once(self, monkeypatch):
+        model = self.make()
+        expected = measure(model)
+        model.to_device('@cupy:0')
+        before = [cuda.to_cpu(link.W_u) for link in list(model)[:3]]
+        waited = []
+        if cuda.ndarray is on_host.DeviceArray:
+            monkeypatch.setattr(on_host, '_synchronize', waited.append)
+        layers = measure(model)
+        if cuda.ndarray is on_host.DeviceArray:
+            assert len(waited) == 1
+        monkeypatch.undo()
+        for a, b in zip(layers, expected):
+            assert a[:2] == b[:2]
+            for x, y in zip(a[2:], b[2:]):
+                assert x == y or x == pytest.approx(y, rel=1e-4)
+        for link, u in zip(model, before):
+            np.testing.assert_array_equal(cuda.to_cpu(link.W_u), u)
+
+    @pytest.mark.parametrize('cause', MESSAGES)
+    def test_it_warns_as_on_the_host(self, cause, tmp_path):
+        trainer, model = make_trainer(tmp_path)
+        damage(model, cause)
+        model.to_device('@cupy:0')
+        _, (warning,) = call(SpectralNormReport(model, True), trainer)
+        with pytest.warns(warning.category, match=MESSAGES[cause]):
+            warnings.warn(warning.message, stacklevel=1)
