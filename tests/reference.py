@@ -14,6 +14,9 @@ def _norm(x):
     return np.sqrt(np.sum(x * x))
 
 
+# OpenBLAS may compute with what lies beyond the end of a vector, and drops it;
+# NumPy takes the flag that this raises for one of the result.
+@np.errstate(invalid='ignore')
 def power_iteration(W, u, n_power_iteration=1, axis=0):
     """Returns u_K, v_K and sigma."""
     A = as_matrix(W, axis)
