@@ -17,12 +17,13 @@ STAMP := $(VENV)/.made-$(shell { echo "$(PYTHON_PATH)"; \
 	$(PYTHON_PATH) -c 'import sys; print(sys.version)'; \
 	cat setup.py Makefile; } 2>/dev/null | cksum | tr ' ' '-')
 
-.PHONY: help setup test matrix demo defects bench truth nvrtc mutants gpu \
-	gpu-bundle lint docs clean
+.PHONY: help setup test test-mpi matrix demo defects bench truth nvrtc \
+	mutants gpu gpu-bundle lint docs clean
 
 help:
 	@echo 'make demo     train an SNGAN on real handwritten digits (CPU, 2 minutes)'
 	@echo 'make test     run the tests, with coverage'
+	@echo 'make test-mpi ChainerMN on 2 to 4 ranks, CPU (2 minutes)'
 	@echo 'make matrix   the tests with all supported versions (an hour, 2 cores)'
 	@echo 'make defects  the built-in hook beside this one, fault by fault'
 	@echo 'make bench    time weights and models beside others (CPU, 10 minutes)'
@@ -80,6 +81,13 @@ bench: setup
 $(STAMP)-nvrtc: $(STAMP)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[nvrtc]'
 	@touch $@
+
+$(STAMP)-mpi: $(STAMP)
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[mpi]'
+	@touch $@
+
+test-mpi: $(STAMP)-mpi
+	$(PY) -m pytest tests/mpi/runs.py tests/test_sharded.py
 
 truth: setup
 	OPENBLAS_NUM_THREADS=1 $(PY) -m tests.truth

@@ -8,7 +8,7 @@ https://arxiv.org/abs/1802.05637.
 """
 from __future__ import annotations
 
-from typing import Any, Callable, Tuple
+from typing import Any, Tuple
 
 import chainer
 import chainer.functions as F
@@ -16,7 +16,6 @@ import chainer.links as L
 import numpy
 
 ImageShape = Tuple[int, int, int]  # channels, height, width
-LinkFilter = Callable[[chainer.Link], chainer.Link]
 N_CLASSES = 10
 
 
@@ -106,26 +105,23 @@ class Discriminator(chainer.Chain):
 
     Args:
         shape: (channels, height, width) of an image.
-        normalize: Adds a hook, if any, to a layer, and returns the layer.
         ch: Number of the first feature maps.
     """
 
-    def __init__(
-            self, shape: ImageShape, normalize: LinkFilter, ch: int = 64
-    ) -> None:
+    def __init__(self, shape: ImageShape, ch: int = 64) -> None:
         super().__init__()
         in_channels, height, width = shape
         with self.init_scope():
             self.convs = chainer.ChainList()
             for _ in range(n_halvings(height) + 1):
-                self.convs.append(normalize(
-                    L.Convolution2D(in_channels, ch, 4, stride=2, pad=1)))
+                self.convs.append(
+                    L.Convolution2D(in_channels, ch, 4, stride=2, pad=1))
                 in_channels, ch = ch, ch * 2
                 height, width = height // 2, width // 2
             size = in_channels * height * width
-            self.linear = normalize(L.Linear(size, 1))
-            self.embed = normalize(L.EmbedID(
-                N_CLASSES, size, chainer.initializers.LeCunNormal()))
+            self.linear = L.Linear(size, 1)
+            self.embed = L.EmbedID(
+                N_CLASSES, size, chainer.initializers.LeCunNormal())
 
     def forward(self, x: Any, labels: Any) -> chainer.Variable:
         h = x

@@ -11,9 +11,13 @@ which digit to draw.  Into the directory --out go
     log               what LogReport saw
     snapshot_iter_*   for --resume
     gen.npz, dis.npz  the trained networks
+    dis_plain.npz     the discriminator with its normalized weights, no hook
 
 It needs `pip install 'sn_function[examples]'`, and takes about two minutes on
-two CPU cores.
+two CPU cores.  With the extra `mpi` it runs on several processes or machines,
+which share each batch:
+
+    mpiexec -n 2 python examples/train_sngan_digits.py --communicator naive
 """
 from __future__ import annotations
 
@@ -43,25 +47,27 @@ from rich.console import Console
 from sngan_models import (
     Discriminator,
     Generator,
-    LinkFilter,
     loss_dis,
     loss_gen,
 )
 
-HOOKS = {
-    'sn_function': sn_function.SpectralNormalization,
-    'chainer': chainer.link_hooks.SpectralNormalization,
-    'none': None,
-}
+from sn_function import distributed
+from sn_function.extensions import SpectralNormReport
+
+HOOKS = 'sn_function', 'chainer', 'none'
+COMMUNICATORS = 'naive', 'flat', 'non_cuda_aware', 'pure_nccl'
 
 
-def make_normalizer(args: argparse.Namespace) -> LinkFilter:
-    """Returns the function that adds the hook to a layer."""
-    make_hook = HOOKS[args.hook]
-    if make_hook is None:
-        return lambda link: link
-    return lambda link: link.add_hook(
-        make_hook(n_power_iteration=args.n_power_iteration))
+def normalize(args: argparse.Namespace, dis: Discriminator) -> None:
+    """Adds the hook to all layers of the discriminator."""
+    settings = {'n_power_iteration': args.n_power_iteration}
+    if args.hook == 'sn_function':
+        dis.add_hook(sn_function.ChainSpectralNormalization(**settings))
+    elif args.hook == 'chainer':
+        for link in dis.links():
+            if hasattr(link, 'W'):
+                link.add_hook(
+                    chainer.link_hooks.SpectralNormalization(**settings))
 
 
 class SNGANUpdater(training.updaters.StandardUpdater):
@@ -135,18 +141,49 @@ def every(interval: int, last: int) -> Callable[[training.Trainer], bool]:
     return trigger
 
 
+def make_optimizer(args: argparse.Namespace) -> Any:
+    optimizer = chainer.optimizers.Adam(
+        args.alpha, beta1=args.beta1, beta2=0.9)
+    if args.comm is None:
+        return optimizer
+    # It means the gradients, and sees to it that u is the same on all ranks.
+    return distributed.create_multi_node_optimizer(optimizer, args.comm)
+
+
+def make_iterator(
+        args: argparse.Namespace,
+        images: digits_data.Images) -> chainer.dataset.Iterator:
+    dataset = chainer.datasets.TupleDataset(images.train, images.train_labels)
+    if args.comm is None:
+        return chainer.iterators.SerialIterator(dataset, args.batchsize)
+    import chainermn
+    return chainer.iterators.SerialIterator(
+        chainermn.scatter_dataset(
+            dataset, args.comm, shuffle=True, seed=args.seed),
+        args.batchsize // args.comm.size)
+
+
+def make_snapshot(args: argparse.Namespace) -> training.Extension:
+    if args.comm is None:
+        return extensions.snapshot()
+    import chainermn
+    # One of each rank, which has an order of images of its own.
+    own = extensions.snapshot()
+    snapshot = chainermn.extensions.multi_node_snapshot(
+        args.comm, own, list(range(args.comm.size)))
+    snapshot.priority = own.priority    # after all other extensions
+    return snapshot
+
+
 def make_trainer(
         args: argparse.Namespace, images: digits_data.Images,
         gen: Generator, dis: Discriminator, noise: Any) -> training.Trainer:
     """Puts the updater and the extensions together."""
     device, last = args.device, args.iteration
     optimizers = {
-        name: chainer.optimizers.Adam(
-            args.alpha, beta1=args.beta1, beta2=0.9).setup(model)
+        name: make_optimizer(args).setup(model)
         for name, model in (('gen', gen), ('dis', dis))}
-    iterator = chainer.iterators.SerialIterator(
-        chainer.datasets.TupleDataset(images.train, images.train_labels),
-        args.batchsize)
+    iterator = make_iterator(args, images)
     updater = SNGANUpdater(
         iterator, optimizers, input_device=device, n_dis=args.n_dis)
     trainer = training.Trainer(updater, (last, 'iteration'), out=args.out)
@@ -160,23 +197,26 @@ def make_trainer(
                 'alpha', (args.alpha, 0.), (last // 2, last * 19 // 20),
                 optimizer),
             name=f'decay_{name}', trigger=(1, 'iteration'))
-    display = every(args.display_interval, last)
     snapshot = every(args.snapshot_interval, last)
-    trainer.extend(sigma_report.SigmaReport(dis), trigger=display)
-    trainer.extend(extensions.LogReport(trigger=display))
-    trainer.extend(extensions.PrintReport(
-        ['epoch', 'iteration', 'gen/loss', 'dis/loss', 'elapsed_time'],
-        out=sys.stdout if sys.stdout.isatty() else PlainOutput()),
-        trigger=display)
-    if sys.stdout.isatty():  # in a file or a pipe it is noise
-        trainer.extend(extensions.ProgressBar(
-            update_interval=10, out=sys.stdout))
-    trainer.extend(
-        lambda _: sample_grid.draw(
-            images, gen, noise, os.path.join(args.out, 'samples.png')),
-        name='draw_samples', trigger=snapshot)
+    if args.is_first:
+        display = every(args.display_interval, last)
+        trainer.extend(
+            SpectralNormReport(dis, true_sigma=True, filename='sigma.png'),
+            trigger=display)
+        trainer.extend(extensions.LogReport(trigger=display))
+        trainer.extend(extensions.PrintReport(
+            ['epoch', 'iteration', 'gen/loss', 'dis/loss', 'elapsed_time'],
+            out=sys.stdout if args.is_terminal else PlainOutput()),
+            trigger=display)
+        if args.is_terminal:  # in a file or a pipe it is noise
+            trainer.extend(extensions.ProgressBar(
+                update_interval=10, out=sys.stdout))
+        trainer.extend(
+            lambda _: sample_grid.draw(
+                images, gen, noise, os.path.join(args.out, 'samples.png')),
+            name='draw_samples', trigger=snapshot)
     trainer.extend(RandomState())
-    trainer.extend(extensions.snapshot(), trigger=snapshot)
+    trainer.extend(make_snapshot(args), trigger=snapshot)
     return trainer
 
 
@@ -201,7 +241,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add('--dataset', choices=digits_data.NAMES, default='digits',
         help='digits comes with scikit-learn, the others are downloaded')
-    add('--hook', choices=list(HOOKS), default='sn_function',
+    add('--hook', choices=HOOKS, default='sn_function',
         help='spectral normalization of the discriminator')
     length = parser.add_mutually_exclusive_group()
     length.add_argument('--iteration', '-i', type=positive_int, default=2000,
@@ -222,7 +262,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('--beta1', type=float, default=0.5,
         help='of Adam; the paper has also 0')
     add('--gpu', '-g', type=int, default=-1, metavar='N',
-        help='GPU to use; below 0, the CPU')
+        help='GPU to use, of several ranks the first; below 0, the CPU')
+    add('--communicator', choices=COMMUNICATORS, default=None,
+        help='of ChainerMN, under mpiexec; the ranks share --batchsize')
     add('--seed', type=int, default=0, help='of all random numbers')
     add('--out', '-o', default='result', metavar='DIRECTORY',
         help='all files go there')
@@ -237,15 +279,51 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f'argument --seed: {args.seed} is not in 0 to 2^32 - 1')
     if not 0 <= args.beta1 < 1:
         parser.error(f'argument --beta1: {args.beta1} is not in [0, 1)')
-    if args.resume is not None and not os.path.isfile(args.resume):
+    args.comm = make_communicator(parser, args)
+    args.is_first = args.comm is None or args.comm.rank == 0
+    # mpiexec gives each rank a terminal, wherever its output goes.
+    args.is_terminal = args.comm is None and sys.stdout.isatty()
+    if args.resume is not None and args.comm is not None:
+        args.resume += f'.{args.comm.rank}'
+    elif args.resume is not None and not os.path.isfile(args.resume):
         parser.error(f'argument --resume: there is no file {args.resume}')
     try:
+        if args.gpu >= 0 and args.comm is not None:
+            args.gpu += args.comm.intra_rank
         args.device = chainer.get_device(
             f'@cupy:{args.gpu}' if args.gpu >= 0 else '@numpy')
         args.device.use()
     except Exception as e:  # Chainer and CuPy raise several kinds
-        parser.error(f'argument --gpu: cannot use GPU {args.gpu}: {e}')
+        message = f'argument --gpu: cannot use GPU {args.gpu}: {e}'
+        if args.comm is not None:
+            give_up(args, message)
+        parser.error(message)
     return args
+
+
+def make_communicator(
+        parser: argparse.ArgumentParser, args: argparse.Namespace) -> Any:
+    if args.communicator is None:
+        return None
+    import chainermn
+    try:
+        comm = chainermn.create_communicator(args.communicator)
+    except (ImportError, RuntimeError) as e:    # no mpi4py, no MPI, no NCCL
+        parser.error(f"argument --communicator: {e} The extra has mpi4py and "
+                     f"an MPI: pip install 'sn_function[mpi]'")
+    # A rank that fails ends the others, which would wait for it.
+    chainermn.global_except_hook.add_hook()
+    if args.batchsize % comm.size:
+        parser.error(f'argument --batchsize: {args.batchsize} images cannot '
+                     f'be shared out over {comm.size} ranks')
+    return comm
+
+
+def give_up(args: argparse.Namespace, message: str) -> int:
+    print(message, file=sys.stderr, flush=True)
+    if args.comm is not None:
+        args.comm.mpi_comm.Abort(1)     # the other ranks would wait
+    return 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -255,20 +333,23 @@ def main(argv: list[str] | None = None) -> int:
     try:
         images = digits_data.load(args.dataset)
     except digits_data.DatasetUnavailableError as e:
-        print(e, file=sys.stderr)
-        return 1
+        return give_up(args, str(e))
     if args.epoch is not None:
         args.iteration = max(1, round(
             args.epoch * len(images.train) / args.batchsize / args.n_dis))
-    print(f'Device: {args.device}')
-    print(f'Images: {len(images.train)} of {args.dataset}, '
-          f'{len(images.test)} held out')
-    print(f'Hook: {args.hook}')
-    print(f'Iterations: {args.iteration}, batch size: {args.batchsize}\n',
-          flush=True)
+    if args.is_first:
+        print(f'Device: {args.device}')
+        if args.comm is not None:
+            print(f'Ranks: {args.comm.size}, {args.communicator}')
+        print(f'Images: {len(images.train)} of {args.dataset}, '
+              f'{len(images.test)} held out')
+        print(f'Hook: {args.hook}')
+        print(f'Iterations: {args.iteration}, batch size: {args.batchsize}\n',
+              flush=True)
 
     shape = images.train.shape[1:]
-    gen, dis = Generator(shape), Discriminator(shape, make_normalizer(args))
+    gen, dis = Generator(shape), Discriminator(shape)
+    normalize(args, dis)
     gen.to_device(args.device)
     dis.to_device(args.device)
     # Noise that training has no part in, the same before and after it.
@@ -278,30 +359,36 @@ def main(argv: list[str] | None = None) -> int:
     samples = {
         'real, for training': (images.train[:n], images.train_labels[:n]),
         'untrained generator': (gen.sample(noise, labels), labels)}
+    if not args.is_first:   # each rank draws noise of its own
+        numpy.random.seed((args.seed + args.comm.rank) % 2 ** 32)
     trainer = make_trainer(args, images, gen, dis, noise)
     if args.resume is not None:
         try:
             chainer.serializers.load_npz(args.resume, trainer)
         except Exception as e:  # of many kinds, by what is wrong with it
-            print(f'Cannot resume from {args.resume}: '
-                  f'{type(e).__name__}: {e}. Is it a snapshot of a run with '
-                  f'the same --dataset and --hook?', file=sys.stderr)
-            return 1
+            return give_up(
+                args, f'Cannot resume from {args.resume}: '
+                f'{type(e).__name__}: {e}. Is it a snapshot of a run with '
+                f'the same --dataset and --hook?')
     trainer.run()
+    if not args.is_first:
+        return 0
 
     samples['trained generator'] = gen.sample(noise, labels), labels
     scores = digits_score.score(images, samples, args.device)
     with open(os.path.join(args.out, 'scores.json'), 'w') as f:
         json.dump(scores, f, indent=4)
-    for name, model in (('gen', gen), ('dis', dis)):
+    plain = sn_function.bake(dis)
+    for name, model in (('gen', gen), ('dis', dis), ('dis_plain', plain)):
         chainer.serializers.save_npz(
             os.path.join(args.out, f'{name}.npz'), model)
-    sigma_report.plot(trainer.get_extension('LogReport').log,
-                      os.path.join(args.out, 'sigma.png'))
 
     # Where there is no terminal to ask for its width, wide enough.
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    layers = list(sigma_report.measure(dis))
+    console = Console(width=None if args.is_terminal else 100,
+                      force_terminal=args.is_terminal)
+    layers = trainer.get_extension('SpectralNormReport').measure()
+    if args.hook != 'none':
+        print(f'{sn_function.summary(dis)}\n')
     console.print(digits_score.make_table(scores),
                   sigma_report.make_table(layers),
                   sigma_report.verdict(layers))

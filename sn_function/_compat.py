@@ -10,6 +10,9 @@ what it finds missing or broken, in two ways:
 * :mod:`sn_function._repairs`: a function of Chainer that fails a tiny trial
   run is mended in Chainer.
 
+:mod:`sn_function._exporter` does both for `onnx_chainer`, when a program
+imports that, and :mod:`sn_function._chainermn` the latter for ChainerMN.
+
 No other file of the package knows of NumPy, Chainer or Python versions.
 
 `applied` names what was done.  On the stacks of Chainer's own time that is
@@ -20,6 +23,7 @@ Chainer can be imported by itself.  A worker process started by `spawn` or
 `forkserver` imports Chainer anew, but the script that started it first: so
 that script has to import `sn_function` before `chainer`, at its top level.
 """
+import os
 import sys
 from typing import Tuple
 
@@ -28,15 +32,20 @@ def _repair() -> Tuple[str, ...]:
     from sn_function import _loans
     names = _loans.import_chainer()
     # It imports Chainer, which can be done only now.
-    from sn_function import _repairs
+    from sn_function import _chainermn, _exporter, _repairs
+    _exporter.install()
+    _chainermn.install()
     return (*names, *_repairs.repair())
 
 
 def explain(name: str) -> Tuple[str, str]:
-    """What is wrong without `name` of `applied`, and when it is needed."""
-    from sn_function import _loans, _repairs
-    repairs = {each.name: (each.fault, each.needed)
-               for each in _repairs.REPAIRS}
+    """What is wrong without `name` of `applied`, and when it is needed.
+
+    And so of `_exporter.applied` and `_chainermn.applied`.
+    """
+    from sn_function import _chainermn, _exporter, _loans, _repairs
+    repairs = {each.name: (each.fault, each.needed) for each in (
+        *_repairs.REPAIRS, *_exporter.REPAIRS, *_chainermn.REPAIRS)}
     return {**_loans.REASONS, **repairs}[name]
 
 
@@ -51,7 +60,10 @@ def _see_doctor() -> None:
 # the doctor is seen once an import has failed.
 _is_asked = sys.argv[:2] == ['-m', 'doctor']
 _is_named = 'sn_function' in getattr(sys, 'orig_argv', ())
-if _is_asked and _is_named:
+# So does `sn-function doctor`.
+_is_script = (os.path.basename(sys.argv[0]) == 'sn-function'
+              and sys.argv[1:2] == ['doctor'])
+if (_is_asked and _is_named) or _is_script:
     _see_doctor()
 
 try:

@@ -2,7 +2,7 @@
 and what to do.  Every one is raised before anything has been changed."""
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 
 class SpectralNormalizationError(Exception):
@@ -240,13 +240,15 @@ class WeightInUseError(SpectralNormalizationError, RuntimeError):
 
 
 class HookedExportError(SpectralNormalizationError, RuntimeError):
-    """A model with hooks is to be exported."""
+    """A model that normalizes its weights is to be exported."""
 
     def __init__(self, paths: Sequence[str]) -> None:
+        what = (f'these links have a hook of it: {", ".join(paths)}' if paths
+                else 'the model computes it, in a link that is not among its '
+                     'namedlinks() or without a link')
         super().__init__(
-            f'ONNX has no spectral normalization, but these links have a hook '
-            f'of it: {", ".join(paths)}. Export the model with the '
-            f'normalized weights: '
+            f'ONNX has no spectral normalization, but {what}. Export a model '
+            f'that has the normalized weights instead: '
             f'onnx_chainer.export(sn_function.bake(model), args).')
 
 
@@ -318,6 +320,103 @@ class NoPenaltyError(SpectralNormalizationError, ValueError):
 
 class SpectralNormalizationWarning(UserWarning):
     """Something is wrong with a weight or with what is known of it."""
+
+
+# Processes that train one model
+
+class NotSynchronizedError(SpectralNormalizationError, RuntimeError):
+    """Ranks have different models."""
+
+    def __init__(self, differences: Mapping[str, Sequence[int]]) -> None:
+        def some(items: Sequence[str]) -> str:
+            more = f' and {len(items) - 8} more' if len(items) > 8 else ''
+            return ', '.join(items[:8]) + more
+
+        self.differences = differences
+        found = [f'{path} of {"rank" if len(ranks) == 1 else "ranks"} '
+                 f'{some([str(rank) for rank in ranks])}'
+                 for path, ranks in differences.items()]
+        super().__init__(
+            f'These differ from rank 0, or are there on one side only: '
+            f'{some(found)}. Make the optimizer by '
+            f'sn_function.distributed.create_multi_node_optimizer; call the '
+            f'model in training mode on all ranks or on none, and change no '
+            f'weight on one alone.')
+
+
+# Weights whose rows are spread over processes
+
+class CommunicatorError(SpectralNormalizationError, TypeError):
+    """What is given for a communicator is none."""
+
+    def __init__(self, comm: Any) -> None:
+        super().__init__(
+            f'comm must be an intracommunicator of mpi4py, such as '
+            f'mpi4py.MPI.COMM_WORLD, or a communicator of ChainerMN, but is a '
+            f'{type(comm).__name__}.')
+
+
+class OtherRankError(SpectralNormalizationError, RuntimeError):
+    """Another rank has refused its arguments."""
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(
+            f'Rank {rank} has refused its arguments, so all ranks stop. '
+            f'Correct what it says: {message}')
+
+
+class ShardMismatchError(SpectralNormalizationError, ValueError):
+    """The ranks give arguments that do not fit together."""
+
+    def __init__(self, name: str, own: float, least: float,
+                 most: float) -> None:
+        super().__init__(
+            f'All ranks must agree on {name}, but it is {own:g} on this one '
+            f'and from {least:g} to {most:g} on all. Call it with the same '
+            f'settings on all ranks, and with rows of one weight.')
+
+
+class ShardedVectorTypeError(SpectralNormalizationError, TypeError):
+    """The start vector of a sharded weight is a Variable."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            'u must be an array, as a sharded weight has no gradient with '
+            'respect to it, but is a Variable. Give u.array.')
+
+
+class ShardedVectorValueError(VectorValueError):
+    """The start vector of a sharded weight is zero or not finite."""
+
+    def __init__(self, largest: float) -> None:
+        what = ('is all zero on all ranks' if largest == 0
+                else 'holds NaN or Inf on one rank or more')
+        SpectralNormalizationError.__init__(
+            self, f'u {what}, so power iteration cannot start from it. Give '
+            f'a vector that is finite on all ranks and not zero on one of '
+            f'them, e.g. numpy.random.normal(size=len(W)).astype(W.dtype).')
+
+
+class ShardedDeviceError(SpectralNormalizationError, TypeError):
+    """The rows of a sharded weight are not in the memory of the host."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            'W and u are CuPy arrays, but rows that are spread over ranks '
+            'must be NumPy arrays. Send them to the host first: '
+            'chainer.functions.copy(W, -1) for a Variable, '
+            'chainer.get_device("@numpy").send(u) for an array.')
+
+
+class ShardedDoubleBackwardError(
+        SpectralNormalizationError, NotImplementedError):
+    """A gradient of second order goes through a sharded weight."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            'A weight whose rows are spread over ranks has gradients of first '
+            'order only, but this one was differentiated twice. Unchain its '
+            'gradient, or normalize the whole weight on each rank.')
 
 
 # Snapshots
@@ -444,6 +543,15 @@ class SnapshotTargetError(SnapshotError):
     def __init__(self, path: str, key: str, what: str) -> None:
         super().__init__(
             path, key, what, 'Choose another layout, or bake the snapshot.')
+
+
+class LayoutNameError(SpectralNormalizationError, ValueError):
+    """There is no layout of this name."""
+
+    def __init__(self, layout: Any, known: Sequence[str]) -> None:
+        super().__init__(
+            f'layout must be one of {", ".join(map(repr, known))}, but is '
+            f'{layout!r}.')
 
 
 class SnapshotOutputError(SnapshotError):

@@ -421,9 +421,8 @@ class TestBakedModel:
         sngan_models = example()
         shape = 1, 28, 28
         labels = ints(3, 1, 4)
-        dis = sngan_models.Discriminator(
-            shape, lambda link: link.add_hook(
-                SpectralNormalization(use_gamma=use_gamma)), ch=8)
+        dis = sngan_models.Discriminator(shape, ch=8)
+        dis.add_hook(ChainSpectralNormalization(use_gamma=use_gamma))
         gen = sngan_models.Generator(shape, ch=4)
         gen.add_hook(ChainSpectralNormalization(use_gamma=use_gamma))
         z, images = x(3, gen.n_hidden), x(3, *shape)

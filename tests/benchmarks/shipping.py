@@ -57,8 +57,8 @@ def networks(
     def images(n: int) -> Any:
         return random.uniform(-1, 1, (n, *shape)).astype('f')
 
-    dis = sngan_models.Discriminator(shape, lambda link: link.add_hook(
-        sn_function.SpectralNormalization()))
+    dis = sngan_models.Discriminator(shape)
+    dis.add_hook(sn_function.ChainSpectralNormalization())
     gen = sngan_models.Generator(shape)
     if directory is not None:
         serializers.load_npz(directory / 'dis.npz', dis)

@@ -1,0 +1,214 @@
+"""Mends ChainerMN, Chainer's package for many machines, when it is imported.
+
+It needs mpi4py, so nothing is done or imported before a program imports it.
+As in :mod:`sn_function._repairs`, what fails a tiny trial run is mended, and
+:data:`REPAIRS` says what is wrong and when that is needed.
+"""
+import collections
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import re
+import sys
+import types
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+import chainer
+import numpy
+
+from sn_function._precision import WrongResultError
+from sn_function._repairs import Repair
+
+# Names of what was mended in this process.
+applied: List[str] = []
+
+
+def _module(name: str) -> Any:
+    return sys.modules[f'chainermn.{name}']
+
+
+def _with_chainer(function: Callable, **names: Any) -> Callable:
+    """A copy of a function of ChainerMN for which Chainer has only these."""
+    scope = {**function.__globals__,
+             'chainer': types.SimpleNamespace(**names)}
+    copy = types.FunctionType(
+        function.__code__, scope, function.__name__,
+        function.__defaults__, function.__closure__)
+    return functools.update_wrapper(copy, function)
+
+
+# A slave of the iterator takes an array of one element for a number.
+
+class _OneElement:
+    """A communicator that broadcasts the number 1."""
+
+    def bcast(self, x: Any, root: int) -> Any:
+        return numpy.ones(1, numpy.float32)
+
+
+def _try_multi_node_iterator() -> None:
+    _module('iterators.multi_node_iterator')._MultiNodeIteratorSlave(
+        _OneElement(), 0)
+
+
+def _mend_multi_node_iterator() -> None:
+    def whole(x: Any) -> int:
+        return int(x.item() if isinstance(x, numpy.ndarray) else x)
+
+    vars(_module('iterators.multi_node_iterator'))['int'] = whole
+
+
+# An average of unit vectors is none: of two opposite ones it is zero.  With
+# three ranks it moves even vectors that are equal, by rounding.
+
+def _try_allreduce_persistent() -> None:
+    link = chainer.Link()
+    link.add_persistent('W_u', numpy.ones(1))
+    # Adding it would draw random numbers.
+    hook = chainer.link_hooks.SpectralNormalization()
+    link._local_link_hooks = collections.OrderedDict({hook.name: hook})
+    module = _module('extensions.allreduce_persistent')
+    if list(module._namedpersistents(link)):
+        raise WrongResultError
+
+
+def _mend_allreduce_persistent() -> None:
+    def namedpersistents(model: chainer.Link) -> Iterator[Tuple[str, Any]]:
+        from sn_function.distributed import vector_names  # needs Chainer
+        for path, link in model.namedlinks():
+            for name in link._persistent:
+                if name not in vector_names(link):
+                    yield f'{path}/{name}', link.__dict__[name]
+
+    _module('extensions.allreduce_persistent')._namedpersistents = (
+        namedpersistents)
+
+
+# The array that receives what was sent in another dtype is a copy, which
+# NumPy 2 and what follows it refuse to make for copy=False.
+
+class _NoBuffer:
+    """A buffer of the device that leaves an array as it is."""
+
+    def to_device(self, *args: Any) -> None:
+        pass
+
+
+def _try_unpack_params() -> None:
+    parameter = types.SimpleNamespace(data=numpy.zeros(1, numpy.float16))
+    _module('communicators._memory_utility').unpack_params(
+        [parameter], 'data', _NoBuffer(), numpy.float32, False)
+
+
+def _mend_unpack_params() -> None:
+    def array(x: Any, copy: bool, dtype: Any) -> Any:
+        return x.astype(dtype)      # asked for where it is another one
+
+    xp = types.SimpleNamespace(array=array)
+    module = _module('communicators._memory_utility')
+    module.unpack_params = _with_chainer(
+        module.unpack_params,
+        backend=types.SimpleNamespace(get_array_module=lambda _: xp))
+
+
+# The kernels that gather gradients use `half`, which came with CuPy's header.
+
+_KERNELS = '_cupy_batched_pack_params', '_cupy_batched_unpack_params'
+
+
+def _try_half() -> None:
+    module = _module('communicators._memory_utility')
+    cupy = module.cp
+    if cupy is None or hasattr(getattr(module, _KERNELS[0]), '__wrapped__'):
+        return
+    header = os.path.join(os.path.dirname(cupy.__file__), '_core', 'include',
+                          'cupy', 'carray.cuh')
+    with open(header, encoding='utf-8') as f:
+        if not re.search(r'#include .*(fp16|float16)', f.read()):
+            raise WrongResultError
+
+
+def _mend_half() -> None:
+    def raw(code: str, name: str) -> Any:
+        return chainer.backends.cuda.raw(
+            '#include <cupy/float16.cuh>\n' + code, name)
+
+    module = _module('communicators._memory_utility')
+    for name in _KERNELS:
+        setattr(module, name, _with_chainer(
+            getattr(module, name), cuda=types.SimpleNamespace(raw=raw)))
+
+
+# By the module that has been imported.  Each goes with the support of
+# Chainer 7, or of what it is needed with.
+BY_MODULE: Dict[str, Tuple[Repair, ...]] = {
+    'chainermn': (
+        Repair('allreduce_persistent',
+               'AllreducePersistent of ChainerMN averages the vectors of '
+               'spectral normalization', 'with Chainer 7.8.1',
+               _try_allreduce_persistent, WrongResultError,
+               _mend_allreduce_persistent),
+        Repair('multi_node_iterator',
+               'create_multi_node_iterator of ChainerMN fails on all ranks '
+               'but one', 'with NumPy 2.4 or newer',
+               _try_multi_node_iterator, TypeError,
+               _mend_multi_node_iterator)),
+    'chainermn.communicators._memory_utility': (
+        Repair('unpack_params',
+               'the GPU communicators of ChainerMN fail where gradients are '
+               'sent in another dtype', 'with NumPy 2',
+               _try_unpack_params, ValueError, _mend_unpack_params),
+        Repair('batched_copy',
+               'the kernels of the GPU communicators of ChainerMN are not '
+               'compiled', 'with CuPy 14',
+               _try_half, WrongResultError, _mend_half)),
+}
+REPAIRS = tuple(each for repairs in BY_MODULE.values() for each in repairs)
+
+
+def mend(name: str) -> None:
+    """Mends what a module of ChainerMN that was imported has brought."""
+    for each in BY_MODULE[name]:
+        if each.is_needed():
+            each.mend()
+            applied.append(each.name)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Mends each of the modules when it is imported."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname not in BY_MODULE:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                run(module)
+                mend(fullname)
+
+            # This loader belongs to this one module.
+            vars(spec.loader)['exec_module'] = exec_module
+        return spec
+
+
+def install() -> None:
+    """Sees to it that ChainerMN is mended, now or when it is imported."""
+    for name in BY_MODULE:
+        if name in sys.modules:
+            mend(name)
+    # By name: after a reload of this module the class is another one.
+    if _is_mpi4py_there() and not any(
+            type(each).__module__ == __name__ for each in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _is_mpi4py_there() -> bool:
+    """Without it ChainerMN has no communicators."""
+    try:
+        return importlib.util.find_spec('mpi4py') is not None
+    except ValueError:      # a module without a spec
+        return True

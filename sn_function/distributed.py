@@ -1,0 +1,266 @@
+"""ChainerMN: the same ``u`` on every rank of MPI, with one broadcast.
+
+``u`` is a function of the weights that it has seen and of its start.  Where
+the ranks have the same weights in each step, as in data-parallel training,
+they have the same ``u`` in each step if they had it once, and nothing needs
+to be sent.  ChainerMN sends parameters at the start, and leaves a ``u`` of its
+own to each rank.  What is here sends ``u`` along:
+
+.. code-block:: python
+
+    import chainermn
+    import sn_function.distributed
+
+    comm = chainermn.create_communicator('naive')
+    optimizer = sn_function.distributed.create_multi_node_optimizer(
+        chainer.optimizers.Adam(), comm)
+
+It needs the extra ``mpi``: mpi4py and an MPI, such as Open MPI.  It serves
+:class:`sn_function.SpectralNormalization` and Chainer's own hook.
+"""
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import Any, Iterator
+
+import chainer
+import numpy
+from chainer import link_hooks, serializers
+from chainer.backends import cuda
+
+from sn_function import _swap, errors
+from sn_function._sharded import (
+    sharded_spectral_normalize as sharded_spectral_normalize,
+)
+from sn_function._state import LinkState
+from sn_function.link_hooks import SpectralNormalization
+
+_HOOKS = SpectralNormalization, link_hooks.SpectralNormalization
+
+
+def create_multi_node_optimizer(
+        actual_optimizer: chainer.Optimizer, communicator: Any,
+        double_buffering: bool = False, zero_fill: bool = True) -> Any:
+    """Returns ChainerMN's optimizer, which also makes ``u`` the same.
+
+    It takes the place of ``chainermn.create_multi_node_optimizer``, which
+    broadcasts the parameters of rank 0 in the first update, and in any that
+    finds new ones, of links that were lazy; that update does nothing else.
+    With them this one sends what decides of all further steps: the vectors of
+    spectral normalization, and the state of the optimizer, as ranks may have
+    loaded different snapshots.
+
+    It compares first.  Where all ranks have the same, bit by bit, nothing is
+    sent and the update is not lost: so a run that is resumed goes on with the
+    same numbers.  In all other steps nothing is added.
+
+    Args:
+        actual_optimizer (~chainer.Optimizer): Optimizer of Chainer.
+        communicator: Communicator of ChainerMN.
+        double_buffering (bool): As in ChainerMN, for ``pure_nccl`` only; the
+            first update is then lost in any case.
+        zero_fill (bool): As in ChainerMN.
+
+    Returns:
+        The optimizer of ChainerMN.
+
+    """
+    import chainermn
+    kind: Any = type(chainermn.create_multi_node_optimizer(
+        actual_optimizer, communicator, double_buffering, zero_fill))
+    return _synchronizing(kind)(actual_optimizer, communicator, zero_fill)
+
+
+def bcast_data(communicator: Any, model: chainer.Link) -> None:
+    """Broadcasts the parameters and the vectors of rank 0.
+
+    It takes the place of ``communicator.bcast_data(model)``, where that is
+    called by hand.  Parameters that have no array yet are left out.  All ranks
+    have to call it.
+
+    Args:
+        communicator: Communicator of ChainerMN.
+        model (~chainer.Link): A link or a chain.
+
+    """
+    _bcast_vectors(communicator, model)
+    communicator.bcast_data(model)
+
+
+def assert_synchronized(communicator: Any, model: chainer.Link) -> None:
+    """Raises an error unless all ranks have the same model, bit by bit.
+
+    It compares parameters and the vectors of spectral normalization.  Other
+    persistent values, such as the statistics of BatchNormalization, may
+    differ.  A rank sends 16 bytes, and the hash of each array only if
+    something is wrong.  All ranks have to call it, and all raise the same
+    error.
+
+    Args:
+        communicator: Communicator of ChainerMN.
+        model (~chainer.Link): A link or a chain.
+
+    Raises:
+        NotSynchronizedError: It names what differs, and the ranks.
+
+    """
+    digests = _digests(model)
+    if not _agree(communicator, digests):
+        raise errors.NotSynchronizedError(_from_root(
+            communicator, communicator.gather_obj(digests), _compare))
+
+
+def vector_names(link: chainer.Link) -> list[str]:
+    """Names of the vectors that hooks of spectral normalization keep."""
+    return [hook.vector_name for hook in link.local_link_hooks.values()
+            if isinstance(hook, _HOOKS)]
+
+
+# The optimizer
+
+@functools.lru_cache(maxsize=None)
+def _synchronizing(kind: Any) -> Any:
+    """A class of ChainerMN, which is not imported before it is asked for."""
+    return type(kind.__name__, (_Synchronizing, kind), {})
+
+
+class _Synchronizing:
+    """Sends more than parameters, and only where ranks differ."""
+
+    communicator: Any
+    actual_optimizer: Any
+
+    def is_changed(self, target: chainer.Link, *previous: Any) -> bool:
+        """Whether ChainerMN is to broadcast, instead of an update."""
+        if not super().is_changed(target, *previous):  # type: ignore[misc]
+            return False
+        comm, optimizer = self.communicator, self.actual_optimizer
+        # With double buffering, which passes `previous`, ChainerMN prepares
+        # itself while it broadcasts.
+        if not previous and _agree(comm, _digests(target, optimizer)):
+            return False
+        _bcast_vectors(comm, target)
+        _bcast_state(comm, optimizer)
+        return True
+
+
+def _bcast_state(comm: Any, optimizer: chainer.Optimizer) -> None:
+    is_root = comm.rank == 0
+    state = comm.bcast_obj(_state(optimizer) if is_root else None)
+    for param in optimizer.target.params():
+        rule = param.update_rule
+        if rule is None:
+            continue
+        if not is_root:
+            rule._state = None      # what rank 0 has none of, goes
+        # These are not in the state; each is made anew from the parameter.
+        rule._fp32_param = None
+    if not is_root:
+        serializers.NpzDeserializer(state, strict=False).load(optimizer)
+
+
+def _state(optimizer: chainer.Optimizer) -> dict[str, numpy.ndarray]:
+    """What a snapshot has of the optimizer."""
+    serializer = serializers.DictionarySerializer()
+    serializer.save(optimizer)
+    return {key: numpy.asarray(x) for key, x in serializer.target.items()}
+
+
+# The vectors
+
+def _vectors(model: chainer.Link) -> Iterator[tuple[str, chainer.Link, str]]:
+    for path, link in model.namedlinks():
+        for name in vector_names(link):
+            yield f'{path.rstrip("/")}/{name}', link, name
+
+
+def _bcast_vectors(comm: Any, model: chainer.Link) -> None:
+    for link in model.links():
+        for hook in link.local_link_hooks.values():
+            if isinstance(hook, SpectralNormalization):
+                _settle(link, hook)
+    vectors = list(_vectors(model))
+    us = comm.bcast_obj({
+        path: cuda.to_cpu(getattr(link, name, None))
+        for path, link, name in vectors} if comm.rank == 0 else None)
+    if comm.rank != 0:
+        for path, link, name in vectors:
+            _put(link, name, us.get(path))
+
+
+def _settle(link: chainer.Link, hook: SpectralNormalization) -> None:
+    """Does now what the hook would do to u in the next call, and once.
+
+    That is to make u where there is none, or where it is zero or not finite,
+    and to warm up one whose weight was initialized anew.
+    """
+    W = _swap.original(link, hook.weight_name)
+    if W.array is None:
+        return
+    u = getattr(link, hook.vector_name)
+    if u is not None:
+        xp = chainer.backend.get_array_module(u)
+        if not (xp.isfinite(u).all() and u.any()):
+            setattr(link, hook.vector_name, None)
+    hook._gamma_and_vector(link, W, LinkState.of(link, hook.weight_name))
+
+
+def _put(link: chainer.Link, name: str, u: Any) -> None:
+    old = getattr(link, name, None)
+    if u is None or old is None or old.shape != u.shape or (
+            old.dtype != u.dtype):
+        # Chainer's hook has no such attribute before the first call.
+        if hasattr(link, name):
+            setattr(link, name, None if u is None else link.device.send(u))
+    else:
+        chainer.backend.copyto(old, u)      # links may share it
+
+
+# The comparison
+
+def _digests(
+        model: chainer.Link, optimizer: chainer.Optimizer | None = None,
+) -> dict[str, bytes]:
+    digests = {path: _digest(p.array) for path, p in model.namedparams()}
+    for path, link, name in _vectors(model):
+        digests[path] = _digest(getattr(link, name, None))
+    if optimizer is not None:
+        for path, x in _state(optimizer).items():
+            digests[f'optimizer: {path}'] = _digest(x)
+    return digests
+
+
+def _digest(x: Any) -> bytes:
+    if x is None or x.dtype == object:      # a None of Chainer's serializer
+        return b''
+    x = numpy.ascontiguousarray(cuda.to_cpu(x))
+    digest = hashlib.blake2b(f'{x.dtype} {x.shape}'.encode(), digest_size=16)
+    digest.update(x.reshape(-1).view(numpy.uint8))
+    return digest.digest()
+
+
+def _agree(comm: Any, digests: dict[str, bytes]) -> bool:
+    """Whether all ranks have the same, which each of them is told."""
+    every = hashlib.blake2b(
+        repr(sorted(digests.items())).encode(), digest_size=16).digest()
+    return _from_root(comm, comm.gather_obj(every), _are_same)
+
+
+def _from_root(comm: Any, gathered: Any, decide: Any) -> Any:
+    """What rank 0 decides, so that no rank takes another branch."""
+    return comm.bcast_obj(decide(gathered) if comm.rank == 0 else None)
+
+
+def _are_same(digests: list[bytes]) -> bool:
+    return len(set(digests)) == 1
+
+
+def _compare(ranks: list[dict[str, bytes]]) -> dict[str, list[int]]:
+    """What differs from rank 0, and on which ranks."""
+    first = ranks[0]
+    found = {
+        path: [rank for rank, digests in enumerate(ranks)
+               if digests.get(path) != first.get(path)]
+        for path in sorted({path for each in ranks for path in each})}
+    return {path: bad for path, bad in found.items() if bad}

@@ -1,0 +1,1 @@
+"""ChainerMN: programs that run under MPI, and ranks that are threads."""
