@@ -150,7 +150,7 @@ class TestMain:
         assert example.main(['-i', '5', '--out', whole, *SHORT]) == 0
         assert set(os.listdir(whole)) == {
             'samples.png', 'sigma.png', 'scores.json', 'log', 'gen.npz',
-            'dis.npz', 'snapshot_iter_2', 'snapshot_iter_4',
+            'dis.npz', 'dis_plain.npz', 'snapshot_iter_2', 'snapshot_iter_4',
             'snapshot_iter_5'}
         for name in ('samples.png', 'sigma.png'):
             assert os.path.getsize(os.path.join(whole, name)) > 10000

@@ -883,26 +883,6 @@ def test_u_on_another_device(monkeypatch):
         F.spectral_normalize(np.ones((4, 3)), DeviceArray())
 
 
-def test_errors_are_what_a_user_may_already_catch():
-    """ValueError or TypeError, as elsewhere in Chainer and NumPy."""
-    classes = [c for c in vars(errors).values() if isinstance(c, type)
-               and issubclass(c, errors.SpectralNormalizationError)
-               and c is not errors.SpectralNormalizationError]
-    assert len(classes) > 10
-    assert all(issubclass(c, (ValueError, TypeError)) for c in classes)
-
-
-def test_every_error_has_a_test():
-    named = {error for _, error, _ in BAD_ARGUMENTS.values()}
-    elsewhere = {errors.VectorDeviceError, errors.WeightNotFoundError,
-                 errors.HookCollisionError, errors.HookNotAddedError,
-                 errors.CountError, errors.NoLinkError,
-                 errors.SpectralNormalizationError}
-    classes = {c for c in vars(errors).values() if isinstance(c, type)
-               and issubclass(c, errors.SpectralNormalizationError)}
-    assert classes == named | elsewhere
-
-
 def test_all_axes_give_the_same_as_a_transposed_copy():
     for shape in itertools.permutations((2, 3, 4)):
         for axis in range(-3, 3):
