@@ -60,7 +60,7 @@ $(STAMP):
 
 # More threads of BLAS than needed wait for each other where others work, too.
 test: setup
-	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PY) -m pytest --cov
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PY) -m pytest --cov -n auto
 
 # MATRIX=--extremes is the oldest cell and the newest; MATRIX='--python 3.8',
 # the cells of one interpreter.

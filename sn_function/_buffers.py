@@ -45,23 +45,23 @@ class Buffers:
         """Returns memory that no array is in, and does not keep it."""
         for _ in range(len(self._kept)):
             try:
-                memory, n_references = _pop(self._kept)
+                memory, is_free = _pop(self._kept)
             except IndexError:  # another thread was quicker
                 break
-            if memory.size == size and n_references == _N_REFERENCES_OF_FREE:
+            if memory.size == size and is_free:
                 return memory
             self._kept.append(memory)
         return numpy.empty(size, numpy.uint8)
 
 
-def _pop(memories: list[Any]) -> tuple[Any, int]:
-    """Returns the first, and how often it is referred to.
+def _pop(memories: list[Any]) -> tuple[Any, bool]:
+    """Returns the first, and whether nothing else refers to it.
 
     An array, and each view of it, holds its memory as its base.
     """
     memory = memories.pop(0)
-    return memory, sys.getrefcount(memory)
-
-
-# Versions of Python differ in how many of these are made by the asking.
-_, _N_REFERENCES_OF_FREE = _pop([numpy.empty(1)])
+    other = numpy.empty(0)  # which nothing else refers to
+    # Counted here and now: versions of Python differ in how many references
+    # are made by the asking, and whoever traces this may hold all locals.
+    of_other, of_memory = map(sys.getrefcount, (other, memory))
+    return memory, of_memory <= of_other

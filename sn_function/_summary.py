@@ -9,7 +9,7 @@ from chainer.links.rnn import n_step_rnn
 
 from sn_function import _nodes, _swap
 from sn_function.chain import SUPPORTED, ChainSpectralNormalization
-from sn_function.link_hooks import SpectralNormalization
+from sn_function.link_hooks import HOOKS
 
 NORMALIZED = 'normalized'
 FILTERED_OUT = 'filtered out'
@@ -119,7 +119,7 @@ def summary(
     rows = []
     for path, link in model.namedlinks():
         hooks = {hook.weight_name: (name, hook) for name, hook
-                 in link.local_link_hooks.items() if _is_spectral(hook)}
+                 in link.local_link_hooks.items() if isinstance(hook, HOOKS)}
         for name in sorted(link._params):
             parameter = link.__dict__[name]
             shape = None if parameter.array is None else parameter.shape
@@ -144,11 +144,6 @@ def summary(
 
 def _shape_text(shape: tuple[int, ...] | None) -> str:
     return 'lazy' if shape is None else 'x'.join(map(str, shape)) or 'scalar'
-
-
-def _is_spectral(hook: Any) -> bool:
-    return isinstance(
-        hook, (SpectralNormalization, link_hooks.SpectralNormalization))
 
 
 def _passed_over(model: chainer.Link) -> dict[int, str]:

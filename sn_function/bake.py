@@ -10,17 +10,16 @@ import copy
 from typing import Any, Iterator, NamedTuple, TypeVar
 
 import chainer
-from chainer import link_hooks
 
 from sn_function import errors
 from sn_function.chain import ChainSpectralNormalization
-from sn_function.link_hooks import SpectralNormalization
+from sn_function.link_hooks import HOOKS, SpectralNormalization
 
 Model = TypeVar('Model', bound=chainer.Link)
 
 # Hooks of this package, and all that are baked.
 OURS = (SpectralNormalization, ChainSpectralNormalization)
-BAKED = (*OURS, link_hooks.SpectralNormalization)
+BAKED = (*HOOKS, ChainSpectralNormalization)
 
 
 def bake(model: Model, in_place: bool = False) -> Model:
@@ -106,8 +105,7 @@ def hooked_links(
 def _hooks(link: chainer.Link) -> list[Any]:
     """The hooks that normalize a weight of the link, in their order."""
     return [hook for hook in link.local_link_hooks.values()
-            if isinstance(hook, BAKED)
-            and not isinstance(hook, ChainSpectralNormalization)]
+            if isinstance(hook, HOOKS)]
 
 
 def _check(path: str, link: chainer.Link) -> None:

@@ -26,7 +26,7 @@ from typing import Any, Iterator
 
 import chainer
 import numpy
-from chainer import link_hooks, serializers
+from chainer import serializers
 from chainer.backends import cuda
 
 from sn_function import _swap, errors
@@ -34,9 +34,9 @@ from sn_function._sharded import (
     sharded_spectral_normalize as sharded_spectral_normalize,
 )
 from sn_function._state import LinkState
-from sn_function.link_hooks import SpectralNormalization
-
-_HOOKS = SpectralNormalization, link_hooks.SpectralNormalization
+from sn_function.extensions import SpectralNormPenaltyState
+from sn_function.link_hooks import HOOKS, SpectralNormalization
+from sn_function.optimizer_hooks import VECTOR
 
 
 def create_multi_node_optimizer(
@@ -114,7 +114,7 @@ def assert_synchronized(communicator: Any, model: chainer.Link) -> None:
 def vector_names(link: chainer.Link) -> list[str]:
     """Names of the vectors that hooks of spectral normalization keep."""
     return [hook.vector_name for hook in link.local_link_hooks.values()
-            if isinstance(hook, _HOOKS)]
+            if isinstance(hook, HOOKS)]
 
 
 # The optimizer
@@ -157,13 +157,16 @@ def _bcast_state(comm: Any, optimizer: chainer.Optimizer) -> None:
         # These are not in the state; each is made anew from the parameter.
         rule._fp32_param = None
     if not is_root:
-        serializers.NpzDeserializer(state, strict=False).load(optimizer)
+        deserializer = serializers.NpzDeserializer(state, strict=False)
+        deserializer.load(optimizer)
+        SpectralNormPenaltyState(optimizer).serialize(deserializer[VECTOR])
 
 
 def _state(optimizer: chainer.Optimizer) -> dict[str, numpy.ndarray]:
-    """What a snapshot has of the optimizer."""
+    """What snapshots have of the optimizer, and of a penalty's vectors."""
     serializer = serializers.DictionarySerializer()
     serializer.save(optimizer)
+    SpectralNormPenaltyState(optimizer).serialize(serializer[VECTOR])
     return {key: numpy.asarray(x) for key, x in serializer.target.items()}
 
 

@@ -23,9 +23,7 @@ from sn_function import (
 )
 from sn_function._state import LinkState
 from sn_function.chain import SUPPORTED
-from sn_function.link_hooks import SpectralNormalization, output_axis
-
-HOOKS = (SpectralNormalization, link_hooks.SpectralNormalization)
+from sn_function.link_hooks import HOOKS, output_axis
 
 
 class Layer(NamedTuple):
@@ -304,8 +302,8 @@ class SpectralNormPenaltyState(training.Extension):
             try:
                 u = serializer(key, None)
             except KeyError:  # of a run without it, or before its first step
-                continue
-            if u is not None:
+                u = None
+            if rule is not None:
                 setattr(rule, optimizer_hooks.VECTOR, u)
 
 
@@ -382,7 +380,8 @@ class _Weight:
         else:
             at_least = 'at least '
             error = 1 - 1 / math.hypot(1, residual)
-        if error <= tolerance:
+        # NaN: the weight is so small that the residual is out of the range.
+        if error <= tolerance or math.isnan(error):
             return '', ''
         return 'estimate', (
             f'the estimate of sigma, {sigma:.4g}, is off by {at_least}'
@@ -437,4 +436,4 @@ def n_windows(link: chainer.Link) -> int:
 
 
 def _each(x: Any, ndim: int) -> Any:
-    return x if isinstance(x, tuple) else (x,) * ndim
+    return tuple(x) if hasattr(x, '__getitem__') else (x,) * ndim

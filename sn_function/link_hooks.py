@@ -13,6 +13,7 @@ from typing import Any, Callable
 
 import chainer
 from chainer import link_hook
+from chainer import link_hooks as chainer_link_hooks
 from chainer import links as L
 from chainer.utils import size_of_shape
 
@@ -379,6 +380,10 @@ class SpectralNormalization(LocalHook):
             with chainer.using_device(link.device):
                 _nodes.arithmetic_of(W).warm_up(
                     W, u, output_axis(link), self.n_warmup)
+
+
+# All that normalize a weight of their link, this package's and Chainer's.
+HOOKS = (SpectralNormalization, chainer_link_hooks.SpectralNormalization)
 
 
 def _nothing() -> None:

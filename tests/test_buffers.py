@@ -2,6 +2,7 @@
 import copy
 import gc
 import pickle
+import subprocess
 import sys
 from concurrent import futures
 
@@ -82,6 +83,38 @@ def test_it_begins_with_a_cache_line(monkeypatch, offset):
     x = Buffers().empty(SHAPE, 'f')
     assert address(x) % 64 == 0
     x[...] = 1
+
+
+@pytest.mark.parametrize('watch', ['settrace', 'setprofile'])
+@pytest.mark.parametrize('when', ['import', 'use'])
+def test_whoever_looks_on_changes_nothing(watch, when):
+    """A tracer that reads a frame's locals holds them for a while."""
+    code = f'''
+import sys
+def look(frame, *_):
+    if frame.f_code.co_filename.endswith('_buffers.py'):
+        frame.f_locals
+        return look
+def begin():
+    sys.{watch}(look)
+def end():
+    sys.{watch}(None)
+if {when == 'import'}:
+    begin()
+from sn_function import _buffers
+end()
+if {when == 'use'}:
+    begin()
+import numpy as np
+empty = _buffers.Buffers().empty
+arrays = [empty({SHAPE}, 'f') for _ in range(2)]
+end()
+arrays.append(empty({SHAPE}, 'f'))
+for i, x in enumerate(arrays):
+    x[...] = i
+assert [x.max() for x in arrays] == [0, 1, 2]
+'''
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_threads_do_not_share():

@@ -15,6 +15,8 @@ from chainer import link_hooks, optimizers, serializers
 from chainer.backends import cuda
 
 from sn_function import SpectralNormalization, distributed, errors
+from sn_function.extensions import SpectralNormPenaltyState
+from sn_function.optimizer_hooks import SpectralNormPenalty
 from tests.mpi import threads
 
 HOOKS = {'sn_function': SpectralNormalization,
@@ -339,6 +341,34 @@ class TestResume:
             2, self.resumed, make_models(2, use_gamma=True), states,
             optimizers.Adam, 8)
         assert all(all_same([steps for steps, _ in found]))
+
+
+    def test_vectors_of_a_penalty_that_one_rank_has_loaded(self):
+        def make(model):
+            optimizer = optimizers.SGD(0.1).setup(model)
+            optimizer.add_hook(SpectralNormPenalty(0.5))
+            return optimizer, SpectralNormPenaltyState(optimizer)
+
+        models = [chainer.Sequential(L.Linear(5, 6), F.tanh, L.Linear(6, 1))
+                  for _ in range(3)]
+        model = models.pop()
+        optimizer, state = make(model)
+        for _ in range(3):
+            x = np.random.normal(size=(4, 5)).astype('f')
+            optimizer.update(loss, model, x)
+        npz, _ = self.snapshot(model, optimizer)
+        vectors, _ = self.snapshot(state, optimizer)
+        assert vectors
+
+        def program(comm, model):
+            serializers.NpzDeserializer(npz).load(model)
+            optimizer, state = make(model)
+            if comm.rank == 0:
+                serializers.NpzDeserializer(vectors).load(state)
+            return train(comm, model, 4, distributed.
+                         create_multi_node_optimizer(optimizer, comm))
+
+        assert all(all_same(threads.run(2, program, models)))
 
 
 class TestBcastData:

@@ -342,6 +342,7 @@ def operator_of(link, shape):
     (lambda: L.Convolution2D(2, 3, (4, 3), stride=(2, 1), nobias=True),
      (2, 7, 6)),
     (lambda: L.Convolution2D(2, 3, 2, stride=2, nobias=True), (2, 6, 6)),
+    (lambda: L.Convolution2D(2, 3, 3, stride=[2, 1], nobias=True), (2, 7, 6)),
     (lambda: L.Convolution2D(4, 6, 3, groups=2, nobias=True), (4, 5, 5)),
     (lambda: L.Convolution2D(1, 2, 3, stride=2, dilate=2, pad=2, nobias=True),
      (1, 7, 7)),
@@ -615,6 +616,40 @@ class TestPenaltyState:
             # By the trigger, of any extension that was not there.
             warnings.filterwarnings('ignore', '.* is not saved')
             self.run(tmp_path, 4, tmp_path / 'snapshot_iter_3')
+
+    def make(self):
+        optimizer = chainer.optimizers.SGD().setup(Plain())
+        optimizer.add_hook(SpectralNormPenalty(0.1))
+        return optimizer, extensions.SpectralNormPenaltyState(optimizer)
+
+    def test_back_to_a_snapshot_of_before_the_first_step(self):
+        optimizer, state = self.make()
+        target = {}
+        serializers.DictionarySerializer(target).save(state)
+        numbers = []
+        weights = [x.array.copy() for x in optimizer.target.params()]
+        for _ in range(2):
+            for x, array in zip(optimizer.target.params(), weights):
+                x.array[...] = array
+            serializers.NpzDeserializer(target).load(state)
+            for _ in range(3):
+                for x in optimizer.target.params():
+                    x.grad = np.zeros_like(x.array)
+                optimizer.update()
+            numbers.append(optimizer.target.l1.W.array.copy())
+        np.testing.assert_array_equal(*numbers)
+
+    def test_a_parameter_without_an_update_rule(self):
+        optimizer, state = self.make()
+        for x in optimizer.target.params():
+            x.grad = np.zeros_like(x.array)
+        optimizer.update()
+        serializer = serializers.DictionarySerializer()
+        serializer.save(state)
+        optimizer.target.l1.W.update_rule = None
+        serializers.NpzDeserializer(
+            {k: np.asarray(x) for k, x in serializer.target.items()}).load(
+                state)
 
 
 class Plain(chainer.Chain):
