@@ -6,6 +6,7 @@ which takes its name once all is on the disk.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import tempfile
@@ -95,23 +96,64 @@ class HDF5Writer(Writer):
 
     def __init__(self, path: str, compress: bool) -> None:
         self._h5py = import_package('h5py', path)
-        self._file = self._h5py.File(path, 'w')
+        self._raw = _Forgiving(path, 'w+')
+        self._file = self._h5py.File(self._raw, 'w')
         self._compression = 4 if compress else None  # as save_hdf5 has it
 
     def write(self, key: str, array: Any) -> None:
-        self._file.create_dataset(
-            '/' + key, data=array,
+        self._create(
+            key, data=array,
             compression=self._compression if array.size > 1 else None)
+
+    def _create(self, key: str, **kwargs: Any) -> None:
+        try:
+            self._file.create_dataset('/' + key, **kwargs)
+        except (TypeError, ValueError) as e:
+            raise OSError(
+                f'HDF5 has no place for {key!r}: {first_line(e)}') from e
+        self._raw.check()
 
     def copy(self, reader: Reader, key: str, new_key: str) -> bool:
         if isinstance(reader, HDF5Reader) and reader.is_empty(key):
             empty = self._h5py.Empty('f')
-            self._file.create_dataset('/' + new_key, data=empty)
+            self._create(new_key, data=empty)
             return True
         return super().copy(reader, key, new_key)
 
+    def finish(self) -> None:
+        self._file.close()
+        self._raw.check()
+
     def close(self) -> None:
         self._file.close()
+        self._raw.close()
+
+
+class _Forgiving(io.FileIO):
+    """Keeps the first error of writing: HDF5 crashes if it sees one."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        data = memoryview(data).cast('B')
+        n = 0
+        try:
+            while n < len(data) and self.error is None:
+                n += super().write(data[n:])
+        except OSError as e:
+            self.error = e
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as e:
+            self.error = self.error or e
+            return size or 0
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
 
 
 class SafetensorsWriter(Writer):
@@ -126,6 +168,12 @@ class SafetensorsWriter(Writer):
         self._arrays[key] = array
 
     def finish(self) -> None:
+        try:
+            self._save_all()
+        except Exception as e:  # neither raises an OSError
+            raise OSError(first_line(e)) from e
+
+    def _save_all(self) -> None:
         self._save(self._arrays, self._path)
 
 
@@ -136,7 +184,7 @@ class TorchWriter(SafetensorsWriter):
         self._path = path
         self._arrays = {}
 
-    def finish(self) -> None:
+    def _save_all(self) -> None:
         # A copy: tensors are writable, and what was mapped may not be.
         self._torch.save({key: self._torch.from_numpy(array.copy())
                           for key, array in self._arrays.items()}, self._path)
@@ -188,11 +236,12 @@ def create(path: str, reader: Reader, compress: bool | None
     kind = _KINDS.get(os.path.splitext(path)[1].lower(), reader.kind)
     if compress is None:
         compress = getattr(reader, 'is_compressed', True)
-    directory, name = os.path.split(path)
+    directory = os.path.dirname(path)
+    is_replaced = os.path.exists(path)
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(
-            prefix=f'.{name[:100]}.', suffix='.tmp', dir=directory)
+            prefix='.sn-function.', suffix='.tmp', dir=directory)
         os.close(handle)
         writer = _WRITERS[kind](temporary, compress)
         try:
@@ -204,6 +253,10 @@ def create(path: str, reader: Reader, compress: bool | None
             path if os.path.exists(path) else reader.path, temporary)
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
+        if os.path.exists(path) and not is_replaced:
+            raise errors.SnapshotOutputError(
+                path, 'another program has made it meanwhile',
+                'Give another path.')
         os.replace(temporary, path)
     except OSError as e:
         raise errors.SnapshotOutputError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import math
 import os
 import zipfile
@@ -43,11 +44,11 @@ class Reader:
     """A file of named arrays; its methods raise SnapshotError only."""
 
     kind = ''
-    has_checksums = False
 
     def __init__(self, path: Path) -> None:
         self.path = os.fspath(path)
         self.keys: list[str] = []
+        self.ignored: list[str] = []  # what is no array
 
     def close(self) -> None:
         pass
@@ -69,7 +70,7 @@ class Reader:
     def guarded(self, key: str, function: Callable[[str], Any]) -> Any:
         try:
             return function(key)
-        except errors.SnapshotError:
+        except (errors.SnapshotError, MemoryError):
             raise
         except Exception as e:  # a damaged file raises whatever it likes
             raise errors.SnapshotEntryError(
@@ -85,7 +86,6 @@ class Reader:
 class NpzReader(Reader):
 
     kind = 'npz'
-    has_checksums = True
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -186,6 +186,15 @@ class HDF5Reader(Reader):
     def _read(self, key: str) -> Any:
         return numpy.asarray(self._file[key][()])
 
+    @property
+    def is_compressed(self) -> bool:
+        return any(self._file[key].compression_opts for key in self.keys)
+
+    def verify(self, key: str) -> None:
+        # What is compressed by gzip has a checksum.
+        if self.entry(key).is_plain:
+            self.guarded(key, self._read)
+
     def is_empty(self, key: str) -> bool:
         """Whether it is the dataset that Chainer writes for None."""
         return self._file[key].shape is None
@@ -207,7 +216,19 @@ class SafetensorsReader(Reader):
         return Entry(shape, part.get_dtype(), 4 * math.prod(shape))
 
     def _read(self, key: str) -> Any:
+        if self._file.get_slice(key).get_dtype() == 'BF16':
+            return self._read_bfloat16(key)
         return self._file.get_tensor(key)
+
+    def _read_bfloat16(self, key: str) -> Any:
+        # NumPy has none; float32 holds all of its values.
+        with open(self.path, 'rb') as file:
+            n = int.from_bytes(file.read(8), 'little')
+            about = json.loads(file.read(n))[key]
+            begin, end = about['data_offsets']
+            file.seek(8 + n + begin)
+            x = numpy.frombuffer(file.read(end - begin), '<u2')
+        return (x.astype('<u4') << 16).view('<f4').reshape(about['shape'])
 
 
 class TorchReader(Reader):
@@ -217,6 +238,12 @@ class TorchReader(Reader):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         torch = import_package('torch', self.path)
+        version = tuple(map(int, torch.__version__.split('.')[:2]))
+        if version < (2, 10):
+            # CVE-2025-32434, CVE-2026-24747: there weights_only is not safe.
+            raise errors.SnapshotFileError(
+                self.path, f'PyTorch {torch.__version__} may run code that '
+                f'is in a .pt file', 'Install PyTorch 2.10 or newer.')
         options = {}
         if zipfile.is_zipfile(self.path):
             # PyTorch does not look at the checksums of what it maps.
@@ -229,7 +256,7 @@ class TorchReader(Reader):
             self.path, map_location='cpu', weights_only=True, **options)
         self._tensors = {
             key: value for key, value in found.items()
-            if isinstance(value, torch.Tensor)
+            if isinstance(key, str) and isinstance(value, torch.Tensor)
         } if isinstance(found, dict) else {}
         if not self._tensors:
             names = ', '.join(map(repr, found)) if isinstance(
@@ -239,6 +266,7 @@ class TorchReader(Reader):
                 'Save the state dict by itself: '
                 'torch.save(model.state_dict(), path)')
         self.keys = list(self._tensors)
+        self.ignored = [str(key) for key in found if key not in self._tensors]
 
     def _entry(self, key: str) -> Entry:
         x = self._tensors[key]

@@ -6,7 +6,7 @@ of its outputs: :func:`_output_axis` finds out.
 from __future__ import annotations
 
 import fnmatch
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import numpy
 
@@ -84,6 +84,8 @@ def read_all(reader: Reader, weight: Weight, axes: Axes) -> Arrays:
     if weight.v is not None:
         v, fault_of_v = _read_vector(reader, weight.v, (W.size // m,))
         fault = fault or fault_of_v
+        if fault is None and u @ (_singular.as_matrix(W, axis) @ v) < 0:
+            fault = 'opposite to v'
     return Arrays(W, axis, u, v, gamma, fault, is_unclear)
 
 
@@ -115,6 +117,16 @@ def given_axis(weight: Weight, axes: Axes) -> int | None:
     return None
 
 
+def check_axes(
+        reader: Reader, weights: Sequence[Weight], axes: Axes) -> None:
+    for pattern, axis in axes.items():
+        if all(given_axis(weight, {pattern: axis}) is None
+               for weight in weights):
+            raise errors.SnapshotLayoutError(
+                reader.path, f'no weight fits the pattern {pattern!r} of an '
+                f'axis', [weight.weight for weight in weights])
+
+
 def _output_axis(
         reader: Reader, weight: Weight, W: Any, axes: Axes,
 ) -> tuple[int, bool]:
@@ -123,7 +135,9 @@ def _output_axis(
     if given is not None:
         return normalize_axis(given, W.ndim), False
     entry = reader.entry(weight.u)
-    if W.ndim == 2 or weight.layout == _layouts.SNGAN or (
+    # PyTorch may have dim=1 for a matrix; Chainer has 0.
+    if (W.ndim == 2 and not weight.is_torch) or (
+            weight.layout == _layouts.SNGAN) or (
             entry.shape is None or len(entry.shape) != 1):
         return 0, False
     if entry.shape[0] != W.shape[0]:

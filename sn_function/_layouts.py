@@ -207,8 +207,8 @@ def renamed(weight: Weight, layout: str) -> Weight:
     if layout in (CHAINER, SNGAN):
         path = path.replace('.', '/')
         name = 'W' if weight.name == 'weight' else weight.name
-        gamma = None if weight.gamma is None else path + split(
-            weight.gamma)[1]
+        gamma = None if weight.gamma is None else path + (
+            'gamma' if layout == SNGAN else split(weight.gamma)[1])
         u = path + (f'{name}_u' if layout == CHAINER else 'u')
         return Weight(layout, path, name, path + name, u, None, gamma)
     path = path.replace('/', '.')

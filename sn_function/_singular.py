@@ -7,6 +7,7 @@ from typing import Any, Callable
 import numpy
 
 from sn_function._matrix import Matrix
+from sn_function._power_iteration import power_iteration
 
 # From so many rows and columns on, only the largest singular value is found.
 LARGE = 4096
@@ -55,19 +56,12 @@ def fit(W: Any, u: Any, axis: int) -> float:
     """How near ``u`` is to the singular vector, 1 where it is that."""
     A = Matrix(W.astype(numpy.float64), axis)
     u = u / numpy.linalg.norm(u.astype(numpy.float64))
-    first = sigma = float(numpy.linalg.norm(A.tdot(u)))
-    for _ in range(10):
-        sigma, u, _ = iterate(A, u)
+    with numpy.errstate(all='ignore'):
+        it = power_iteration(A, u, 10)
+    # u was made a unit vector, so it.u_scale is at most 1.
+    first = float(numpy.linalg.norm(A.tdot(u)))
+    sigma = it.sigma * it.scale
     return first / sigma if sigma else 0.0
-
-
-def iterate(A: Matrix, u: Any) -> tuple[float, Any, Any]:
-    """A power iteration in float64; zero vectors stay."""
-    s = A.tdot(u)
-    v = s / (numpy.linalg.norm(s) or 1.0)
-    t = A.dot(v)
-    sigma = float(numpy.linalg.norm(t))
-    return sigma, t / (sigma or 1.0), v
 
 
 def start_vector(A: Any, u: Any, v: Any) -> Any:

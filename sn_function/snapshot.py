@@ -31,7 +31,7 @@ from sn_function import (
 from sn_function._archives import Path, Reader
 from sn_function._entries import Arrays, Axes
 from sn_function._layouts import Weight
-from sn_function._matrix import Matrix
+from sn_function._power_iteration import power_iteration, unfold
 
 LAYOUTS = _layouts.LAYOUTS
 # An estimate of sigma that is further below it than that is told.
@@ -157,6 +157,7 @@ def inspect(
     with _archives.open_snapshot(path) as reader:
         prefix = '' if model is None else _layouts.prefix_of(reader, model)
         weights = _layouts.find(reader, prefix)
+        _entries.check_axes(reader, weights, axes or {})
         reports = [_report(reader, weight, axes or {})
                    for weight in progress(weights)]
         were_read = {each.key for each in reports if each.shape is not None}
@@ -213,7 +214,7 @@ def _write(
 
     """
     written: set[str] = set()
-    left_out = []
+    left_out = list(reader.ignored)
 
     def check_name(key: str) -> None:
         if key in written:
@@ -325,10 +326,6 @@ def bake(
             arrays = _entries.require_vectors(reader, weight, axes or {})
             sigma = _entries.estimate(weight, arrays, n_power_iteration)
             if weight.is_torch:
-                if sigma < 0:
-                    raise errors.SnapshotVectorError(
-                        reader.path, weight.u, f'with it the sigma of '
-                        f'{weight.weight!r} is negative, {sigma:g}')
                 Y = arrays.W * arrays.W.dtype.type(
                     factor_ / max(sigma, eps_))
             else:
@@ -342,7 +339,9 @@ def bake(
             return [(key, Y)]
 
         makes: dict[str, _Make | None] = {}
-        for weight in _layouts.find(reader, prefix):
+        weights = _layouts.find(reader, prefix)
+        _entries.check_axes(reader, weights, axes or {})
+        for weight in weights:
             makes.update(dict.fromkeys(weight.entries))
             makes.update(dict.fromkeys(_gamma_state(reader, weight)))
             makes[weight.weight] = _bind(make, weight)
@@ -406,6 +405,7 @@ def convert(
     with _archives.open_snapshot(src) as reader:
         prefix = _prefix_of_model(reader, model, to_torch)
         weights = _layouts.find(reader, prefix)
+        _entries.check_axes(reader, weights, axes or {})
         is_same_library = weights[0].is_torch == to_torch
         known = set(reader.keys)
 
@@ -468,9 +468,8 @@ def _prefix_of_model(
     models = _layouts.models(reader.keys)
     if not (to_torch and models):
         return ''
-    with_weights = {
-        each.weight.split('/')[1].split(':')[1]
-        for each in _layouts.find(reader, 'updater/model:')}
+    with_weights = set(_layouts.models(
+        each.weight for each in _layouts.find(reader, 'updater/model:')))
     if len(with_weights) > 1:
         raise errors.SnapshotModelError(reader.path, None, models)
     return _layouts.prefix_of(reader, with_weights.pop())
@@ -488,6 +487,10 @@ def _check_target(
             reader.path, weight.weight,
             'sngan_projection has no deconvolutions, and normalizes no '
             'other weight of a link than W')
+    if not new.is_torch and arrays.axis != 0 and arrays.W.ndim == 2:
+        raise errors.SnapshotTargetError(
+            reader.path, weight.weight,
+            'Chainer normalizes a matrix along axis 0 only')
 
 
 def _gamma_shape(layout: str, W: Any) -> tuple[int, ...]:
@@ -523,11 +526,16 @@ def _vectors(
             arrays.v), None
     if weight.is_torch or not new.is_torch:
         return arrays.u, arrays.v
-    A = Matrix(arrays.W.astype(numpy.float64), arrays.axis)
-    u, v = arrays.u.astype(numpy.float64), None
-    for _ in range(n_power_iteration):
-        _, u, v = _singular.iterate(A, u)
-    return u, v
+    # As the hook does it: also for a u that W takes to zero.
+    with numpy.errstate(all='ignore'):
+        it = power_iteration(
+            unfold(arrays.W.astype(numpy.float64), arrays.axis), arrays.u,
+            n_power_iteration)
+    if not it.sigma:
+        _, u, v = _singular.largest(
+            _singular.as_matrix(arrays.W, arrays.axis))
+        return u, v
+    return it.u, it.v
 
 
 # Repairing
@@ -565,7 +573,9 @@ def repair(
     changes = []
     with _archives.open_snapshot(src) as reader:
         makes: dict[str, _Make | None] = {}
-        for weight in progress(_layouts.find(reader)):
+        weights = _layouts.find(reader)
+        _entries.check_axes(reader, weights, axes or {})
+        for weight in progress(weights):
             if not reader.entry(weight.weight).is_plain:
                 continue  # its link makes both in the first call
             arrays = _entries.read_all(reader, weight, axes or {})
@@ -584,8 +594,10 @@ def repair(
             if weight.v is not None:
                 makes[weight.v] = _constant(weight.v, v.astype(dtype))
             is_guess = (arrays.W.ndim > 2 and weight.layout != _layouts.SNGAN
-                        and arrays.W.shape[0] == arrays.W.shape[1]
                         and arrays.fault is not None
+                        and (arrays.W.shape[0] == arrays.W.shape[1]
+                             or reader.entry(weight.u).shape not in (
+                                 arrays.W.shape[:1], arrays.W.shape[1:2]))
                         and _entries.given_axis(weight, axes or {}) is None)
             changes.append(WeightChange(
                 weight.weight, 'repaired', sigma, None,

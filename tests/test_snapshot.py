@@ -5,10 +5,13 @@ Chainer's, and PyTorch's own modules (those of `tests/data/write_torch.py`,
 whose output is stored, so that PyTorch is not needed).
 """
 import io
+import json
 import os
 import pathlib
 import pickle
 import stat
+import subprocess
+import sys
 import zipfile
 
 import chainer
@@ -955,3 +958,171 @@ class TestOutput:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 14 << 20
+
+
+class TestCorners:
+    """What a review has found, by files that are made by hand."""
+
+    @pytest.fixture(autouse=True)
+    def _here(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+
+    def save(self, **arrays):
+        np.savez('in.npz', **{
+            key.replace('__', '/').replace('_of_', '.'): x
+            for key, x in arrays.items()})
+
+    def load(self):
+        with np.load('out.npz') as f:
+            return dict(f)
+
+    @pytest.mark.parametrize(('W', 'u'), [
+        (np.diag([2., 0, 0])[:2], np.array([0., 1])),   # W^T u is zero
+        (np.random.RandomState(0).normal(size=(4, 5)) * 1e-200, np.ones(4))])
+    def test_vectors_for_torch_are_those_of_the_hook(self, W, u):
+        self.save(l__W=W, l__W_u=u)
+        snapshot.convert('in.npz', 'out.npz', 'torch', converge=True)
+        snapshot.convert(
+            'in.npz', 'out.npz', 'torch', n_power_iteration=20,
+            overwrite=True)
+        found = self.load()
+        sigma = found['l.weight_u'] @ W @ found['l.weight_v']
+        assert sigma == pytest.approx(reference.true_norm(W), rel=1e-3)
+
+    @pytest.mark.parametrize('command', [
+        lambda axes: snapshot.inspect('in.npz', axes=axes),
+        lambda axes: snapshot.bake('in.npz', 'out.npz', axes=axes),
+        lambda axes: snapshot.repair('in.npz', 'out.npz', axes=axes),
+        lambda axes: snapshot.convert(
+            'in.npz', 'out.npz', 'torch', axes=axes)])
+    def test_pattern_of_an_axis_that_fits_nothing(self, command):
+        self.save(l__W=np.ones((5, 5, 3, 3)), l__W_u=np.ones(5))
+        with pytest.raises(errors.SnapshotLayoutError, match="'deconv"):
+            command({'deconv/W': 1})
+        assert not os.path.exists('out.npz')
+
+    def test_matrix_of_torch_with_its_axis_turned(self):
+        W = np.random.normal(size=(4, 5))
+        U, s, V = np.linalg.svd(W)
+        self.save(l_of_weight_orig=W, l_of_weight_u=V[0],
+                  l_of_weight_v=U[:, 0])
+        report, = snapshot.inspect('in.npz')
+        assert (report.status, report.axis) == ('ok', 1)
+        assert report.estimate == pytest.approx(s[0])
+        with pytest.raises(errors.SnapshotTargetError, match='axis 0'):
+            snapshot.convert('in.npz', 'out.npz', 'chainer')
+        self.save(l_of_weight_orig=W, l_of_weight_u=V[0] * np.nan,
+                  l_of_weight_v=U[:, 0])
+        snapshot.repair('in.npz', 'out.npz')
+        assert self.load()['l.weight_u'].shape == (5,)
+
+    def test_vectors_of_torch_that_are_opposite(self):
+        W = np.random.normal(size=(4, 5))
+        U, s, V = np.linalg.svd(W)
+        self.save(l_of_weight_orig=W, l_of_weight_u=U[:, 0],
+                  l_of_weight_v=-V[0])
+        assert snapshot.inspect('in.npz')[0].status == 'opposite to v'
+        with pytest.raises(errors.SnapshotVectorError):
+            snapshot.bake('in.npz', 'out.npz')
+        snapshot.repair('in.npz', 'out.npz')
+        found = self.load()
+        assert found['l.weight_u'] @ W @ found['l.weight_v'] == (
+            pytest.approx(s[0]))
+
+    def test_axis_that_repair_has_guessed(self):
+        self.save(l__W=np.random.normal(size=(4, 6, 3, 3)),
+                  l__W_u=np.array(None))
+        change, = snapshot.repair('in.npz', 'out.npz').weights
+        assert '--axis' in change.note
+        change, = snapshot.repair(
+            'in.npz', 'out.npz', axes={'*': 1}, overwrite=True).weights
+        assert '--axis' not in change.note
+        assert self.load()['l/W_u'].shape == (6,)
+
+    def test_model_with_a_colon_in_its_name(self):
+        self.save(**{'updater/model:a:b/l/W': np.eye(3),
+                     'updater/model:a:b/l/W_u': np.ones(3)})
+        snapshot.convert('in.npz', 'out.npz', 'torch')
+        assert 'l.weight_orig' in self.load()
+
+    def test_gamma_of_sngan_projection(self):
+        self.save(l__W=np.eye(3), l__W_u=np.ones(3), l__W_gamma=np.array(2.))
+        snapshot.convert('in.npz', 'out.npz', 'sngan-projection')
+        assert set(self.load()) == {'l/W', 'l/u', 'l/gamma'}
+
+    def test_output_that_appears_meanwhile(self):
+        self.save(l__W=np.eye(3), l__W_u=np.ones(3))
+
+        def progress(keys):
+            pathlib.Path('out.npz').write_bytes(b'theirs')
+            return keys
+
+        with pytest.raises(errors.SnapshotOutputError, match='meanwhile'):
+            snapshot.bake('in.npz', 'out.npz', progress=progress)
+        assert pathlib.Path('out.npz').read_bytes() == b'theirs'
+        assert sorted(os.listdir()) == ['in.npz', 'out.npz']
+
+    def test_long_name(self):
+        self.save(l__W=np.eye(3), l__W_u=np.ones(3))
+        snapshot.bake('in.npz', '\u5b57' * 80 + '.npz')
+
+    def test_damage_that_compressed_hdf5_shows(self):
+        h5py = pytest.importorskip('h5py')
+        link = L.Linear(60, 40).add_hook(SpectralNormalization())
+        serializers.save_hdf5('in.h5', chainer.Sequential(link, L.Linear(
+            60, 40)))
+        with h5py.File('in.h5', 'r') as f:
+            chunk = f['1/W'].id.get_chunk_info(0)
+        data = bytearray(pathlib.Path('in.h5').read_bytes())
+        data[chunk.byte_offset + chunk.size // 2] ^= 0xff
+        pathlib.Path('in.h5').write_bytes(data)
+        with pytest.raises(errors.SnapshotEntryError, match='1/W'):
+            snapshot.inspect('in.h5')
+
+    def test_hdf5_has_no_place_for_a_name(self):
+        pytest.importorskip('h5py')
+        self.save(l__W=np.eye(3), l__W_u=np.ones(3), x=np.ones(3),
+                  x__y=np.ones(2))
+        with pytest.raises(errors.SnapshotOutputError, match='x/y'):
+            snapshot.convert('in.npz', 'out.h5', 'chainer')
+        assert os.listdir() == ['in.npz']
+
+    @pytest.mark.parametrize('name', ['out.h5', 'out.safetensors'])
+    def test_full_disk(self, name):
+        resource = pytest.importorskip('resource')
+        pytest.importorskip(
+            {'out.h5': 'h5py', 'out.safetensors': 'safetensors'}[name])
+        self.save(l__W=np.random.normal(size=(300, 300)), l__W_u=np.ones(300))
+        code = f'''
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from sn_function import errors, snapshot
+resource.setrlimit(resource.RLIMIT_FSIZE, (100000, {resource.RLIM_INFINITY}))
+try:
+    snapshot.repair('in.npz', {name!r})
+except errors.SnapshotOutputError:
+    print('told')
+'''
+        done = subprocess.run(
+            [sys.executable, '-c', code], stdout=subprocess.PIPE, check=True)
+        assert done.stdout == b'told\n'
+        assert os.listdir() == ['in.npz']
+
+    def test_bfloat16(self):
+        pytest.importorskip('safetensors')
+        x = np.array([1.5, -2, 3e20], 'f')
+        about = {'l.weight_orig': ('F32', [2, 2], 16),
+                 'l.weight_u': ('F32', [2], 8), 'l.weight_v': ('F32', [2], 8),
+                 'x': ('BF16', [3], 6)}
+        header, begin = {}, 0
+        for key, (dtype, shape, size) in about.items():
+            header[key] = {'dtype': dtype, 'shape': shape,
+                           'data_offsets': [begin, begin + size]}
+            begin += size
+        header = json.dumps(header).encode()
+        pathlib.Path('in.safetensors').write_bytes(
+            len(header).to_bytes(8, 'little') + header
+            + np.eye(2, dtype='<f4').tobytes() + np.ones(4, '<f4').tobytes()
+            + (x.view('u4') >> 16).astype('<u2').tobytes())
+        snapshot.bake('in.safetensors', 'out.npz')
+        np.testing.assert_allclose(self.load()['x'], x, rtol=1e-2)
