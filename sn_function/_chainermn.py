@@ -6,9 +6,6 @@ As in :mod:`sn_function._repairs`, what fails a tiny trial run is mended, and
 """
 import collections
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
 import re
 import sys
@@ -18,6 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import chainer
 import numpy
 
+from sn_function import _finder
 from sn_function._precision import WrongResultError
 from sn_function._repairs import Repair
 
@@ -176,23 +174,16 @@ def mend(name: str) -> None:
             applied.append(each.name)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder(_finder.Finder):
     """Mends each of the modules when it is imported."""
 
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname not in BY_MODULE:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
+    names = tuple(BY_MODULE)
 
-            def exec_module(module: types.ModuleType) -> None:
-                run(module)
-                mend(fullname)
-
-            # This loader belongs to this one module.
-            vars(spec.loader)['exec_module'] = exec_module
-        return spec
+    def execute(
+            self, run: Callable[[types.ModuleType], None],
+            module: types.ModuleType) -> None:
+        run(module)
+        mend(module.__name__)
 
 
 def install() -> None:
@@ -200,15 +191,6 @@ def install() -> None:
     for name in BY_MODULE:
         if name in sys.modules:
             mend(name)
-    # By name: after a reload of this module the class is another one.
-    if _is_mpi4py_there() and not any(
-            type(each).__module__ == __name__ for each in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-
-
-def _is_mpi4py_there() -> bool:
-    """Without it ChainerMN has no communicators."""
-    try:
-        return importlib.util.find_spec('mpi4py') is not None
-    except ValueError:      # a module without a spec
-        return True
+    # Without mpi4py it has no communicators.
+    if _finder.is_there('mpi4py'):
+        _Finder.install()

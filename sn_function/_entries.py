@@ -6,7 +6,7 @@ of its outputs: :func:`_output_axis` finds out.
 from __future__ import annotations
 
 import fnmatch
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Any, Mapping, NamedTuple
 
 import numpy
 
@@ -84,9 +84,10 @@ def read_all(reader: Reader, weight: Weight, axes: Axes) -> Arrays:
     if weight.v is not None:
         v, fault_of_v = _read_vector(reader, weight.v, (W.size // m,))
         fault = fault or fault_of_v
-        if fault is None and u @ (_singular.as_matrix(W, axis) @ v) < 0:
-            fault = 'opposite to v'
-    return Arrays(W, axis, u, v, gamma, fault, is_unclear)
+    arrays = Arrays(W, axis, u, v, gamma, fault, is_unclear)
+    if v is not None and fault is None and estimate(weight, arrays) < 0:
+        return arrays._replace(fault='opposite to v')
+    return arrays
 
 
 def require_vectors(
@@ -117,14 +118,16 @@ def given_axis(weight: Weight, axes: Axes) -> int | None:
     return None
 
 
-def check_axes(
-        reader: Reader, weights: Sequence[Weight], axes: Axes) -> None:
+def find(reader: Reader, prefix: str, axes: Axes) -> list[Weight]:
+    """Returns the weights below a path; each of the axes is that of one."""
+    weights = _layouts.find(reader, prefix)
     for pattern, axis in axes.items():
         if all(given_axis(weight, {pattern: axis}) is None
                for weight in weights):
             raise errors.SnapshotLayoutError(
                 reader.path, f'no weight fits the pattern {pattern!r} of an '
                 f'axis', [weight.weight for weight in weights])
+    return weights
 
 
 def _output_axis(

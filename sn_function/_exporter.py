@@ -9,9 +9,7 @@ One thing is no repair: with any onnx the exporter tells a user to bake a model
 first, as it has no converter for spectral normalization.
 """
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
+import importlib
 import sys
 import types
 import warnings
@@ -19,7 +17,7 @@ from typing import Any, Callable, List
 
 import numpy
 
-from sn_function import _loans
+from sn_function import _finder, _loans
 from sn_function._precision import WrongResultError
 from sn_function._repairs import Repair
 
@@ -146,38 +144,22 @@ def mend() -> None:
     _module('mapping').converters['SpectralNormalize'] = _refuse
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder(_finder.Finder):
     """Mends the exporter when it is imported."""
 
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != 'onnx_chainer':
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
+    names = ('onnx_chainer',)
 
-            def exec_module(module: types.ModuleType) -> None:
-                with _loans._lent(_lend_mapping()):
-                    run(module)
-                mend()
-
-            # This loader belongs to this one module.
-            vars(spec.loader)['exec_module'] = exec_module
-        return spec
+    def execute(
+            self, run: Callable[[types.ModuleType], None],
+            module: types.ModuleType) -> None:
+        with _loans._lent(_lend_mapping()):
+            run(module)
+        mend()
 
 
 def install() -> None:
     """Sees to it that the exporter is mended, now or when it is imported."""
     if 'onnx_chainer.export' in sys.modules:
         mend()
-    # By name: after a reload of this module the class is another one.
-    elif _is_onnx_there() and not any(
-            type(each).__module__ == __name__ for each in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-
-
-def _is_onnx_there() -> bool:
-    try:
-        return importlib.util.find_spec('onnx') is not None
-    except ValueError:      # a module without a spec
-        return True
+    elif _finder.is_there('onnx'):
+        _Finder.install()

@@ -83,7 +83,7 @@ def optimizer_prefix(weight: Weight) -> str | None:
     return f'{_OPTIMIZER}{match[1]}/{weight.gamma[match.end():]}/'
 
 
-def find(reader: _archives.Reader, prefix: str = '') -> list[Weight]:
+def find(reader: _archives.Reader, prefix: str) -> list[Weight]:
     """Returns the weights below ``prefix``, in the order of the file.
 
     Raises:

@@ -6,17 +6,15 @@ read is not lent.
 """
 import contextlib
 import importlib
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import sys
 import types
 import warnings
-from typing import Any, Dict, Iterator, List, NamedTuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 
 import numpy
 
-from sn_function import _pkg_resources
+from sn_function import _finder, _pkg_resources
 
 # As NumPy 1 had it, in what Chainer reads of it.
 SCTYPES = {
@@ -103,7 +101,7 @@ def _lend_pkg_resources() -> List[_Loan]:
     return [_Loan(sys.modules, 'pkg_resources', _pkg_resources)]
 
 
-class _TestingFinder(importlib.abc.MetaPathFinder):
+class _TestingFinder(_finder.Finder):
     """Lends pkg_resources to the modules of chainer.testing that import it.
 
     `import chainer` does not import them, and importing them with it would
@@ -111,30 +109,13 @@ class _TestingFinder(importlib.abc.MetaPathFinder):
     found by every `try: import pkg_resources` of other packages.
     """
 
-    users = ('chainer.testing.helper', 'chainer.testing.doctest_helper')
+    names = ('chainer.testing.helper', 'chainer.testing.doctest_helper')
 
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname not in self.users:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def exec_module(module: types.ModuleType) -> None:
-                with _lent(_lend_pkg_resources()):
-                    run(module)
-
-            # This loader belongs to this one module.
-            vars(spec.loader)['exec_module'] = exec_module
-        return spec
-
-    @classmethod
-    def install(cls) -> bool:
-        # By name: after a reload of this module the class is another one.
-        if cls.__name__ in (type(f).__name__ for f in sys.meta_path):
-            return False
-        sys.meta_path.insert(0, cls())
-        return True
+    def execute(
+            self, run: Callable[[types.ModuleType], None],
+            module: types.ModuleType) -> None:
+        with _lent(_lend_pkg_resources()):
+            run(module)
 
 
 def _lend_system_info() -> List[_Loan]:

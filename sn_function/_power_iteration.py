@@ -112,10 +112,9 @@ def _ordinary_norm(
 
 # Norms, by dtype.  Outside of the range the squares in them may have lost
 # digits to overflow or underflow: see _rescaled.
+ORDINARY = {'f': (1e-15, 1e15), 'd': (1e-140, 1e140)}
 _ORDINARY_NORM = {
-    'f': _ordinary_norm(1e-15, 1e15),
-    'd': _ordinary_norm(1e-140, 1e140),
-}
+    char: _ordinary_norm(*limits) for char, limits in ORDINARY.items()}
 
 
 def _host_norm(x: Any) -> tuple[Any, Any]:

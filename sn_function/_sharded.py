@@ -35,11 +35,10 @@ import chainer
 import numpy
 
 from sn_function import _checks, _graph, _matrix, _power_iteration, errors
-from sn_function._power_iteration import PowerIteration, Settings
+from sn_function._power_iteration import ORDINARY, PowerIteration, Settings
 from sn_function.functions import ArrayOrVariable, Number
 
-# Norms for which squares keep their digits, by dtype: see _rescaled.
-ORDINARY = {'f': (1e-15, 1e15), 'd': (1e-140, 1e140)}
+# Norms, as those of ORDINARY.
 ANY = (-1.0, math.inf)
 
 # What all ranks have to call with: else they would send different things.

@@ -395,12 +395,12 @@ def _is_of_chainer(hook: Any) -> bool:
 
 def _factor_and_eps(hook: Any) -> tuple[float, float]:
     """What the hook multiplies by, and its floor on sigma."""
-    cap = getattr(hook, 'cap', None)
-    if cap is not None:
-        return cap, cap
-    # Chainer adds eps to the norms of the vectors, which changes sigma by as
-    # little, relative to it, as eps / sigma.
-    return hook.factor or 1., 0. if _is_of_chainer(hook) else hook.eps
+    if _is_of_chainer(hook):
+        # Chainer adds eps to the norms of the vectors, which changes sigma by
+        # as little, relative to it, as eps / sigma.
+        return hook.factor or 1., 0.
+    return _checks.check_settings(
+        hook.n_power_iteration, hook.factor, hook.eps, hook.cap)
 
 
 def _values(layers: list[Layer]) -> Iterator[tuple[str, Any]]:

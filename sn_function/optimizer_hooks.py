@@ -6,14 +6,12 @@ from typing import Any, Callable
 
 import chainer
 import numpy
-from chainer import link_hooks
 
 from sn_function import _checks, _nodes, errors
 from sn_function._matrix import accumulator_dtype
 from sn_function._power_iteration import Settings
-from sn_function._state import LinkState
 from sn_function.chain import SUPPORTED
-from sn_function.link_hooks import output_axis
+from sn_function.link_hooks import HOOKS, output_axis
 
 # An attribute of the update rule of a parameter, which is copied and pickled
 # with it.
@@ -187,10 +185,8 @@ def _unit_vector_of_largest_row(W: Any, axis: int, dtype: Any) -> Any:
 
 
 def _is_normalized(link: chainer.Link) -> bool:
-    return LinkState.is_on(link, 'W') or any(
-        isinstance(hook, link_hooks.SpectralNormalization)
-        and hook.weight_name == 'W'
-        for hook in link.local_link_hooks.values())
+    return any(isinstance(hook, HOOKS) and hook.weight_name == 'W'
+               for hook in link.local_link_hooks.values())
 
 
 def _is_updated(W: chainer.Parameter) -> bool:

@@ -156,8 +156,7 @@ def inspect(
     """
     with _archives.open_snapshot(path) as reader:
         prefix = '' if model is None else _layouts.prefix_of(reader, model)
-        weights = _layouts.find(reader, prefix)
-        _entries.check_axes(reader, weights, axes or {})
+        weights = _entries.find(reader, prefix, axes or {})
         reports = [_report(reader, weight, axes or {})
                    for weight in progress(weights)]
         were_read = {each.key for each in reports if each.shape is not None}
@@ -339,8 +338,7 @@ def bake(
             return [(key, Y)]
 
         makes: dict[str, _Make | None] = {}
-        weights = _layouts.find(reader, prefix)
-        _entries.check_axes(reader, weights, axes or {})
+        weights = _entries.find(reader, prefix, axes or {})
         for weight in weights:
             makes.update(dict.fromkeys(weight.entries))
             makes.update(dict.fromkeys(_gamma_state(reader, weight)))
@@ -404,8 +402,7 @@ def convert(
     changes, unknown = [], []
     with _archives.open_snapshot(src) as reader:
         prefix = _prefix_of_model(reader, model, to_torch)
-        weights = _layouts.find(reader, prefix)
-        _entries.check_axes(reader, weights, axes or {})
+        weights = _entries.find(reader, prefix, axes or {})
         is_same_library = weights[0].is_torch == to_torch
         known = set(reader.keys)
 
@@ -573,8 +570,7 @@ def repair(
     changes = []
     with _archives.open_snapshot(src) as reader:
         makes: dict[str, _Make | None] = {}
-        weights = _layouts.find(reader)
-        _entries.check_axes(reader, weights, axes or {})
+        weights = _entries.find(reader, '', axes or {})
         for weight in progress(weights):
             if not reader.entry(weight.weight).is_plain:
                 continue  # its link makes both in the first call
