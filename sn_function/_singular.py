@@ -11,6 +11,9 @@ from sn_function._power_iteration import power_iteration
 
 # From so many rows and columns on, only the largest singular value is found.
 LARGE = 4096
+# Up to so many, by a decomposition of the matrix; else by so many steps.
+SMALL = 256
+MAX_STEPS = 512
 
 
 def as_matrix(W: Any, axis: int) -> Any:
@@ -31,18 +34,64 @@ def singular_values(W: Any, axis: int) -> tuple[float, float | None]:
 
 def largest(A: Any) -> tuple[float, Any, Any]:
     """Returns the largest singular value of a matrix and its vectors."""
-    if min(A.shape) < 256 or not A.any():
-        u, values, v = numpy.linalg.svd(A, full_matrices=False)
-    else:
-        from scipy.sparse import linalg
-
-        # Drawn, but always the same: so is the output.
-        start = numpy.random.RandomState(0).normal(size=min(A.shape))
-        try:
-            u, values, v = linalg.svds(A, k=1, v0=start)
-        except linalg.ArpackError:
-            u, values, v = numpy.linalg.svd(A, full_matrices=False)
+    scale = float(abs(A).max())
+    if min(A.shape) >= SMALL and 0 < scale < math.inf:
+        found = _bidiagonalized(A / scale)  # so that squares are in the range
+        if found is not None:
+            value, u, v = found
+            return value * scale, u, v
+    u, values, v = numpy.linalg.svd(A, full_matrices=False)
     return float(values[0]), u[:, 0], v[0]
+
+
+def _bidiagonalized(A: Any) -> tuple[float, Any, Any] | None:
+    """:func:`largest` in the span of few vectors, ``None`` if that is not it.
+
+    Golub-Kahan-Lanczos bidiagonalization, from a random vector and with full
+    reorthogonalization: with the rows of U and V as vectors, after k steps
+
+        A V^T = U^T B,    A^T U^T = V^T B^T + beta v_k e_k^T
+
+    so the residual of a singular vector p of B is beta ``|p_k|``.  See G. H.
+    Golub and C. F. Van Loan, Matrix Computations, 4th edition, section 10.4.
+    """
+    steps = min(*A.shape, MAX_STEPS)
+    U, V = (numpy.empty((steps + i, size)) for i, size in enumerate(A.shape))
+    B = numpy.zeros((steps, steps))
+    # Drawn, but always the same: so is the output.
+    V[0] = numpy.random.RandomState(0).normal(size=A.shape[1])
+    V[0] /= numpy.linalg.norm(V[0])
+    for k in range(steps):
+        alpha = _extend(U, k, A @ V[k])
+        beta = _extend(V, k + 1, U[k] @ A)
+        B[k, k] = alpha
+        is_last = k == steps - 1 or 0 in (alpha, beta)
+        if k % 8 == 7 or is_last:
+            P, values, Q = numpy.linalg.svd(B[:k + 1, :k + 1])
+            if beta * abs(P[k, 0]) <= 1e-13 * values[0]:
+                return (float(values[0]), P[:, 0] @ U[:k + 1],
+                        Q[0] @ V[:k + 1])
+        if is_last:
+            return None
+        B[k, k + 1] = beta
+    return None
+
+
+def _extend(basis: Any, k: int, x: Any) -> float:
+    """Makes ``x`` the next vector of an orthonormal basis; returns its norm.
+
+    The norm is that of what is orthogonal to the others.  It is zero where
+    that is but rounding.
+    """
+    size = numpy.linalg.norm(x)
+    for _ in range(2):
+        x = x - (basis[:k] @ x) @ basis[:k]
+    norm = numpy.linalg.norm(x)
+    if not norm > 1e-14 * size:
+        basis[k] = 0
+        return 0.0
+    basis[k] = x / norm
+    return float(norm)
 
 
 def angle(W: Any, u: Any, v: Any, axis: int) -> float:

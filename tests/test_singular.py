@@ -1,0 +1,89 @@
+"""The largest singular value and its vectors, by NumPy's decomposition."""
+import sn_function  # isort: skip  # before chainer, which it repairs
+import numpy as np
+import pytest
+
+from sn_function import _singular
+
+assert sn_function
+
+
+def with_values(m, n, values):
+    k = min(m, n)
+    U, V = (np.linalg.qr(np.random.normal(size=(size, k)))[0]
+            for size in (m, n))
+    return (U * values) @ V.T
+
+
+SPECTRA = {
+    'random': lambda m, n: np.random.normal(size=(m, n)),
+    'within a thousandth': lambda m, n: with_values(
+        m, n, 1 - 1e-3 * np.random.rand(min(m, n))),
+    'equal': lambda m, n: with_values(m, n, np.ones(min(m, n))),
+    'two equal': lambda m, n: with_values(
+        m, n, np.r_[1, 1, np.random.rand(min(m, n) - 2)]),
+    'two close': lambda m, n: with_values(
+        m, n, np.r_[1, 1 - 1e-9, 0.9 * np.random.rand(min(m, n) - 2)]),
+    'geometric': lambda m, n: with_values(m, n, 0.5 ** np.arange(min(m, n))),
+    'rank 1': lambda m, n: np.outer(
+        np.random.normal(size=m), np.random.normal(size=n)),
+    'rank 3': lambda m, n: np.random.normal(size=(m, 3)) @ (
+        np.random.normal(size=(3, n))),
+    'one entry': lambda m, n: np.eye(m, n) * np.eye(1, n),
+    'tiny': lambda m, n: 1e-300 * np.random.normal(size=(m, n)),
+    'huge': lambda m, n: 1e300 * np.random.normal(size=(m, n)),
+}
+
+
+@pytest.mark.parametrize('shape', [(280, 300), (300, 260), (270, 270)])
+@pytest.mark.parametrize('spectrum', SPECTRA)
+def test_largest(spectrum, shape):
+    A = SPECTRA[spectrum](*shape)
+    expected = np.linalg.svd(A, compute_uv=False)[0]
+    before = A.copy()
+    scale = np.abs(A).max()
+    assert _singular._bidiagonalized(A / scale) is not None
+    value, u, v = _singular.largest(A)
+    np.testing.assert_array_equal(A, before)
+    np.testing.assert_allclose(value, expected, rtol=1e-13)
+    sigma = value / scale
+    np.testing.assert_allclose(A / scale @ v, sigma * u, atol=1e-12 * sigma)
+    np.testing.assert_allclose(u @ (A / scale), sigma * v, atol=1e-12 * sigma)
+    for x in (u, v):
+        np.testing.assert_allclose(x @ x, 1, rtol=1e-12)
+
+
+def test_the_output_is_the_same_each_time():
+    A = np.random.normal(size=(300, 280))
+    first, second = (_singular.largest(A) for _ in range(2))
+    for x, y in zip(first, second):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_too_few_steps(monkeypatch):
+    """It is found otherwise."""
+    A = np.random.normal(size=(300, 280))
+    monkeypatch.setattr(_singular, 'MAX_STEPS', 10)
+    assert _singular._bidiagonalized(A) is None
+    value, u, v = _singular.largest(A)
+    np.testing.assert_allclose(A @ v, value * u, atol=1e-12 * value)
+
+
+def test_zero():
+    value, u, _ = _singular.largest(np.zeros((300, 280)))
+    assert value == 0
+    np.testing.assert_allclose(u @ u, 1)
+
+
+@pytest.mark.parametrize('axis', [0, 1])
+def test_a_large_weight_has_no_condition(axis, monkeypatch):
+    W = np.random.normal(size=(300, 70, 2, 2)).astype('f')
+    A = np.moveaxis(W, axis, 0).reshape(W.shape[axis], -1).astype('d')
+    values = np.linalg.svd(A, compute_uv=False)
+    np.testing.assert_allclose(
+        _singular.singular_values(W, axis),
+        (values[0], values[0] / values[-1]))
+    monkeypatch.setattr(_singular, 'LARGE', 60)
+    value, condition = _singular.singular_values(W, axis)
+    np.testing.assert_allclose(value, values[0], rtol=1e-13)
+    assert condition is None
