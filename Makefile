@@ -162,7 +162,7 @@ gpu-bundle:
 		--only-binary :all: --python-version 3.12 --implementation cp \
 		--platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 \
 		--platform manylinux_2_27_x86_64 --platform manylinux_2_28_x86_64 \
-		--dest gpu-bundle filelock protobuf scipy six \
+		--dest gpu-bundle filelock protobuf six \
 		typing_extensions pytest iniconfig packaging pluggy pygments
 	rm -rf gpu-bundle/venv
 	@du -sh gpu-bundle

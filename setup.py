@@ -21,7 +21,7 @@ setup(
     zip_safe=False,
     python_requires='>=3.8',
     # Chainer 7.8.1 needs setuptools<81 to be built: see README, "Install".
-    install_requires=['chainer>=7.8.1,<8', 'numpy>=1.17', 'scipy>=1.4'],
+    install_requires=['chainer>=7.8.1,<8', 'numpy>=1.17'],
     entry_points={'console_scripts': ['sn-function = sn_function.cli:main']},
     extras_require={
         'cuda12': ['cupy-cuda12x>=13.6,<14'],

@@ -1,4 +1,4 @@
-"""Memory of the outputs of one weight, used again when they have died.
+"""Memory of what is computed from one weight, used again when that has died.
 
 Fresh memory of a large array is slow: the system has to find its pages, one
 by one, and to fill them with zeros.  For a weight that does not fit in the
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+import weakref
+from typing import Any, Callable
 
 import numpy
 
@@ -18,6 +19,34 @@ MIN_SIZE = 1 << 18
 MAX_KEPT = 2
 # Of a cache line, which NumPy does not look to; whole ones are written faster.
 ALIGNMENT = 64
+
+
+# By the id of the weight's array: a reference to it, and its buffers.
+_of: dict[int, tuple[Any, Buffers]] = {}
+
+
+def empty_of(array: Any, reuse: bool = True) -> Callable[..., Any]:
+    """Returns what makes arrays of the size of that of a weight.
+
+    Args:
+        array: Of the weight.  What is kept for it goes when it does.
+        reuse: In the memory that the weight has needed before, if that is
+            free by now.
+
+    """
+    if not reuse or array.nbytes < MIN_SIZE:
+        return numpy.empty
+    key = id(array)
+    found = _of.get(key)
+    if found is None or found[0]() is not array:
+        found = _of[key] = (
+            weakref.ref(array, lambda _: _of.pop(key, None)), Buffers())
+    return found[1].empty
+
+
+def release(array: Any) -> None:
+    """Gives up the memory that is kept for the array of a weight."""
+    _of.pop(id(array), None)
 
 
 class Buffers:

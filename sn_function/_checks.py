@@ -72,6 +72,12 @@ def check_arrays(W: Any, u: Any, axis: int, update_u: bool) -> int:
     """Checks W and u, and returns the axis counted from the front."""
     array = W.array if isinstance(W, chainer.Variable) else W
     vector = u.array if isinstance(u, chainer.Variable) else u
+    if type(array) is type(vector) is numpy.ndarray and axis == 0 and (
+            type(axis) is int and array.dtype == vector.dtype
+            and array.dtype.char in 'efd' and array.ndim > 1 and array.size
+            and vector.shape == array.shape[:1] and (
+                not update_u or (vector is u and u.flags.writeable))):
+        return 0  # what is plain takes no closer look
     if array is None and array is not W:
         raise errors.UninitializedWeightError('Parameter', W.name or 'W')
     check_weight(array)

@@ -110,11 +110,22 @@ class Iteration:
                 (self.scalar('Y1'), self.scalar('Y2')), self.scalar('ABOVE'))
 
 
-def normalize(
-        settings: Settings, W: Any, u: Any, gamma: Any,
-        output_names: Sequence[str], update_u: bool,
-) -> tuple[tuple[Any, ...], Iteration]:
+def normalize_all(
+        calls: Sequence[dict[str, Any]],
+) -> list[tuple[tuple[Any, ...], Iteration]]:
     """Returns ``Y`` and ``sigma``, as named, and what backward needs.
+
+    Small weights of a kind share a launch.
+
+    Args:
+        calls: For each weight the arguments of :class:`_Forward`.
+
+    """
+    return _run(_kernels.fused_fwd, [_Forward(**call) for call in calls])
+
+
+class _Forward:
+    """What one weight takes of :func:`normalize_all`.
 
     Args:
         settings (Settings): What the caller chose.
@@ -123,27 +134,14 @@ def normalize(
         gamma: A float, or an array of shape ``()``.
         output_names: ``'Y'``, ``'sigma'`` or both.
         update_u: Overwrite ``u`` with ``u_K``, unless that is not finite.
+        reuse: Not used: CuPy has a pool of memory.
 
     """
-    result, = normalize_all([dict(
-        settings=settings, W=W, u=u, gamma=gamma, output_names=output_names,
-        update_u=update_u)])
-    return result
-
-
-def normalize_all(
-        calls: Sequence[dict[str, Any]],
-) -> list[tuple[tuple[Any, ...], Iteration]]:
-    """:func:`normalize` of each; small ones of a kind in one launch."""
-    return _run(_kernels.fused_fwd, [_Forward(**call) for call in calls])
-
-
-class _Forward:
-    """What one weight takes of :func:`normalize_all`."""
 
     def __init__(
             self, settings: Settings, W: Any, u: Any, gamma: Any,
-            output_names: Sequence[str], update_u: bool) -> None:
+            output_names: Sequence[str], update_u: bool,
+            reuse: bool = False) -> None:
         self.W = W = _contiguous(W)
         self.it = it = Iteration(
             W, settings.axis, settings.n_power_iteration)
@@ -191,32 +189,16 @@ class _Forward:
         return tuple([outputs[name] for name in self.output_names]), self.it
 
 
-def gradients(
-        settings: Settings, it: Iteration, wanted: Sequence[str], W: Any,
-        u: Any, gamma: Any, gY: Any = None, gsigma: Any = None,
-) -> tuple[Any, ...]:
-    """Returns ``gW``, ``gu`` and ``ggamma``, as wanted.
-
-    Args:
-        settings (Settings): What the caller chose.
-        it: What the forward computed.
-        wanted: ``'W'``, ``'u'`` and ``'gamma'``, or some of them.
-        W: Weight.
-        u: Start vector.
-        gamma: Scale.
-        gY: Upstream gradient of ``Y``, of its shape and dtype, or ``None``.
-        gsigma: Upstream gradient of sigma, shape ``()``, or ``None``.
-
-    """
-    grads, = gradients_all([dict(
-        settings=settings, it=it, wanted=wanted, W=W, u=u, gamma=gamma,
-        gY=gY, gsigma=gsigma)])
-    return grads
-
-
 def gradients_all(
         calls: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """:func:`gradients` of each; small ones of a kind in one launch."""
+    """Returns ``gW``, ``gu`` and ``ggamma``, as wanted.
+
+    Small weights of a kind share a launch.
+
+    Args:
+        calls: For each weight the arguments of :class:`_Backward`.
+
+    """
     return _run(_kernels.fused_bwd, [_Backward(**call) for call in calls])
 
 
@@ -237,12 +219,25 @@ def _run(fused: _kernels.Fused, parts: Sequence[Any]) -> list[Any]:
 
 
 class _Backward:
-    """What one weight takes of :func:`gradients_all`."""
+    """What one weight takes of :func:`gradients_all`.
+
+    Args:
+        settings (Settings): What the caller chose.
+        it: What the forward computed.
+        wanted: ``'W'``, ``'u'`` and ``'gamma'``, or some of them.
+        W: Weight.
+        u: Start vector, if its gradient is wanted.
+        gamma: Scale.
+        gY: Upstream gradient of ``Y``, of its shape and dtype, or ``None``.
+        gsigma: Upstream gradient of sigma, shape ``()``, or ``None``.
+        reuse: Not used: CuPy has a pool of memory.
+
+    """
 
     def __init__(
             self, settings: Settings, it: Iteration, wanted: Sequence[str],
             W: Any, u: Any, gamma: Any, gY: Any = None, gsigma: Any = None,
-    ) -> None:
+            reuse: bool = False) -> None:
         self.settings, self.it = settings, it
         self.wanted, self.gamma = wanted, gamma
         self.W = W = _contiguous(W)
@@ -322,7 +317,9 @@ class _Backward:
 def warm_up(W: Any, u: Any, axis: int, n: int) -> None:
     """Moves ``u`` on by ``n`` iterations, unless it would not be finite."""
     for _ in range(n):  # one at a time: the state of one is enough
-        normalize(Settings(1, axis, True), W, u, 1.0, (), True)
+        normalize_all([{
+            'settings': Settings(1, axis, True), 'W': W, 'u': u, 'gamma': 1.0,
+            'output_names': (), 'update_u': True}])
 
 
 def _contiguous(x: Any) -> Any:

@@ -17,7 +17,7 @@ of the size of the weight is made but the result.
 """
 from __future__ import annotations
 
-import functools
+import contextlib
 import math
 from typing import Any, Callable, Iterator
 
@@ -31,6 +31,8 @@ BLOCK_SIZE = 1 << 17
 SMALL_SIZE = 1 << 14
 # From so many on, a weight does not stay in a cache from pass to pass.
 LARGE_SIZE = 1 << 22
+# Factors beyond it may leave the range of float32 on the way.
+MIN_RATIO = 1e-15
 
 
 def accumulator_dtype(dtype: Any) -> Any:
@@ -129,33 +131,28 @@ class Matrix:
         return float(X.ravel().dot(self.array.ravel()))
 
     def combination(
-            self, a: float, X: Any, P: Any, Q: Any,
+            self, a: float, X: Any, c: float, P: Any, Q: Any,
             empty: Callable[..., Any] = numpy.empty) -> Any:
-        """Returns ``a X + sum_k p_k q_k^T`` in the shape of the weight.
+        """Returns ``a X + c sum_k p_k q_k^T`` in the shape of the weight.
 
         Args:
             a: A number.
             X: Array in the shape of the weight, or ``None`` for zero.
+            c: A number.
             P: Array of shape ``(k, m)``.
             Q: Array of shape ``(k, n)``.
             empty: Makes the array that is returned.
 
         """
-        l, m, r = self._l, self.m, self._r  # NOQA: E741
         if X is not None:
             X = X.reshape(self._blocks.shape)
-        if l == 1:
-            out = _combination(a, X, P, Q, empty)
-        elif r == 1:
-            out = _combination(a, X, Q, P, empty)
+        if self._l == 1:
+            out = _combination(a, X, c, P.T, Q, empty)
+        elif self._r == 1:
+            out = _combination(a, X, c, Q.T, P, empty)
         else:
-            out = empty((l, m, r), P.dtype)
-            Q = Q.reshape(-1, l, r).transpose(1, 0, 2)
-            for part in _parts(out):
-                block = out[part]
-                numpy.matmul(P.T, Q[part], out=block)
-                if X is not None:
-                    block += X[part] * a
+            Q = Q.reshape(-1, self._l, self._r).transpose(1, 0, 2)
+            out = _combination(a, X, c, P.T, Q, empty)
         return out.reshape(self.array.shape)
 
 
@@ -167,35 +164,64 @@ def _parts(X: Any) -> Iterator[slice]:
 
 
 def _combination(
-        a: float, X: Any, rows: Any, columns: Any,
+        a: float, X: Any, c: float, rows: Any, columns: Any,
         empty: Callable[..., Any]) -> Any:
-    """``a X + sum_k rows_k columns_k^T``, a matrix."""
-    if rows.shape[1] * columns.shape[1] <= SMALL_SIZE:
-        out = rows.T.dot(columns)
+    """``a X + c rows columns``: a matrix, or one for each of the columns'.
+
+    As ``(c/a rows columns + X) a``, block by block, it needs no memory beside
+    that of the result.
+
+    Args:
+        a: A number.
+        X: An array of the shape of the result, or ``None`` for zero.
+        c: A number.
+        rows: Array of shape ``(m, k)``.
+        columns: Array of shape ``(k, n)`` or ``(l, k, n)``.
+        empty: Makes the array that is returned.
+
+    """
+    shape = *columns.shape[:-2], len(rows), columns.shape[-1]
+    if X is not None and c == 0:
+        return numpy.multiply(X, a, out=empty(shape, rows.dtype))
+    ratio = c / a if a else math.inf
+    if (X is None or math.prod(shape) <= SMALL_SIZE
+            or not MIN_RATIO < abs(ratio) < 1 / MIN_RATIO):
+        out = _product(rows * c, columns)
         if X is not None:
             out += X * a
         return out
-    out = empty((rows.shape[1], columns.shape[1]), rows.dtype)
-    ger, gemm = _blas(out.dtype.char)
-    for part in _parts(out):
-        block = out[part]
-        if X is None:
-            block[...] = 0
-        else:
-            numpy.multiply(X[part], a, out=block)
-        # Transposed, as BLAS has its matrices; so the block is overwritten.
-        if len(rows) == 1:
-            ger(1.0, columns[0], rows[0][part], a=block.T, overwrite_a=1)
-        else:
-            gemm(1.0, columns.T, rows[:, part], beta=1.0, c=block.T,
-                 overwrite_c=1)
+    out = empty(shape, rows.dtype)
+    rows = rows * ratio
+    with _short_buffer():
+        for part in _parts(out):
+            block = out[part]
+            if columns.ndim == 2:
+                _product(rows[part], columns, block)
+            else:
+                _product(rows, columns[part], block)
+            block += X[part]
+            block *= a
     return out
 
 
-@functools.lru_cache(maxsize=None)
-def _blas(char: str) -> Any:
-    # On first use: importing it takes as long as NumPy.  NumPy itself cannot
-    # add a product to a matrix in place.
-    from scipy import linalg
+def _product(rows: Any, columns: Any, out: Any = None) -> Any:
+    """``rows columns``, by what is fast for it."""
+    if columns.ndim == 2 and out is None:
+        return rows.dot(columns)
+    if rows.shape[1] == 1:
+        return numpy.multiply(rows, columns, out=out)
+    return numpy.matmul(rows, columns, out=out)
 
-    return linalg.get_blas_funcs(('ger', 'gemm'), dtype=char)
+
+@contextlib.contextmanager
+def _short_buffer() -> Iterator[None]:
+    """Keeps NumPy from copying short rows into a buffer to multiply them.
+
+    It does where more of them fit in one; the product of a column and a row
+    then takes three times as long.
+    """
+    before = numpy.setbufsize(16)  # of this thread
+    try:
+        yield
+    finally:
+        numpy.setbufsize(before)

@@ -1,11 +1,11 @@
 """The nodes of the graph: normalization of weights, and its gradient.
 
-The arithmetic is in :mod:`sn_function._power_iteration` for NumPy, and in
+The arithmetic is in :mod:`sn_function._host` for NumPy, and in
 :mod:`sn_function._device` for CuPy.
 """
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 import chainer
 import numpy
@@ -16,7 +16,7 @@ from sn_function import (
     _composition,
     _device,
     _graph,
-    _power_iteration,
+    _host,
 )
 from sn_function._power_iteration import Settings
 
@@ -26,42 +26,52 @@ ArrayOrVariable = Any  # Array or chainer.Variable
 
 def arithmetic_of(array: Array) -> Any:
     """Returns the module that computes on this kind of array."""
-    return _device if _checks.is_on_device(array) else _power_iteration
+    return _device if _checks.is_on_device(array) else _host
 
 
 class Weight:
-    """One weight of a node, with its arguments by name.
+    """One weight of a node, and how to compute on it.
 
     Attributes:
-        names (list of str): Names of its inputs, ``'W'`` first.
-        constants (dict): ``'u'`` and ``'gamma'``, unless they are inputs, and
-            what says how to compute.  Leaving them out of the graph is what
-            makes it cheap.
+        names (tuple of str): Names of its inputs, ``'W'`` first.
+        settings (Settings): What the caller chose.
+        u, gamma: Those that are no inputs.  Leaving them out of the graph is
+            what makes it cheap.
         output_names (tuple of str): ``'Y'``, ``'sigma'`` or both.
         update_u (bool): Whether forward overwrites ``u``.
         it: What forward computed.
 
     """
 
-    __slots__ = ('constants', 'it', 'names', 'output_names', 'update_u')
+    __slots__ = ('gamma', 'it', 'names', 'output_names', 'settings', 'u',
+                 'update_u')
 
     def __init__(
-            self, names: Sequence[str], constants: dict[str, Any],
-            output_names: Sequence[str], update_u: bool) -> None:
+            self, names: tuple[str, ...], settings: Settings, u: Any,
+            gamma: Any, output_names: tuple[str, ...], update_u: bool) -> None:
         self.names = names
-        self.constants = constants
+        self.settings = settings
+        self.u = u
+        self.gamma = gamma
         self.output_names = output_names
         self.update_u = update_u
         self.it: Any = None
 
+    def call(self, inputs: Iterator[Array]) -> dict[str, Any]:
+        """Arguments, by name; takes its own from the inputs."""
+        names = self.names
+        return {
+            'settings': self.settings,
+            'W': next(inputs),
+            'u': next(inputs) if 'u' in names else self.u,
+            'gamma': next(inputs) if 'gamma' in names else self.gamma}
+
     def keep(self, it: Any) -> None:
         """Keeps what forward computed, but nothing that others may change."""
         self.it = it
-        constants = self.constants
-        if 'u' in constants:
-            constants['u'] = None
-        if type(constants.get('gamma', 1.0)) is not float:
-            constants['gamma'] = constants['gamma'].copy()
+        self.u = None
+        if type(self.gamma) is not float and self.gamma is not None:
+            self.gamma = self.gamma.copy()
 
 
 class SpectralNormalize(_graph.Node):
@@ -86,15 +96,22 @@ class SpectralNormalize(_graph.Node):
             self, arithmetic: Any, inputs: tuple[Array, ...]
     ) -> tuple[Array, ...]:
         arrays = iter(inputs)
-        results = arithmetic.normalize_all([
-            dict(zip(weight.names, arrays), **weight.constants,
-                 output_names=weight.output_names, update_u=weight.update_u)
-            for weight in self.weights])
-        outputs: tuple[Array, ...] = ()
-        for weight, (of_weight, it) in zip(self.weights, results):
+        # Without a graph the normalized weights do not live side by side, so
+        # that keeping the memory of each would take more than it did.
+        reuse, = _graph.config('enable_backprop')
+        calls = []
+        for weight in self.weights:
+            call = weight.call(arrays)
+            call['output_names'] = weight.output_names
+            call['update_u'] = weight.update_u
+            call['reuse'] = reuse
+            calls.append(call)
+        outputs: list[Array] = []
+        for weight, (of_weight, it) in zip(
+                self.weights, arithmetic.normalize_all(calls)):
             weight.keep(it)
             outputs += of_weight
-        return outputs
+        return tuple(outputs)
 
     def backward(
             self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]
@@ -102,44 +119,49 @@ class SpectralNormalize(_graph.Node):
         with_graph, = _graph.config('enable_backprop')
         inputs = (self.get_retained_inputs() if with_graph
                   else [x.data for x in self.inputs])
-        places, calls = [], []
-        i = o = 0
+        arrays, grads = iter(inputs), iter(grad_outputs)
+        asked = set(indexes)
+        places: list[int] = []
+        calls: list[dict[str, Any]] = []
+        weights = []
+        i = 0
         for weight in self.weights:
-            given = {}
-            wanted = []
-            detach_uv = weight.constants['settings'].detach_uv
+            call = weight.call(arrays)
+            n_without = len(call)
+            for name in weight.output_names:
+                g = next(grads)
+                if g is not None:
+                    call['g' + name] = g if with_graph else g.array
+            has_gradient = len(call) > n_without
+            call['wanted'] = wanted = []
             for name in weight.names:
-                given[name] = inputs[i]
-                if i in indexes and not (name == 'u' and detach_uv):
+                if has_gradient and i in asked and not (
+                        name == 'u' and weight.settings.detach_uv):
                     wanted.append(name)
                     places.append(i)
                 i += 1
-            n_inputs = len(given)
-            for name in weight.output_names:
-                g = grad_outputs[o]
-                if g is not None:
-                    given['g' + name] = g if with_graph else g.array
-                o += 1
-            if len(given) > n_inputs and wanted:
-                calls.append((weight, wanted, given))
-            else:
-                del places[len(places) - len(wanted):]
+            if wanted:
+                call['it'] = weight.it
+                call['reuse'] = True
+                calls.append(call)
+                weights.append(weight)
         found: list[Any] = []
         if with_graph:
-            for weight, wanted, given in calls:
+            for weight, call in zip(weights, calls):
+                names = [*weight.names, *(
+                    name for name in ('gY', 'gsigma') if name in call)]
                 found += SpectralNormalizeGrad(
-                    weight, list(given), wanted).apply(tuple(given.values()))
+                    weight, names, call['wanted']).apply(
+                        tuple([call[name] for name in names]))
         elif calls:
             # Spare a small weight the cost of a node.
             arithmetic = arithmetic_of(inputs[0])
-            for arrays in arithmetic.gradients_all([
-                    dict(given, **weight.constants, it=weight.it,
-                         wanted=wanted) for weight, wanted, given in calls]):
+            for arrays in arithmetic.gradients_all(calls):
                 found += map(_graph.variable, arrays)
         if len(found) == len(indexes):
             return tuple(found)
-        grads = dict(zip(places, found))
-        return tuple([grads.get(i) for i in indexes])
+        of_places = dict(zip(places, found))
+        return tuple([of_places.get(i) for i in indexes])
 
 
 class SpectralNormalizeGrad(_graph.Node):
@@ -156,10 +178,12 @@ class SpectralNormalizeGrad(_graph.Node):
     def compute(
             self, arithmetic: Any, inputs: tuple[Array, ...]
     ) -> tuple[Array, ...]:
-        weight = self.weight
-        return arithmetic.gradients(
-            it=weight.it, wanted=self.wanted,
-            **dict(zip(self.names, inputs)), **weight.constants)
+        arrays = iter(inputs)
+        call = self.weight.call(arrays)
+        call.update(zip(self.names[len(self.weight.names):], arrays),
+                    wanted=self.wanted, it=self.weight.it)
+        grads, = arithmetic.gradients_all([call])
+        return grads
 
     def backward(
             self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]
@@ -170,7 +194,7 @@ class SpectralNormalizeGrad(_graph.Node):
         with chainer.force_backprop_mode(), numpy.errstate(all='ignore'):
             inputs = {name: F.identity(x) for name, x in
                       zip(self.names, self.get_retained_inputs())}
-            x = dict(self.weight.constants, **inputs)
+            x = dict(self.weight.call(iter(inputs.values())), **inputs)
             outputs = dict(zip(('gY', 'gsigma'), _composition.compose(
                 x['settings'], self.weight.it, x['W'], x['u'], x['gamma'])))
             given = [name for name in outputs if name in x]
@@ -187,39 +211,42 @@ class SpectralNormalizeGrad(_graph.Node):
                 enable_double_backprop=chainer.config.enable_backprop))
 
 
+def make_settings(
+        n_power_iteration: int, axis: int, detach_uv: bool,
+        factor: float | None, eps: float, cap: float | None) -> Settings:
+    """Checks what holds for any weight; :func:`make_weight` does the axis."""
+    factor, eps = _checks.check_settings(n_power_iteration, factor, eps, cap)
+    return Settings(int(n_power_iteration), axis, detach_uv, factor, eps)
+
+
 def make_weight(
-        W: ArrayOrVariable, u: ArrayOrVariable, n_power_iteration: int,
-        gamma: Any, factor: float | None, eps: float, axis: int,
-        detach_uv: bool, update_u: bool, output_names: Sequence[str],
-        cap: float | None = None,
+        W: ArrayOrVariable, u: ArrayOrVariable, gamma: Any,
+        settings: Settings, output_names: tuple[str, ...], update_u: bool,
 ) -> tuple[Weight, list[ArrayOrVariable]]:
     """Checks the arguments; returns the weight of a node, and its inputs."""
-    factor, eps = _checks.check_settings(n_power_iteration, factor, eps, cap)
-    axis = _checks.check_arrays(W, u, axis, update_u)
+    axis = _checks.check_arrays(W, u, settings.axis, update_u)
+    if axis != settings.axis or type(settings.axis) is not int:
+        settings = settings._replace(axis=axis)
     gamma = 1.0 if gamma is None else _checks.check_gamma(gamma, W)
-    settings = Settings(
-        int(n_power_iteration), axis, detach_uv, factor, eps)
     return collect(W, u, gamma, settings, output_names, update_u)
 
 
 def collect(
         W: ArrayOrVariable, u: ArrayOrVariable, gamma: Any,
-        settings: Settings, output_names: Sequence[str], update_u: bool,
+        settings: Settings, output_names: tuple[str, ...], update_u: bool,
 ) -> tuple[Weight, list[ArrayOrVariable]]:
     """:func:`make_weight` of what has been checked."""
-    names, inputs = ['W'], [W]
-    constants: dict[str, Any] = {'settings': settings}
+    names: tuple[str, ...] = ('W',)
+    inputs = [W]
     if isinstance(u, chainer.Variable):
-        names.append('u')
+        names += 'u',
         inputs.append(u)
-    else:
-        constants['u'] = u
+        u = None
     if isinstance(gamma, chainer.Variable):
-        names.append('gamma')
+        names += 'gamma',
         inputs.append(gamma)
-    else:
-        constants['gamma'] = gamma
-    return Weight(names, constants, output_names, update_u), inputs
+        gamma = None
+    return Weight(names, settings, u, gamma, output_names, update_u), inputs
 
 
 def normalize(

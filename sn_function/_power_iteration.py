@@ -27,7 +27,8 @@ of sigma,
     gu = c d sigma / d u_0              ggamma = f <gY, W> / sigma
 
 and, where sigma is below eps, that constant in its place and c = gsigma.
-:mod:`sn_function._device` has the same for a CUDA device.
+:mod:`sn_function._stacks` has the same for many small weights at once, and
+:mod:`sn_function._device` for a CUDA device.
 """
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy
 
-from sn_function import _matrix, errors
+from sn_function import _buffers, _matrix, errors
 from sn_function._matrix import accumulator_dtype
 
 
@@ -58,13 +59,15 @@ class PowerIteration(NamedTuple):
     Everything is in units of ``W / scale`` and ``u / u_scale``, powers of two
     that are 1 unless squares could leave the range.  ``restarted`` tells that
     ``u_0`` is not the one that was given.  ``matrix`` is the matrix, if kept.
+    What was computed together with other weights is in the ``stack``, too.
     """
 
-    us: list[Any]
-    vs: list[Any]
-    s_norms: list[Any]
-    t_norms: list[Any]
+    us: Sequence[Any]
+    vs: Sequence[Any]
+    s_norms: Sequence[Any]
+    t_norms: Sequence[Any]
     sigma: Any
+    stack: Any = None
     scale: float = 1.0
     u_scale: float = 1.0
     restarted: bool = False
@@ -168,8 +171,8 @@ def _rescaled(A: _matrix.Matrix, u: Any, n: int) -> PowerIteration:
     if not math.isfinite(scale):
         nan = numpy.full(A.m, numpy.nan, u.dtype)
         it = _iterate(A, nan, n, _host_norm)._replace(sigma=math.nan)
-        it.us[0] = u  # which is good: a second run may start from it
-        return it
+        # u is good: a second run may start from it.
+        return it._replace(us=[u, *it.us[1:]])
     if scale == 0:
         return _iterate(A, u, n, _host_norm)
     # Powers of two: dividing by them loses no digit.
@@ -190,11 +193,6 @@ def store(u: Any, it: PowerIteration) -> None:
     """Overwrites ``u`` with ``u_K``, unless that is zero or not finite."""
     if 0 < it.sigma < math.inf:
         u[...] = it.u
-
-
-def warm_up(W: Any, u: Any, axis: int, n: int) -> None:
-    """Moves ``u`` on by ``n`` iterations, unless it would not be finite."""
-    normalize(Settings(n, axis, True), W, u, 1.0, (), True)
 
 
 def adjoint(
@@ -243,8 +241,8 @@ def adjoint(
 
 def normalize(
         settings: Settings, W: Any, u: Any, gamma: Any,
-        output_names: Sequence[str], update_u: bool,
-        empty: Callable[..., Any] = numpy.empty,
+        output_names: Sequence[str],
+        reuse: bool = False,
 ) -> tuple[tuple[Any, ...], PowerIteration]:
     """Returns ``Y`` and ``sigma``, as named, and what backward needs.
 
@@ -254,54 +252,39 @@ def normalize(
         u: Start vector, shape ``(m,)``.
         gamma: A float, or an array of shape ``()``.
         output_names: ``'Y'``, ``'sigma'`` or both.
-        update_u: Overwrite ``u`` with ``u_K``, unless that is not finite.
-        empty: Makes the array of ``Y``.
+        reuse: Make ``Y`` in memory that this weight has needed before.
+
+    Call it with NumPy's warnings off, as :func:`power_iteration`.
 
     Raises:
         VectorValueError: ``u`` is zero or not finite.
 
     """
-    # NaN and overflow show in the outputs; they need no warning as well.
-    with numpy.errstate(all='ignore'):
-        A = unfold(W, settings.axis)
-        # A copy: the owner of u is free to change it.
-        it = power_iteration(A, u.copy(), settings.n_power_iteration)
-        if it.matrix.array is not W:  # made anew, rather than kept
-            it = it._replace(matrix=None)
-        outputs: tuple[Any, ...] = ()
-        if 'Y' in output_names:
-            divisor, scale, _ = it.floored(settings.eps)
-            x = A.array if scale == 1.0 else A.array / scale
-            coefficient = _number(gamma) * settings.factor / divisor
-            if W.size <= _matrix.SMALL_SIZE or W.dtype != x.dtype:
-                Y = (x * coefficient).astype(W.dtype, copy=False)
-            else:
-                Y = numpy.multiply(x, coefficient, empty(W.shape, W.dtype))
-            outputs = Y,
-        if 'sigma' in output_names:
-            outputs += numpy.array(it.sigma * it.scale, A.array.dtype),
-        if update_u:
-            store(u, it)
-        return outputs, it
-
-
-def normalize_all(
-        calls: Sequence[dict[str, Any]],
-) -> list[tuple[tuple[Any, ...], PowerIteration]]:
-    """:func:`normalize` of each; no ``u`` is changed unless all are good."""
-    if len(calls) == 1:
-        return [normalize(**calls[0])]
-    results = [normalize(**dict(call, update_u=False)) for call in calls]
-    for call, (_, it) in zip(calls, results):
-        if call['update_u']:
-            store(call['u'], it)
-    return results
+    A = unfold(W, settings.axis)
+    # A copy: the owner of u is free to change it.
+    it = power_iteration(A, u.copy(), settings.n_power_iteration)
+    if it.matrix.array is not W:  # made anew, rather than kept
+        it = it._replace(matrix=None)
+    outputs: tuple[Any, ...] = ()
+    if 'Y' in output_names:
+        divisor, scale, _ = it.floored(settings.eps)
+        x = A.array if scale == 1.0 else A.array / scale
+        coefficient = as_float(gamma) * settings.factor / divisor
+        if W.size <= _matrix.SMALL_SIZE or W.dtype != x.dtype:
+            Y = (x * coefficient).astype(W.dtype, copy=False)
+        else:
+            Y = numpy.multiply(
+                x, coefficient, _buffers.empty_of(W, reuse)(W.shape, W.dtype))
+        outputs = Y,
+    if 'sigma' in output_names:
+        outputs += numpy.array(it.sigma * it.scale, A.array.dtype),
+    return outputs, it
 
 
 def gradients(
         settings: Settings, it: PowerIteration, wanted: Sequence[str], W: Any,
         u: Any, gamma: Any, gY: Any = None, gsigma: Any = None,
-        empty: Callable[..., Any] = numpy.empty,
+        reuse: bool = False,
 ) -> tuple[Any, ...]:
     """Returns ``gW``, ``gu`` and ``ggamma``, as wanted.
 
@@ -314,52 +297,49 @@ def gradients(
         gamma: Scale.
         gY: Upstream gradient of ``Y``, of its shape and dtype, or ``None``.
         gsigma: Upstream gradient of sigma, shape ``()``, or ``None``.
-        empty: Makes the array of ``gW``.
+        reuse: Make ``gW`` in memory that this weight has needed before.
+
+    Call it with NumPy's warnings off, as :func:`power_iteration`.
 
     """
-    with numpy.errstate(all='ignore'):
-        A = it.matrix
-        if A is None or A.array is not W:
-            A = unfold(W, settings.axis)
-        if it.scale != 1.0:
-            A = A.scaled(it.scale)
-        grads: dict[str, Any] = {}
-        needs_adjoint = 'W' in wanted or 'u' in wanted
-        a, c, dot, vbar = 0.0, 0.0, 0.0, None  # gW = a gY + c G
-        if gsigma is not None:
-            c = gsigma.item()
-        if gY is not None:
-            gY = gY.astype(A.array.dtype, copy=False)
-            divisor, scale, is_above = it.floored(settings.eps)
-            if settings.detach_uv or not needs_adjoint:
-                dot = A.inner(gY)
-            else:
-                dot, vbar = A.inner_and_tdot(gY, it.u)
-            # Twice divided: sigma ** 2 could overflow.
-            dot = dot * (it.scale / scale) / divisor
-            a = _number(gamma) * settings.factor / divisor / scale
-            if is_above:
-                c -= a * dot
-        if 'gamma' in wanted:
-            grads['gamma'] = numpy.array(settings.factor * dot, gamma.dtype)
-        if needs_adjoint:
-            P, Q, ubar = adjoint(
-                A, it, settings.detach_uv, 'u' in wanted, vbar)
-            if ubar is not None:
-                # In this order: scale / u_scale may not be in the range.
-                gu = ubar * (0 if it.restarted else c * it.scale / it.u_scale)
-                grads['u'] = gu.astype(u.dtype, copy=False)
-            if 'W' in wanted:
-                gW = A.combination(a, gY, P * c, Q, empty)
-                grads['W'] = gW.astype(W.dtype, copy=False)
-        return tuple([grads[name] for name in wanted])
+    A = it.matrix
+    if A is None or A.array is not W:
+        A = unfold(W, settings.axis)
+    if it.scale != 1.0:
+        A = A.scaled(it.scale)
+    grads: dict[str, Any] = {}
+    needs_adjoint = 'W' in wanted or 'u' in wanted
+    a, c, dot, vbar = 0.0, 0.0, 0.0, None  # gW = a gY + c G
+    if gsigma is not None:
+        c = gsigma.item()
+    if gY is not None:
+        gY = gY.astype(A.array.dtype, copy=False)
+        divisor, scale, is_above = it.floored(settings.eps)
+        if settings.detach_uv or not needs_adjoint:
+            dot = A.inner(gY)
+        else:
+            dot, vbar = A.inner_and_tdot(gY, it.u)
+        # Twice divided: sigma ** 2 could overflow.
+        dot = dot * (it.scale / scale) / divisor
+        a = as_float(gamma) * settings.factor / divisor / scale
+        if is_above:
+            c -= a * dot
+    if 'gamma' in wanted:
+        grads['gamma'] = numpy.array(settings.factor * dot, gamma.dtype)
+    if needs_adjoint:
+        P, Q, ubar = adjoint(
+            A, it, settings.detach_uv, 'u' in wanted, vbar)
+        if ubar is not None:
+            # In this order: scale / u_scale may not be in the range.
+            gu = ubar * (0 if it.restarted else c * it.scale / it.u_scale)
+            grads['u'] = gu.astype(u.dtype, copy=False)
+        if 'W' in wanted:
+            gW = A.combination(
+                a, gY, c, P, Q, _buffers.empty_of(W, reuse))
+            grads['W'] = gW.astype(W.dtype, copy=False)
+    return tuple([grads[name] for name in wanted])
 
 
-def gradients_all(
-        calls: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """:func:`gradients` of each."""
-    return [gradients(**call) for call in calls]
-
-
-def _number(x: Any) -> float:
+def as_float(x: Any) -> float:
+    """A number, or an array of shape ``()``, as a float."""
     return x if isinstance(x, float) else x.item()

@@ -71,15 +71,6 @@ def numpy() -> Found:
     return _found(text)
 
 
-def scipy() -> Found:
-    version = _imported('scipy')
-    if version is None:
-        return _found(None, (
-            'sn_function needs SciPy, for the gradients of large weights',
-            'pip install scipy'))
-    return _found(version)
-
-
 def setuptools() -> Found:
     version = _version('setuptools')
     return _found(version and (
@@ -240,7 +231,7 @@ def _optional(name: str) -> Any:
 PROBES = {
     'Python': python, 'NumPy': numpy, 'Chainer': chainer, 'CuPy': cupy,
     'mpi4py': mpi4py, 'onnx': onnx, 'onnxruntime': _optional('onnxruntime'),
-    'SciPy': scipy, 'h5py': _optional('h5py'),
+    'SciPy': _optional('scipy'), 'h5py': _optional('h5py'),
     'matplotlib': _optional('matplotlib'), 'protobuf': protobuf,
     'setuptools': setuptools,
 }

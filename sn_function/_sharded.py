@@ -329,7 +329,7 @@ class ShardedNormalizeGrad(_graph.Node):
         if is_above:
             # Twice divided: sigma ** 2 could overflow.
             c -= a * (dot / divisor)
-        return A.combination(a, gY, P * c, Q)
+        return A.combination(a, gY, c, P, Q)
 
     def backward(
             self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]

@@ -10,7 +10,6 @@ import numpy
 from chainer.backends import cuda
 
 from sn_function import errors
-from sn_function._buffers import Buffers
 
 
 class LinkState:
@@ -27,8 +26,6 @@ class LinkState:
         v (ndarray or None): The right vector that the latest call found.
         checked (tuple or None): The weight, u, gamma and settings of the
             latest call, which need no other check.
-        empty (callable): Makes arrays, in the memory of those that the weight
-            has needed before.
 
     """
 
@@ -38,7 +35,6 @@ class LinkState:
         self.start: Any = None
         self.v: Any = None
         self.checked: Any = None
-        self.empty = Buffers().empty
         self._copied: Any = None
         self._link: Callable[[], Any] = lambda: None  # a weak reference
         self._latest: Any = None

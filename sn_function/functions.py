@@ -112,9 +112,11 @@ def spectral_normalize(
         1.0000
 
     """
+    settings = _nodes.make_settings(
+        n_power_iteration, axis, detach_uv, factor, eps, cap)
     outputs, = _nodes.normalize([_nodes.make_weight(
-        W, u, n_power_iteration, gamma, factor, eps, axis, detach_uv,
-        update_u, ('Y', 'sigma') if return_sigma else ('Y',), cap)])
+        W, u, gamma, settings, ('Y', 'sigma') if return_sigma else ('Y',),
+        update_u)])
     return outputs if return_sigma else outputs[0]
 
 
@@ -167,9 +169,10 @@ def spectral_norm(
          [0. 0.]]
 
     """
+    settings = _nodes.make_settings(
+        n_power_iteration, axis, detach_uv, 1.0, 0.0, None)
     outputs, = _nodes.normalize([_nodes.make_weight(
-        W, u, n_power_iteration, None, 1.0, 0.0, axis, detach_uv, update_u,
-        ('sigma',))])
+        W, u, None, settings, ('sigma',), update_u)])
     return outputs[0]
 
 
@@ -236,10 +239,12 @@ def spectral_normalize_all(
         if len(given) != n:
             raise errors.CountError(name, len(given), n)
     names = ('Y', 'sigma') if return_sigma else ('Y',)
+    settings = _nodes.make_settings(
+        n_power_iteration, 0, detach_uv, factor, eps, cap)
     outputs = _nodes.normalize([
         _nodes.make_weight(
-            W, u, n_power_iteration, gamma, factor, eps, axis, detach_uv,
-            update_u, names, cap)
+            W, u, gamma, settings if axis == 0 else settings._replace(
+                axis=axis), names, update_u)
         for W, u, gamma, axis in zip(Ws, us, gammas, axes)])
     columns = tuple([
         tuple([of_weight[i] for of_weight in outputs])

@@ -18,6 +18,7 @@ from chainer import links as L
 from chainer.utils import size_of_shape
 
 from sn_function import (
+    _buffers,
     _checks,
     _graph,
     _nodes,
@@ -225,6 +226,7 @@ class SpectralNormalization(LocalHook):
             delattr(link, gamma_name)
         delattr(link, self.vector_name)
         LinkState.remove(link, self.weight_name)
+        _buffers.release(getattr(link, self.weight_name).array)
 
     # Calling
 
@@ -297,29 +299,23 @@ class SpectralNormalization(LocalHook):
             self, link: chainer.Link, W: chainer.Variable, state: LinkState,
             gamma: Any, u: Any, update_u: bool) -> Any:
         """Returns the link's weight for a node, and the node's inputs."""
-        own = (self.n_power_iteration, self.factor, self.eps, self.detach_uv,
-               self.cap)
         array = W.array
         gamma_array = None if gamma is None else gamma.array
+        own = (self.n_power_iteration, self.factor, self.eps, self.detach_uv,
+               self.cap)
         checked = state.checked
         if checked is None or not (
                 checked[0] is array and checked[1] is u
                 and checked[2] is gamma_array and checked[3] == own):
             weight, inputs = _nodes.make_weight(
-                W, u, self.n_power_iteration, gamma, self.factor, self.eps,
-                output_axis(link), self.detach_uv, update_u, ('Y',), self.cap)
-            state.checked = (
-                array, u, gamma_array, own, weight.constants['settings'])
-        else:
-            weight, inputs = _nodes.collect(
-                W, u, 1.0 if gamma is None else gamma, checked[4], ('Y',),
-                update_u)
-        # Without a graph the normalized weights do not live side by side, so
-        # that keeping the memory of each would take more than it did.
-        if _graph.config('enable_backprop')[0] and not _checks.is_on_device(
-                array):
-            weight.constants['empty'] = state.empty
-        return weight, inputs
+                W, u, gamma, _nodes.make_settings(
+                    self.n_power_iteration, output_axis(link), self.detach_uv,
+                    self.factor, self.eps, self.cap), ('Y',), update_u)
+            state.checked = array, u, gamma_array, own, weight.settings
+            return weight, inputs
+        return _nodes.collect(
+            W, u, 1.0 if gamma is None else gamma, checked[4], ('Y',),
+            update_u)
 
     def _gamma_and_vector(
             self, link: chainer.Link, W: chainer.Variable, state: LinkState,

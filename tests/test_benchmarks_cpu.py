@@ -323,7 +323,7 @@ def test_one_thread_is_not_complained_of(capsys, monkeypatch):
 def test_what_was_tried_computes_the_same(rank):
     example = tried.Example((128, 1024))
     P, Q = example.P[:rank], example.Q[:rank]
-    expected = 1.5 * example.gY + P.T @ Q
+    expected = 1.5 * example.gY + 0.5 * P.T @ Q
     for way, run in tried.correction(example, rank).items():
         out = (example.unaligned if way == 'between cache lines'
                else example.out)

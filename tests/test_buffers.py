@@ -206,18 +206,64 @@ class TestLinks:
         link = self.make()
         with chainer.no_backprop_mode():
             link(np.ones((1, 512), 'f'))
-        assert not link._W_sn_state.empty.__self__._kept
+        assert id(link.W.array) not in _buffers._of
 
     def test_copies_have_their_own(self):
         link = self.make()
         self.step(link)
         other = copy.deepcopy(link)
-        assert not other._W_sn_state.empty.__self__._kept
+        assert id(other.W.array) not in _buffers._of
         assert not set(self.step(link)) & set(self.step(other))
         assert len(pickle.dumps(link)) < 2.5 * link.W.array.nbytes
 
     def test_it_goes_with_the_hook(self):
         link = self.make()
         self.step(link)
+        assert id(link.W.array) in _buffers._of
         link.delete_hook('SpectralNormalization')
-        assert not hasattr(link, '_W_sn_state')
+        assert id(link.W.array) not in _buffers._of
+
+    def test_it_goes_with_the_weight(self):
+        link = self.make()
+        self.step(link)
+        before = len(_buffers._of)
+        for _ in range(3):
+            link.W.array = link.W.array.copy()
+            self.step(link)
+        gc.collect()
+        assert len(_buffers._of) == before
+
+
+@pytest.mark.parametrize('normalize', [
+    lambda W, u: sn_function.spectral_normalize(W, u),
+    lambda W, u: sn_function.spectral_normalize_all([W], [u])[0]])
+@pytest.mark.parametrize('make', [
+    lambda x: x, chainer.Variable, chainer.Parameter])
+def test_functions_use_memory_again(normalize, make):
+    """By the array of the weight; a weight of its own has its own."""
+    W, V = (np.random.normal(size=(512, 512)).astype('f') for _ in range(2))
+    u = np.ones(512, 'f')
+    weight = make(W)
+    places = set()
+    for _ in range(5):
+        Y = normalize(weight, u)
+        places.add(address(Y.array))
+        other = normalize(make(V), u)
+        assert address(other.array) not in places
+        del Y, other
+    assert len(places) == 1
+    del weight, W
+    gc.collect()
+    assert not [x for x in _buffers._of.values() if x[0]() is None]
+
+
+def test_an_id_that_is_another_array_now():
+    """As that of a weight that died when nobody looked on."""
+    W, V = np.ones((2, 512, 512), 'f')
+    empty = _buffers.empty_of(W)
+    _buffers._of[id(V)] = _buffers._of[id(W)]
+    assert _buffers.empty_of(V) is not empty
+    assert _buffers.empty_of(V) == _buffers.empty_of(V)
+    del V
+    gc.collect()
+    assert _buffers.empty_of(W) == empty

@@ -56,10 +56,10 @@ def test_combination(shape, axis, size, rank, monkeypatch):
     Q = np.random.normal(size=(rank, A.n))
     P_then, Q_then, X_then = P.copy(), Q.copy(), X.copy()
     for X_given in (X, None, np.asfortranarray(X)):
-        out = A.combination(1.5, X_given, P, Q)
+        out = A.combination(1.5, X_given, 0.7, P, Q)
         assert out.shape == shape
         assert out.flags.c_contiguous
-        expected = P.T @ Q
+        expected = 0.7 * P.T @ Q
         if X_given is not None:
             expected = expected + 1.5 * reference.as_matrix(X, axis)
         np.testing.assert_allclose(
@@ -69,6 +69,38 @@ def test_combination(shape, axis, size, rank, monkeypatch):
     np.testing.assert_allclose(y, reference.as_matrix(W, axis).T @ P[0])
     for then, now in ((P_then, P), (Q_then, Q), (X_then, X)):
         np.testing.assert_array_equal(then, now)
+
+
+@pytest.mark.parametrize('rank', [1, 2])
+@pytest.mark.parametrize(('a', 'c'), [
+    (0, 1), (1, 0), (0, 0), (1e-30, 1), (1, 1e-30), (1e30, 1), (1, 1e30),
+    (1e-38, 1e-38), (1e-45, 1e30), (1, np.nan), (np.nan, 1)])
+def test_factors_of_a_combination_of_any_size(a, c, rank, monkeypatch):
+    """Nothing overflows or is lost on the way."""
+    monkeypatch.setattr(_matrix, 'SMALL_SIZE', 0)
+    W, X = np.random.normal(size=(2, 6, 5)).astype('f')
+    P, Q = (np.random.normal(size=(rank, k)).astype('f') for k in (6, 5))
+    with np.errstate(all='ignore'):
+        out = _matrix.Matrix(W, 0).combination(a, X, c, P, Q)
+        term, product = a * X.astype('d'), c * (P.astype('d').T @ Q)
+        expected = (term + product).astype('f')
+    size = max(np.abs(term).max(), np.abs(product).max())
+    np.testing.assert_allclose(out, expected, atol=1e-6 * size + 1e-44)
+
+
+def test_the_buffer_of_numpy_is_as_it_was(monkeypatch):
+    monkeypatch.setattr(_matrix, 'SMALL_SIZE', 0)
+    W, X = np.random.normal(size=(2, 6, 5))
+    before = np.getbufsize()
+    with np.errstate(over='raise'):
+        A = _matrix.Matrix(W, 0)
+        P, Q = np.ones((1, 6)), np.full((1, 5), 1e20)
+        A.combination(1.5, X, 0.7, P, Q)
+        assert np.getbufsize() == before
+        with pytest.raises(FloatingPointError):
+            A.combination(1e300, X, 1e300, P, Q)
+        assert np.getbufsize() == before
+        assert np.geterr()['over'] == 'raise'
 
 
 def test_normalize_axis():

@@ -269,7 +269,8 @@ class Weight(L.Linear):
         super().__init__(None, len(W), nobias=True)
         self.gY = gY
         with self.init_scope():
-            self.W = chainer.Parameter(W)
+            # An array of its own, on memory that others may share.
+            self.W = chainer.Parameter(W[...])
 
     def forward(self, x: Any) -> Any:
         return Use(self.gY).apply((x, self.W))[0]

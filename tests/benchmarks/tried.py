@@ -8,6 +8,7 @@ not as it did not pay.  Set ``OPENBLAS_NUM_THREADS=1`` and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import mmap
 from typing import Any, Callable, Dict, Iterator
@@ -54,48 +55,64 @@ class Example:
 
 
 def correction(example: Example, rank: int) -> Ways:
-    """gW = a gY + P^T Q, into memory that is there."""
+    """gW = a gY + c P^T Q, into memory that is there."""
     x, P, Q = example, example.P[:rank], example.Q[:rank]
-    ger, gemm = _matrix._blas('f')
 
-    def in_use(size: int = _matrix.BLOCK_SIZE,
-               out: np.ndarray = x.out) -> Callable[[], Any]:
+    def in_use(out: np.ndarray = x.out, **constants: Any
+               ) -> Callable[[], Any]:
         def run() -> None:
-            before, _matrix.BLOCK_SIZE = _matrix.BLOCK_SIZE, size
+            before = {name: getattr(_matrix, name) for name in constants}
             try:
-                x.A.combination(1.5, x.gY, P, Q, lambda *_: out)
+                for name, value in constants.items():
+                    setattr(_matrix, name, value)
+                x.A.combination(1.5, x.gY, 0.5, P, Q, lambda *_: out)
             finally:
-                _matrix.BLOCK_SIZE = before
+                for name, value in before.items():
+                    setattr(_matrix, name, value)
         return run
 
-    def by_the_other() -> None:
+    def in_scratch() -> None:
+        rows = P.T * 0.5
+        scratch: Any = None
         for part in x.blocks(_matrix.BLOCK_SIZE):
-            np.multiply(x.gY[part], 1.5, out=x.out[part])
-            if rank == 1:
-                gemm(1.0, Q.T, P[:, part], beta=1.0, c=x.out[part].T,
-                     overwrite_c=1)
-            else:
-                for p, q in zip(P, Q):
-                    ger(1.0, q, p[part], a=x.out[part].T, overwrite_a=1)
-
-    def by_numpy() -> None:
-        for part in x.blocks(_matrix.BLOCK_SIZE):
-            np.multiply(x.gY[part], 1.5, out=x.out[part])
-            x.out[part] += P[:, part].T.dot(Q)
+            block = x.out[part]
+            np.multiply(x.gY[part], 1.5, out=block)
+            if scratch is None:
+                scratch = np.empty_like(block)
+            product = scratch[:len(block)]
+            _matrix._product(rows[part], Q, product)
+            block += product
 
     def at_once() -> None:
-        out = P.T.dot(Q)
+        out = (P.T * 0.5).dot(Q)
         out += x.gY * 1.5
 
-    return {
+    ways = {
         'blocks of 2^17 (in use)': in_use(),
-        'between cache lines': in_use(out=x.unaligned),
-        'blocks of 2^13': in_use(1 << 13),
-        'blocks of 2^15': in_use(1 << 15),
-        'one block': in_use(x.W.size),
-        'by gemm, not ger' if rank == 1 else 'by ger, not gemm': by_the_other,
-        'blocks by NumPy': by_numpy,
-        'at once by NumPy (small ones)': at_once}
+        'between cache lines': in_use(x.unaligned),
+        'blocks of 2^13': in_use(BLOCK_SIZE=1 << 13),
+        'blocks of 2^15': in_use(BLOCK_SIZE=1 << 15),
+        'one block': in_use(BLOCK_SIZE=x.W.size),
+        'with a scratch block': in_scratch,
+        'at once (small ones)': at_once}
+    if rank == 1:
+        ways["with NumPy's buffer"] = in_use(
+            _short_buffer=contextlib.nullcontext)
+    with contextlib.suppress(ImportError):
+        from scipy.linalg import blas
+
+        def in_blas() -> None:
+            for part in x.blocks(_matrix.BLOCK_SIZE):
+                np.multiply(x.gY[part], 1.5, out=x.out[part])
+                if rank == 1:
+                    blas.sger(0.5, Q[0], P[0, part], a=x.out[part].T,
+                              overwrite_a=1)
+                else:
+                    blas.sgemm(0.5, Q.T, P[:, part], beta=1.0,
+                               c=x.out[part].T, overwrite_c=1)
+
+        ways["added by SciPy's BLAS"] = in_blas
+    return ways
 
 
 def two_products(example: Example) -> Ways:

@@ -1,0 +1,84 @@
+"""The arithmetic of NumPy, as :mod:`sn_function._device` is that of CuPy.
+
+Each weight is done by :mod:`sn_function._power_iteration`, but small ones of
+one kind together, by :mod:`sn_function._stacks`.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, Sequence
+
+import numpy
+
+from sn_function import _power_iteration, _stacks
+from sn_function._power_iteration import PowerIteration, Settings
+from sn_function._stacks import Call
+
+
+def normalize_all(
+        calls: Sequence[Call]) -> list[tuple[tuple[Any, ...], PowerIteration]]:
+    """Returns ``Y`` and ``sigma``, as named, and what backward needs.
+
+    Args:
+        calls: For each weight the arguments of
+            :func:`._power_iteration.normalize`, and ``update_u``: whether to
+            overwrite ``u`` with ``u_K``, unless that is not finite.
+
+    Raises:
+        VectorValueError: A ``u`` is zero or not finite.  None is changed.
+
+    """
+    def one(call: Call) -> Any:
+        return _power_iteration.normalize(
+            call['settings'], call['W'], call['u'], call['gamma'],
+            call['output_names'], call.get('reuse', False))
+
+    results = _run(calls, _stacks.kind, _stacks.normalize, one)
+    for call, (_, it) in zip(calls, results):
+        if call['update_u']:
+            _power_iteration.store(call['u'], it)
+    return results
+
+
+def gradients_all(calls: Sequence[Call]) -> list[tuple[Any, ...]]:
+    """Returns ``gW``, ``gu`` and ``ggamma``, as wanted.
+
+    Args:
+        calls: For each weight the arguments of
+            :func:`._power_iteration.gradients`.
+
+    """
+    return _run(calls, _stacks.stack_of, _stacks.gradients,
+                lambda call: _power_iteration.gradients(**call))
+
+
+def _run(
+        calls: Sequence[Call], kind: Callable[[Call], Any],
+        together: Callable[[Sequence[Call]], Sequence[Any]],
+        one: Callable[[Call], Any]) -> list[Any]:
+    """Returns the result of each call; those of a kind are done together."""
+    # NaN and overflow show in the results; they need no warning as well.
+    with numpy.errstate(all='ignore'):
+        if len(calls) == 1:
+            return [one(calls[0])]
+        groups: dict[Any, list[int]] = {}
+        for i, call in enumerate(calls):
+            groups.setdefault(kind(call), []).append(i)
+        results: list[Any] = [None] * len(calls)
+        for key, places in groups.items():
+            group = [calls[i] for i in places]
+            try:
+                if key is None:
+                    raise _stacks.OneByOneError
+                found = together(group)
+            except _stacks.OneByOneError:
+                found = list(map(one, group))
+            for i, result in zip(places, found):
+                results[i] = result
+        return results
+
+
+def warm_up(W: Any, u: Any, axis: int, n: int) -> None:
+    """Moves ``u`` on by ``n`` iterations, unless it would not be finite."""
+    normalize_all([{
+        'settings': Settings(n, axis, True), 'W': W, 'u': u, 'gamma': 1.0,
+        'output_names': (), 'update_u': True}])
