@@ -73,10 +73,10 @@ demo: setup
 defects: setup
 	$(PY) -m tests.defects
 
-# BENCH=--quick is a short one; BENCH='--out DIRECTORY' keeps the results.
+# With the threads that BLAS takes by default, then with one.  BENCH=--quick is
+# a short one; BENCH='--out DIRECTORY' keeps the results.
 bench: setup
-	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 \
-		$(PY) -m tests.benchmarks.cpu $(BENCH)
+	$(PY) -m tests.benchmarks.cpu $(BENCH)
 
 $(STAMP)-nvrtc: $(STAMP)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[nvrtc]'

@@ -28,6 +28,11 @@ import random
 import sys
 from typing import Any, Callable
 
+# Layers as small as these are done sooner by one thread of BLAS than by two,
+# which wait for each other.  It has to be said before NumPy is imported.
+if 'OMP_NUM_THREADS' not in os.environ:
+    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+
 # Before Chainer: importing sn_function makes Chainer 7.8.1 importable on
 # current versions of NumPy and setuptools.
 import sn_function

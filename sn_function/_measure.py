@@ -63,8 +63,9 @@ def measure(
 def _estimate(
         xp: Any, W: Any, matrix: Any, u: Any, settings: Settings) -> Any:
     try:
-        (sigma,), it = _nodes.arithmetic_of(W).normalize(
-            settings, W, u, 1.0, ('sigma',), False)
+        ((sigma,), it), = _nodes.arithmetic_of(W).normalize_all([{
+            'settings': settings, 'W': W, 'u': u, 'gamma': 1.0,
+            'output_names': ('sigma',), 'update_u': False}])
     except VectorValueError:  # a device replaces it without a word
         return math.nan, math.nan
     dtype = accumulator_dtype(W.dtype)

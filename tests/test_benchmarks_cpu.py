@@ -6,11 +6,15 @@ import gc
 import importlib.util
 import math
 
+import sn_function  # isort: skip  # before chainer, which it repairs
+import chainer
+import chainer.links as L
 import numpy as np
 import pytest
 
-from tests.benchmarks import cpu, tried
+from tests.benchmarks import contenders, cpu, models, tried
 
+assert sn_function
 MODEL_CONTENDERS = [
     cpu.BUILT_IN, 'hook', 'hook, cached', 'chain hook', 'chain hook, cached']
 CASE_OF = cpu.case_of
@@ -29,7 +33,7 @@ def settled(shape, n_power_iteration=1):
 
 
 def made(name, case):
-    return cpu.CONTENDERS[name](case)
+    return contenders.CONTENDERS[name](case)
 
 
 # Contenders for a weight
@@ -69,6 +73,7 @@ class TestContenders:
             contender = make()
             for _ in range(20):
                 gW = contender.step()
+            gW, = gW if isinstance(gW, list) else [gW]
             assert distance(gW.reshape(W.shape), expected) < 1e-3, name
 
     def test_the_floors(self, shape, K):
@@ -77,25 +82,88 @@ class TestContenders:
         np.testing.assert_array_equal(made('copy', case).step(), case.W)
 
 
-@pytest.mark.parametrize('name', list(cpu.CONTENDERS))
+@pytest.mark.parametrize('name', list(contenders.CONTENDERS))
 def test_a_step_can_be_repeated(name):
     """Gradients do not add up, and nothing writes into what is shared."""
     case = settled((6, 5), 20)
     before = [x.copy() for x in case[:3]]
     if name not in cpu.makers(case):
-        pytest.skip(f'PyTorch: {cpu.why_no_torch()}')
+        pytest.skip(f'{name}: {cpu.why_not(name)}')
     contender = made(name, case)
-    first = contender.step().copy()
+    first = np.array(contender.step())
     assert distance(contender.step(), first) < 1e-4
     for x, y in zip(case[:3], before):
         np.testing.assert_array_equal(x, y)
 
 
-def test_without_pytorch_it_says_so(monkeypatch):
-    monkeypatch.setattr(cpu, 'why_no_torch', lambda: 'E: absent')
+def test_without_peers_it_says_so(monkeypatch):
+    for module in (contenders, cpu):
+        monkeypatch.setattr(module, 'why_not', lambda peer: 'E: absent')
     assert list(cpu.makers(cpu.case_of((2, 3)))) == [
         cpu.BUILT_IN, 'exact', 'detached', 'composition', 'identity', 'copy']
-    assert cpu.missing([]) == ['PyTorch: E: absent']
+    assert cpu.missing([]) == [
+        f'{peer}: E: absent' for peer in ('PyTorch', 'torch.compile', 'JAX')]
+
+
+# Contenders for a list
+
+@pytest.mark.parametrize('name', [
+    'hook on each', 'at once', 'at once, detached'])
+def test_the_gradients_of_a_list(name, monkeypatch):
+    """Converged, those of Chainer's hook."""
+    monkeypatch.setattr(models, 'case_of', lambda shape: settled(shape, 1))
+    makers = models.list_makers([(6, 5)] * 4 + [(4, 6, 3, 3)])
+    ours, built_in = (makers[key]() for key in (name, cpu.BUILT_IN))
+    for _ in range(20):
+        found, expected = ours.step(), built_in.step()
+    assert len(found) == 5
+    for gW, expected_gW in zip(found, expected):
+        assert distance(gW, expected_gW) < 1e-4
+
+
+# Training steps
+
+@pytest.mark.parametrize('way', [
+    cpu.NO_HOOK, cpu.BUILT_IN, 'hook', 'chain hook, cached'])
+def test_a_training_step(way, monkeypatch):
+    """A small network; it learns, and the hooks see it."""
+    def make():
+        return chainer.Sequential(
+            models.Block(3, 4), models.Block(4, 4), L.Linear(64, 1))
+
+    built = []
+
+    def keeping():
+        built.append(make())
+        return built[0]
+
+    contender = models.gan_contender(keeping, 8, models.WAYS[way])
+    first = contender.step().copy()
+    model, = built
+    assert first.shape == (models.BATCH_SIZE, 3, 8, 8)
+    vectors = [link.W_u.copy() for link in model.links()
+               if hasattr(link, 'W_u')]
+    assert len(vectors) == (0 if way == cpu.NO_HOOK else 6)
+    assert np.isfinite(contender.step()).all()
+    assert not np.array_equal(contender.step(), first)
+
+
+def test_the_networks_have_the_weights_of_the_lists():
+    for make, name in ((models.Plain, 'SNGAN 32x32'),
+                       (models.ResNet, 'SNGAN ResNet 64x64')):
+        shapes = [link.W.shape for link in make().links()
+                  if getattr(link, 'W', None) is not None]
+        assert sorted(shapes) == sorted(models.MODELS[name])
+    for make, size in ((models.Plain, 32), (models.ResNet, 64)):
+        y = make()(np.zeros((1, 3, size, size), 'f'))
+        assert y.shape == (1, 1)
+
+
+def test_a_step_of_the_demo():
+    pytest.importorskip('sklearn', reason='the demo needs it')
+    for name, make in models.demo_makers().items():
+        gW = make().step()
+        assert np.isfinite(gW).all(), name
 
 
 # Contenders for a model
@@ -103,7 +171,7 @@ def test_without_pytorch_it_says_so(monkeypatch):
 @pytest.mark.parametrize('name', MODEL_CONTENDERS)
 def test_the_gradient_of_a_model_is_the_sum_of_three(name, monkeypatch):
     """Converged, each call of a layer has the same gradient."""
-    monkeypatch.setattr(cpu, 'case_of', settled)
+    monkeypatch.setattr(models, 'case_of', settled)
     shapes = [(6, 5), (4, 6, 3, 3), (6, 5)]
     nothing, contender = (
         cpu.model_makers(shapes)[key]() for key in (cpu.NO_HOOK, name))
@@ -117,7 +185,7 @@ def test_the_gradient_of_a_model_is_the_sum_of_three(name, monkeypatch):
 
 def test_the_models():
     """What goes in is what came out."""
-    assert cpu.residual(64, 128) == [
+    assert models.residual(64, 128) == [
         (128, 64, 3, 3), (128, 128, 3, 3), (128, 64, 1, 1)]
     assert {name: len(shapes) for name, shapes in cpu.MODELS.items()} == {
         'SNGAN 32x32': 8, 'SNGAN ResNet 64x64': 18, 'BigGAN 128x128': 17}
@@ -187,8 +255,8 @@ def test_a_contender_that_cannot_has_a_note():
     found = cpu.measured({
         cpu.BUILT_IN: fail,
         'exact': lambda: made('exact', case._replace(gY=case.gY * np.nan)),
-        'copy': lambda: cpu.copy(case)}, 0, 1, 1e-4)
-    rows = cpu.rows_of('weight', '2x3', 'float32', 1, found)
+        'copy': lambda: contenders.copy(case)}, 0, 1, 1e-4)
+    rows = cpu.rows_of('1', 'weight', '2x3', 'float32', 1, found)
     assert [row.contender for row in rows] == [cpu.BUILT_IN, 'exact', 'copy']
     assert [row.note for row in rows] == [
         'ValueError: cannot be made',
@@ -210,20 +278,20 @@ def numbers(median, **more):
 # Tables
 
 def weight_rows():
-    return cpu.rows_of('weight', '2x3', 'float32', 1, {
+    return cpu.rows_of('default', 'weight', '2x3', 'float32', 1, {
         cpu.BUILT_IN: numbers(20.0), 'exact': numbers(5.0),
         'copy': numbers(2.0), 'PyTorch': {'error': 'E: absent'}})
 
 
 def model_rows():
-    return cpu.rows_of('model', 'SNGAN 32x32', 'float32', 1, {
+    return cpu.rows_of('default', 'model', 'SNGAN 32x32', 'float32', 1, {
         cpu.NO_HOOK: numbers(2000.0), cpu.BUILT_IN: numbers(10000.0),
         'hook': numbers(4000.0), 'hook, cached': numbers(1500.0)})
 
 
 def growth_rows():
     return [row for n in (1, 2) for row in cpu.rows_of(
-        'layers', str(n), 'float32', 1, {
+        'default', 'layers', str(n), 'float32', 1, {
             cpu.NO_HOOK: numbers(10.0 * n), 'hook': {'error': 'E: absent'}})]
 
 
@@ -246,9 +314,10 @@ def test_markdown():
         weight_rows() + model_rows() + growth_rows(), 'python -m it')
     titles = [line for line in text.splitlines() if line.startswith('#')]
     assert titles == [
-        '# The normalization on a CPU', '## 2x3, float32, K = 1',
-        '## SNGAN 32x32: a step of 8 weights, 11.2 MiB',
-        '## ' + cpu.GROWTH['layers'], '## Not measured']
+        '# The normalization on a CPU', '## Threads as by default',
+        '### 2x3, float32, K = 1',
+        '### SNGAN 32x32: a step of 8 weights, 11.2 MiB',
+        '### ' + cpu.GROWTH['layers'], '## Not measured']
     assert '`python -m it`' in text
     assert '| exact | 5.00 | 4.00 to 6.00 | 4.00 |' in text
     assert '* hook: E: absent (layers 1; layers 2)' in text
@@ -256,52 +325,94 @@ def test_markdown():
 
 # The run
 
-def test_what_is_measured_with_what(monkeypatch):
-    monkeypatch.setattr(
-        cpu, 'weight_rows',
-        lambda kind, name, shape, dtype, K, n: [(kind, name, dtype, K)])
-    monkeypatch.setattr(
-        cpu, 'model_rows', lambda kind, name, shapes, n: [(kind, name)])
+@pytest.fixture
+def names_only(monkeypatch):
+    """Nothing is made or measured."""
+    monkeypatch.setattr(cpu, 'measured', lambda to_make, *_: list(to_make))
+    for module in (cpu, models):
+        monkeypatch.setattr(module, 'case_of', lambda *_: None)
+
+
+@pytest.mark.usefixtures('names_only')
+def test_what_is_measured_with_what():
     args = cpu.parse([])
-    rows = [row for group in cpu.measurements(args) for row in group]
+    groups = list(cpu.measurements(args, cpu.OURS))
     for i, shape in enumerate(cpu.SHAPES):
         more = [('float32', 2), ('float32', 5), ('float16', 1)]
-        assert [row[2:] for row in rows if row[:2] == ('weight', shape)] == [
+        assert [group[2:4] for group in groups
+                if group[:2] == ('weight', shape)] == [
             ('float32', 1), *(more if i in (0, 2, 4) else [])]
-    assert [row[1] for row in rows if row[0] == 'model'] == list(cpu.MODELS)
-    assert [row[1] for row in rows if row[0] == 'layers'] == [
-        '1', '2', '4', '8', '16', '32']
-    assert [row[1] for row in rows if row[0] == 'side'] == [
-        str(1 << n) for n in range(6, 13)]
+    for kind, names in (
+            ('list', models.LISTS), ('model', models.MODELS),
+            ('step', models.STEPS), ('layers', map(str, (1, 2, 4, 8, 16, 32))),
+            ('side', [str(1 << n) for n in range(6, 13)])):
+        assert [group[1] for group in groups if group[0] == kind] == list(
+            names)
+    assert groups[0][4] == [
+        cpu.BUILT_IN, 'exact', 'detached', 'composition', 'identity', 'copy']
+
+
+@pytest.mark.usefixtures('names_only')
+def test_what_peers_are_measured_with(monkeypatch):
+    for module in (contenders, models):
+        monkeypatch.setattr(module, 'why_not', lambda peer: None)
+    for package, peers in (
+            ('torch', ['PyTorch', 'torch.compile']), ('jax', ['JAX'])):
+        groups = list(cpu.measurements(cpu.parse([]), package))
+        assert [group[:4] for group in groups] == [
+            *(('weight', shape, 'float32', 1) for shape in cpu.SHAPES),
+            *(('list', name, 'float32', 1) for name in models.LISTS)]
+        assert groups[0][4] == ['copy', *peers]
+        assert groups[-1][4] == peers
+
+
+def test_what_packages_found_of_one_weight_is_one_table():
+    assert cpu.merged([
+        ['weight', '2x3', 'float32', 1, {'exact': 1, 'copy': 2}],
+        ['list', 'x', 'float32', 1, {'at once': 3}],
+        ['weight', '2x3', 'float32', 1, {'copy': 4, 'JAX': 5}]]) == [
+        ('weight', '2x3', 'float32', 1, {'exact': 1, 'copy': 2, 'JAX': 5}),
+        ('list', 'x', 'float32', 1, {'at once': 3})]
 
 
 @pytest.fixture
-def _few(monkeypatch):
+def in_this_process(monkeypatch):
+    """Numbers of threads that were asked for."""
+    asked = []
+
+    def measure_here(args, threads, package):
+        asked.append((threads, package))
+        return list(cpu.measurements(args, package))
+
+    monkeypatch.setattr(cpu, 'in_a_process', measure_here)
     monkeypatch.setattr(cpu, 'N_LAYERS', (1, 2))
     monkeypatch.setattr(cpu, 'SIDES', (4, 8))
-    monkeypatch.setitem(cpu.MODELS, 'SNGAN 32x32', [(8, 3, 3, 3), (1, 8)])
+    monkeypatch.setitem(models.MODELS, 'SNGAN 32x32', [(8, 3, 3, 3), (1, 8)])
+    return asked
 
 
-@pytest.mark.usefixtures('_few')
-def test_a_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+def test_a_run(tmp_path, capsys, in_this_process, monkeypatch):
+    monkeypatch.setattr(cpu, 'why_not', lambda peer: 'E: absent')
     out = tmp_path / 'a' / 'b'
     cpu.main([
         '--quick', '--shapes', '8x3x3x3', '--models', 'SNGAN 32x32',
-        '--iterations', '1', '2', '--rounds', '1', '--out', str(out)])
+        '--iterations', '1', '2', '--rounds', '1', '--steps',
+        '--out', str(out)])
     text, complaint = capsys.readouterr()
-    assert 'OMP_NUM_THREADS to 1' in complaint
-    for part in ('OMP_NUM_THREADS=2', '== 8x3x3x3, float32, K = 1',
-                 '== 8x3x3x3, float32, K = 2', '== 8x3x3x3, float16, K = 1',
+    assert in_this_process == [('default', cpu.OURS), ('1', cpu.OURS)]
+    for part in ('Threads as by default', 'One thread',
+                 '== 8x3x3x3, float32, K = 1', '== 8x3x3x3, float32, K = 2',
+                 '== 8x3x3x3, float16, K = 1', '== At once: 18 of 16x16x3x3',
                  '== SNGAN 32x32: a step of 2 weights', '== Square weights'):
         assert part in text
     with (out / 'cpu.csv').open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
-        'kind', 'name', 'dtype', 'K', 'contender', 'p20', 'median', 'p80',
-        'ratio', 'copies', 'peak bytes', 'retained bytes', 'note']
+        'threads', 'kind', 'name', 'dtype', 'K', 'contender', 'p20', 'median',
+        'p80', 'ratio', 'copies', 'peak bytes', 'retained bytes', 'note']
     assert {row['kind'] for row in rows} == {
-        'weight', 'model', 'layers', 'side'}
+        'weight', 'list', 'model', 'layers', 'side'}
+    assert {row['threads'] for row in rows} == {'default', '1'}
     assert [row['note'] for row in rows if row['note']] == []
     assert all(float(row['median']) > 0 for row in rows)
     assert '--rounds 1' in (out / 'cpu.md').read_text()
@@ -311,12 +422,27 @@ def test_a_run(tmp_path, capsys, monkeypatch):
         assert (out / 'cpu.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.usefixtures('_few')
-def test_one_thread_is_not_complained_of(capsys, monkeypatch):
-    for name in cpu.THREADS:
-        monkeypatch.setenv(name, '1')
-    cpu.main(['--quick', '--shapes', '--models', '--rounds', '1'])
-    assert capsys.readouterr().err == ''
+def test_a_process_has_the_threads_that_are_asked_for(monkeypatch):
+    monkeypatch.setenv('OMP_NUM_THREADS', '7')
+    asked = []
+
+    def run(command, env, **_):
+        asked.append({name: env.get(name) for name in cpu.THREADS})
+        cpu.measure_package(
+            *command[command.index('--of-package') + 1:][:2], cpu.DEFAULT,
+            command[-1])
+
+    monkeypatch.setattr(cpu.subprocess, 'run', run)
+    monkeypatch.setattr(cpu, 'N_LAYERS', ())
+    monkeypatch.setattr(cpu, 'SIDES', ())
+    args = cpu.parse(['--quick', '--shapes', '3x4', '--lists', '--models',
+                      '--steps', '--rounds', '1', '--iterations', '1'])
+    for threads in ('default', '1'):
+        groups = cpu.in_a_process(args, threads, cpu.OURS)
+        assert [group[:4] for group in groups] == [
+            ['weight', '3x4', 'float32', 1], ['weight', '3x4', 'float16', 1]]
+    assert asked == [dict.fromkeys(cpu.THREADS), dict.fromkeys(
+        cpu.THREADS, '1')]
 
 
 @pytest.mark.parametrize('rank', [1, 2])

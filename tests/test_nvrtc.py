@@ -163,13 +163,15 @@ def test_signatures_are_those_called(calls, monkeypatch):
             T, U = map(np.dtype, pair)
             A = accumulator_dtype(T)
             settings = Settings(2, axis, detach)
-            W, u = np.ones(shape, T), np.ones(shape[axis], U)
-            gamma = np.ones((), T)
-            _, it = _device.normalize(
-                settings, W, u, gamma, ('Y', 'sigma'), True)
-            _device.gradients(
-                settings, it, ('W', 'u', 'gamma'), W, u, gamma,
-                np.ones(shape, T) if has_gY else None, np.ones((), A))
+            call = {
+                'settings': settings, 'W': np.ones(shape, T),
+                'u': np.ones(shape[axis], U), 'gamma': np.ones((), T)}
+            (_, it), = _device.normalize_all([dict(
+                call, output_names=('Y', 'sigma'), update_u=True)])
+            _device.gradients_all([dict(
+                call, it=it, wanted=('W', 'u', 'gamma'),
+                gY=np.ones(shape, T) if has_gY else None,
+                gsigma=np.ones((), A))])
     known = {s for k in _kernels.ALL for s in nvrtc.signatures(k)}
     assert calls <= known
     assert {s.kernel for s in calls} == set(_kernels.ALL)
