@@ -26,7 +26,7 @@ help:
 	@echo 'make test-mpi ChainerMN on 2 to 4 ranks, CPU (2 minutes)'
 	@echo 'make matrix   the tests with all supported versions (an hour, 2 cores)'
 	@echo 'make defects  the built-in hook beside this one, fault by fault'
-	@echo 'make bench    time weights and models beside others (CPU, 10 minutes)'
+	@echo 'make bench    time weights and models beside others (CPU, 25 minutes)'
 	@echo 'make truth    errors of sigma and Y on hard matrices'
 	@echo 'make nvrtc    compile every CUDA kernel, without a device'
 	@echo 'make mutants  can the tests of the kernels fail?'

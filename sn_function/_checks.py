@@ -72,12 +72,9 @@ def check_arrays(W: Any, u: Any, axis: int, update_u: bool) -> int:
     """Checks W and u, and returns the axis counted from the front."""
     array = W.array if isinstance(W, chainer.Variable) else W
     vector = u.array if isinstance(u, chainer.Variable) else u
-    if type(array) is type(vector) is numpy.ndarray and axis == 0 and (
-            type(axis) is int and array.dtype == vector.dtype
-            and array.dtype.char in 'efd' and array.ndim > 1 and array.size
-            and vector.shape == array.shape[:1] and (
-                not update_u or (vector is u and u.flags.writeable))):
-        return 0  # what is plain takes no closer look
+    if _are_plain(array, vector, axis) and (
+            not update_u or (vector is u and _is_writable(u))):
+        return axis
     if array is None and array is not W:
         raise errors.UninitializedWeightError('Parameter', W.name or 'W')
     check_weight(array)
@@ -95,6 +92,16 @@ def check_arrays(W: Any, u: Any, axis: int, update_u: bool) -> int:
     if update_u and not (vector is u and _is_writable(u)):
         raise errors.VectorUpdateError(u)
     return axis
+
+
+def _are_plain(W: Any, u: Any, axis: Any) -> bool:
+    """Whether W and u need no closer look; it is no if it takes one."""
+    kind = type(W)
+    return kind is type(u) and kind in (numpy.ndarray, cuda.ndarray) and (
+        type(axis) is int and 0 <= axis < W.ndim != 1
+        and W.dtype == u.dtype and W.dtype.char in 'efd'
+        and u.shape == (W.shape[axis],) and W.size > 0
+        and (kind is numpy.ndarray or W.device == u.device))
 
 
 def _is_float_array(x: Any) -> bool:

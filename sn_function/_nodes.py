@@ -228,14 +228,6 @@ def make_weight(
     if axis != settings.axis or type(settings.axis) is not int:
         settings = settings._replace(axis=axis)
     gamma = 1.0 if gamma is None else _checks.check_gamma(gamma, W)
-    return collect(W, u, gamma, settings, output_names, update_u)
-
-
-def collect(
-        W: ArrayOrVariable, u: ArrayOrVariable, gamma: Any,
-        settings: Settings, output_names: tuple[str, ...], update_u: bool,
-) -> tuple[Weight, list[ArrayOrVariable]]:
-    """:func:`make_weight` of what has been checked."""
     names: tuple[str, ...] = ('W',)
     inputs = [W]
     if isinstance(u, chainer.Variable):

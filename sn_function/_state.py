@@ -24,8 +24,7 @@ class LinkState:
         gamma_name (str or None): Name of the link's parameter gamma.
         start (ndarray or None): The vector that the latest call started from.
         v (ndarray or None): The right vector that the latest call found.
-        checked (tuple or None): The weight, u, gamma and settings of the
-            latest call, which need no other check.
+        settings (tuple): Those of the hook, and what was made of them.
 
     """
 
@@ -34,7 +33,7 @@ class LinkState:
         self.gamma_name = gamma_name
         self.start: Any = None
         self.v: Any = None
-        self.checked: Any = None
+        self.settings: Any = (None, None)
         self._copied: Any = None
         self._link: Callable[[], Any] = lambda: None  # a weak reference
         self._latest: Any = None

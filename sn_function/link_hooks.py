@@ -299,23 +299,12 @@ class SpectralNormalization(LocalHook):
             self, link: chainer.Link, W: chainer.Variable, state: LinkState,
             gamma: Any, u: Any, update_u: bool) -> Any:
         """Returns the link's weight for a node, and the node's inputs."""
-        array = W.array
-        gamma_array = None if gamma is None else gamma.array
-        own = (self.n_power_iteration, self.factor, self.eps, self.detach_uv,
-               self.cap)
-        checked = state.checked
-        if checked is None or not (
-                checked[0] is array and checked[1] is u
-                and checked[2] is gamma_array and checked[3] == own):
-            weight, inputs = _nodes.make_weight(
-                W, u, gamma, _nodes.make_settings(
-                    self.n_power_iteration, output_axis(link), self.detach_uv,
-                    self.factor, self.eps, self.cap), ('Y',), update_u)
-            state.checked = array, u, gamma_array, own, weight.settings
-            return weight, inputs
-        return _nodes.collect(
-            W, u, 1.0 if gamma is None else gamma, checked[4], ('Y',),
-            update_u)
+        given = (self.n_power_iteration, output_axis(link), self.detach_uv,
+                 self.factor, self.eps, self.cap)
+        if state.settings[0] != given:
+            state.settings = given, _nodes.make_settings(*given)
+        return _nodes.make_weight(
+            W, u, gamma, state.settings[1], ('Y',), update_u)
 
     def _gamma_and_vector(
             self, link: chainer.Link, W: chainer.Variable, state: LinkState,

@@ -211,6 +211,7 @@ def compiled_contender(cases: Sequence[Case]) -> Contender:
             new.append(u)
         return Ys, new
 
+    torch.compiler.reset()  # or it gives up, after so many shapes
     compiled: Any = torch.compile(normalize)
     Ws = [torch.nn.Parameter(torch.from_numpy(case.W.copy()))
           for case in cases]
