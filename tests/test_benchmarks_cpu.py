@@ -262,7 +262,7 @@ def test_a_contender_that_cannot_has_a_note():
         'ValueError: cannot be made',
         'FloatingPointError: its gradient is not finite', '']
     # Nothing to compare with.
-    assert rows[2].copies == 1
+    assert math.isnan(rows[2].copies)
     assert math.isnan(rows[2].ratio)
     assert cpu.weight_cells(rows)[0] == (cpu.BUILT_IN, *['n/a'] * 8)
     assert f'{cpu.BUILT_IN}: ValueError: cannot be made (2x3 float32, K = 1)' \
@@ -272,15 +272,18 @@ def test_a_contender_that_cannot_has_a_note():
 def numbers(median, **more):
     return dict({
         'wall': {'median': median, 'p20': median - 1, 'p80': median + 1},
-        'peak': 96.0, 'kept': 48.0}, **more)
+        'walls': [median], 'peak': 96.0, 'kept': 48.0}, **more)
 
 
 # Tables
 
 def weight_rows():
-    return cpu.rows_of('default', 'weight', '2x3', 'float32', 1, {
-        cpu.BUILT_IN: numbers(20.0), 'exact': numbers(5.0),
-        'copy': numbers(2.0), 'PyTorch': {'error': 'E: absent'}})
+    _, group = cpu.merged([
+        ['side', '1', 'float32', 1, {}],
+        ['weight', '2x3', 'float32', 1, {
+            cpu.BUILT_IN: numbers(20.0), 'exact': numbers(5.0),
+            'copy': numbers(2.0), 'PyTorch': {'error': 'E: absent'}}]])
+    return cpu.rows_of('default', *group)
 
 
 def model_rows():
@@ -350,6 +353,9 @@ def test_what_is_measured_with_what():
             names)
     assert groups[0][4] == [
         cpu.BUILT_IN, 'exact', 'detached', 'composition', 'identity', 'copy']
+    # In processes it is the same.
+    assert groups == [group for part, package in cpu.parts(args, [])
+                      for group in cpu.measurements(part, package)]
 
 
 @pytest.mark.usefixtures('names_only')
@@ -358,7 +364,10 @@ def test_what_peers_are_measured_with(monkeypatch):
         monkeypatch.setattr(module, 'why_not', lambda peer: None)
     for package, peers in (
             ('torch', ['PyTorch', 'torch.compile']), ('jax', ['JAX'])):
-        groups = list(cpu.measurements(cpu.parse([]), package))
+        parts = [part for part, of_package in cpu.parts(
+            cpu.parse([]), ['torch', 'jax']) if of_package == package]
+        groups = [group for part in parts
+                  for group in cpu.measurements(part, package)]
         assert [group[:4] for group in groups] == [
             *(('weight', shape, 'float32', 1) for shape in cpu.SHAPES),
             *(('list', name, 'float32', 1) for name in models.LISTS)]
@@ -367,12 +376,26 @@ def test_what_peers_are_measured_with(monkeypatch):
 
 
 def test_what_packages_found_of_one_weight_is_one_table():
-    assert cpu.merged([
-        ['weight', '2x3', 'float32', 1, {'exact': 1, 'copy': 2}],
-        ['list', 'x', 'float32', 1, {'at once': 3}],
-        ['weight', '2x3', 'float32', 1, {'copy': 4, 'JAX': 5}]]) == [
-        ('weight', '2x3', 'float32', 1, {'exact': 1, 'copy': 2, 'JAX': 5}),
-        ('list', 'x', 'float32', 1, {'at once': 3})]
+    """And each is compared with the copy of its own process."""
+    weight, at_once = cpu.merged([
+        ['weight', '2x3', 'float32', 1, {
+            'exact': numbers(6.0), 'copy': numbers(2.0)}],
+        ['list', 'x', 'float32', 1, {'at once': numbers(3.0)}],
+        ['weight', '2x3', 'float32', 1, {
+            'copy': numbers(4.0), 'JAX': numbers(8.0)}]])
+    assert weight[:4] == ('weight', '2x3', 'float32', 1)
+    assert {row.contender: row.copies for row in cpu.rows_of(
+        '1', *weight)} == {'exact': 3, 'copy': 1, 'JAX': 2}
+    assert at_once[:2] == ('list', 'x')
+
+
+def test_what_a_hook_adds_is_the_median_over_rounds():
+    rows = cpu.rows_of('1', 'step', 'x', 'float32', 1, {
+        cpu.NO_HOOK: numbers(20.0, walls=[10.0, 20.0, 90.0]),
+        cpu.BUILT_IN: numbers(24.0, walls=[14.0, 24.0, 93.0]),
+        'hook': numbers(22.0, walls=[12.0, 22.0, 99.0])})
+    assert [row.added for row in rows[1:]] == [4, 2]
+    assert [row.ratio for row in rows[1:]] == [1, 2]
 
 
 @pytest.fixture
@@ -385,8 +408,6 @@ def in_this_process(monkeypatch):
         return list(cpu.measurements(args, package))
 
     monkeypatch.setattr(cpu, 'in_a_process', measure_here)
-    monkeypatch.setattr(cpu, 'N_LAYERS', (1, 2))
-    monkeypatch.setattr(cpu, 'SIDES', (4, 8))
     monkeypatch.setitem(models.MODELS, 'SNGAN 32x32', [(8, 3, 3, 3), (1, 8)])
     return asked
 
@@ -397,9 +418,10 @@ def test_a_run(tmp_path, capsys, in_this_process, monkeypatch):
     cpu.main([
         '--quick', '--shapes', '8x3x3x3', '--models', 'SNGAN 32x32',
         '--iterations', '1', '2', '--rounds', '1', '--steps',
-        '--out', str(out)])
+        '--layers', '1', '2', '--sides', '4', '8', '--out', str(out)])
     text, complaint = capsys.readouterr()
-    assert in_this_process == [('default', cpu.OURS), ('1', cpu.OURS)]
+    assert in_this_process == [('default', cpu.OURS)] * 3 + [
+        ('1', cpu.OURS)] * 3
     for part in ('Threads as by default', 'One thread',
                  '== 8x3x3x3, float32, K = 1', '== 8x3x3x3, float32, K = 2',
                  '== 8x3x3x3, float16, K = 1', '== At once: 18 of 16x16x3x3',
@@ -409,7 +431,8 @@ def test_a_run(tmp_path, capsys, in_this_process, monkeypatch):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
         'threads', 'kind', 'name', 'dtype', 'K', 'contender', 'p20', 'median',
-        'p80', 'ratio', 'copies', 'peak bytes', 'retained bytes', 'note']
+        'p80', 'added', 'ratio', 'copies', 'peak bytes', 'retained bytes',
+        'note']
     assert {row['kind'] for row in rows} == {
         'weight', 'list', 'model', 'layers', 'side'}
     assert {row['threads'] for row in rows} == {'default', '1'}
@@ -433,10 +456,9 @@ def test_a_process_has_the_threads_that_are_asked_for(monkeypatch):
             command[-1])
 
     monkeypatch.setattr(cpu.subprocess, 'run', run)
-    monkeypatch.setattr(cpu, 'N_LAYERS', ())
-    monkeypatch.setattr(cpu, 'SIDES', ())
     args = cpu.parse(['--quick', '--shapes', '3x4', '--lists', '--models',
-                      '--steps', '--rounds', '1', '--iterations', '1'])
+                      '--steps', '--layers', '--sides', '--rounds', '1',
+                      '--iterations', '1', '--out', 'a'])
     for threads in ('default', '1'):
         groups = cpu.in_a_process(args, threads, cpu.OURS)
         assert [group[:4] for group in groups] == [

@@ -90,7 +90,8 @@ class Row(NamedTuple):
         threads: Their number, or ``default``.
         kind: weight, list, model, step, layers (their number) or side (of a
             square).
-        ratio: Chainer's median over this one; without that of no hook.
+        added: What the step takes more than one without a hook.
+        ratio: What Chainer's hook adds over what this adds.
         copies: The median over that of a copy of the weight.
         peak: Bytes at most, above the level before the step.
         kept: Bytes from forward to backward, the normalized weight included.
@@ -106,6 +107,7 @@ class Row(NamedTuple):
     p20: float = math.nan
     median: float = math.nan
     p80: float = math.nan
+    added: float = math.nan
     ratio: float = math.nan
     copies: float = math.nan
     peak: float = math.nan
@@ -193,7 +195,8 @@ def measurements(
                    if contender == 'copy'
                    or PEERS.get(contender, OURS) == package}
         print(f'  {package}: {kind} {name} {dtype} {K}', file=sys.stderr)
-        return kind, name, dtype, K, measured(to_make, nbytes, args.rounds)
+        found = measured(to_make, nbytes, args.rounds)
+        return kind, name, dtype, K, found
 
     def weight(
             kind: str, name: str, shape: Any, dtype: str, K: int) -> Group:
@@ -201,7 +204,7 @@ def measurements(
                      math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize)
 
     for shape in args.shapes:
-        is_thorough = package == OURS and shape in args.shapes[THOROUGH]
+        is_thorough = package == OURS and shape in args.thorough
         for i, dtype in enumerate(args.dtypes):
             for j, K in enumerate(args.iterations):
                 if i == j == 0 or (is_thorough and not (i and j)):
@@ -209,19 +212,38 @@ def measurements(
     for name in args.lists:
         yield group('list', name, 'float32', 1, list_makers(LISTS[name]),
                     nbytes_of(LISTS[name]))
-    if package != OURS:
-        return
     for name in args.models:
         yield group('model', name, 'float32', 1, model_makers(MODELS[name]),
                     nbytes_of(MODELS[name]))
     for name in args.steps:
-        yield group('step', name, 'float32', 1, STEPS[name](), LARGE + 1)
-    for n in N_LAYERS[:3] if args.quick else N_LAYERS:
+        # One of the largest takes seconds.
+        yield group('step', name, 'float32', 1, STEPS[name](),
+                    nbytes_of(MODELS.get(name, ())))
+    for n in args.layers:
         shapes = [(64, 64, 3, 3)] * n
         yield group('layers', str(n), 'float32', 1, model_makers(shapes),
                     nbytes_of(shapes))
-    for side in SIDES[:2] if args.quick else SIDES:
+    for side in args.sides:
         yield weight('side', str(side), (side, side), 'float32', 1)
+
+
+# What is measured once for each of these, by all packages and by ours alone.
+BY_ALL = 'shapes', 'lists'
+BY_OURS = 'models', 'steps', 'layers', 'sides'
+
+
+def parts(
+        args: argparse.Namespace, peers: Sequence[str]
+) -> Iterator[tuple[argparse.Namespace, str]]:
+    """What processes measure, one after the other: peers right after ours."""
+    nothing = dict(vars(args), **{name: [] for name in BY_ALL + BY_OURS})
+    for kind in BY_ALL:
+        for name in getattr(args, kind):
+            for package in (OURS, *peers):
+                yield argparse.Namespace(**{**nothing, kind: [name]}), package
+    rest = {name: getattr(args, name) for name in BY_OURS}
+    if any(rest.values()):
+        yield argparse.Namespace(**{**nothing, **rest}), OURS
 
 
 def in_a_process(
@@ -233,13 +255,11 @@ def in_a_process(
         env.update(dict.fromkeys(THREADS, threads))
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / 'groups.json'
-        options = vars(args)
+        options = {name: value for name, value in vars(args).items()
+                   if name != 'out'}
         subprocess.run(
             [sys.executable, '-m', 'tests.benchmarks.cpu', '--of-package',
-             package, str(path), threads, json.dumps(
-                 {name: options[name] for name in (
-                     'quick', 'shapes', 'lists', 'models', 'steps',
-                     'iterations', 'dtypes', 'rounds')})],
+             package, str(path), threads, json.dumps(options)],
             env=env, check=True, cwd=pathlib.Path(__file__).parents[2])
         return json.loads(path.read_text())
 
@@ -261,29 +281,35 @@ def merged(groups: Sequence[Group]) -> list[Group]:
     found: dict[Any, Any] = {}
     for *key, numbers in groups:
         of_key = found.setdefault(tuple(key), {})
+        copy = numbers.get('copy', {})
         for contender, of_contender in numbers.items():
-            of_key.setdefault(contender, of_contender)
+            # Processes differ in their speed: each has a copy of its own.
+            of_key.setdefault(contender, dict(of_contender, copy=copy))
     return [(*key, numbers) for key, numbers in found.items()]
 
 
 def rows_of(
         threads: str, kind: str, name: str, dtype: str, K: int,
         found: dict[str, dict[str, Any]]) -> list[Row]:
-    def median(contender: str, default: float = math.nan) -> float:
-        return found.get(contender, {}).get('wall', {}).get('median', default)
+    def net(contender: str) -> float:
+        """Without what the same round takes without a hook."""
+        times = found.get(contender, {}).get('walls', [math.nan])
+        nothing = found.get(NO_HOOK, {}).get('walls', [0.0] * len(times))
+        return float(np.median([x - y for x, y in zip(times, nothing)]))
 
-    nothing = median(NO_HOOK, 0.0)
     rows = []
     for contender, numbers in found.items():
         row = Row(threads, kind, name, dtype, K, contender)
         if 'error' in numbers:
             rows.append(row._replace(note=numbers['error']))
             continue
-        net = median(contender) - nothing
+        copy = numbers.get('copy', {}).get('wall', {}).get('median', math.nan)
+        added = net(contender)
         rows.append(row._replace(
             **numbers['wall'], peak=numbers['peak'], kept=numbers['kept'],
-            ratio=(median(BUILT_IN) - nothing) / net if net > 0 else math.nan,
-            copies=median(contender) / median('copy')))
+            added=math.nan if contender == NO_HOOK else added,
+            ratio=net(BUILT_IN) / added if added > 0 else math.nan,
+            copies=numbers['wall']['median'] / copy))
     return rows
 
 
@@ -293,7 +319,7 @@ WEIGHT_HEADER = (
     'contender', 'median us', '20 to 80 %', 'Chainer over it', 'copies',
     'peak MiB', 'peak / W', 'kept MiB', 'kept / W')
 MODEL_HEADER = (
-    'contender', 'step ms', '20 to 80 %', 'minus no hook', 'Chainer over it',
+    'contender', 'step ms', '20 to 80 %', 'added by it', 'Chainer over it',
     'peak MiB', 'kept MiB')
 LIST_HEADER = (
     'contender', 'median us', '20 to 80 %', 'us a weight', 'Chainer over it',
@@ -320,10 +346,8 @@ def weight_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def model_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    nothing = next(row.median for row in rows if row.contender == NO_HOOK)
     return [(row.contender, number(row.median / 1e3), spread(row, 1e3),
-             'n/a' if row.contender == NO_HOOK
-             else number((row.median - nothing) / 1e3),
+             number(row.added / 1e3),
              *map(number, (row.ratio, row.peak / 2 ** 20, row.kept / 2 ** 20)))
             for row in rows]
 
@@ -390,24 +414,25 @@ def missing(rows: Sequence[Row]) -> list[str]:
 
 LEGEND = (
     'Forward and backward of the normalization alone, float32 unless said '
-    'otherwise, contenders in turn in one process (PyTorch and JAX in one of '
-    'their own): medians and 20/80 percentiles. "exact" and "detached" are '
-    'this package\'s hook, the latter with `detach_uv=True`, as all others '
-    'but "composition", which is the same out of Chainer\'s functions; '
-    '"identity" is a node that does nothing, with one for its gradient; '
-    '"copy" copies the weight. "Chainer over it" is the time of Chainer\'s '
-    'hook over that of the contender. "copies" is the time in copies. "peak" '
-    'is what a step takes at most, "kept" what it keeps from forward to '
-    'backward: both of a first step, with the normalized weight and with '
-    'Python\'s objects, and also in weights; what PyTorch and JAX take is not '
-    'seen. "At once" is `spectral_normalize_all`. A step of a model calls it '
-    'three times (real, fake, the generator\'s) and backward once, with '
-    'layers that cost nothing; "cached" is in `sn_function.cached(model)`, '
-    'and "chain hook" is one `ChainSpectralNormalization` on the model. A '
-    'training step has all that belongs to it: a network, real images and '
-    'fake ones, backward, Adam, and the generator\'s pass, for 4 images (the '
-    'demo: a generator, 32 images, K = 5); "minus no hook" is what '
-    'normalization adds.')
+    'otherwise, contenders in turn in one process (PyTorch and JAX right '
+    'after it, in one of their own): medians and 20/80 percentiles. "exact" '
+    'and "detached" are this package\'s hook, the latter with '
+    '`detach_uv=True`, as all others but "composition", which is the same '
+    'out of Chainer\'s functions; "identity" is a node that does nothing, '
+    'with one for its gradient; "copy" copies the weight. "Chainer over it" '
+    'is the time of Chainer\'s hook over that of the contender. "copies" is '
+    'the time in copies by the same process. "peak" is what a step takes at '
+    'most, "kept" what it keeps from forward to backward: both of a first '
+    'step, with the normalized weight and with Python\'s objects, and also '
+    'in weights; what PyTorch and JAX take is not seen. "At once" is '
+    '`spectral_normalize_all`. A step of a model calls it three times '
+    '(real, fake, the generator\'s) and backward once, with layers that cost '
+    'nothing; "cached" is in `sn_function.cached(model)`, and "chain hook" '
+    'is one `ChainSpectralNormalization` on the model. A training step has '
+    'all that belongs to it: a network, real images and fake ones, '
+    'backward, Adam, and the generator\'s pass, for 4 images (the demo: a '
+    'generator, 32 images, K = 5); "added by it" is the median, over '
+    'rounds, of what the step took more than one without a hook.')
 TITLES = {DEFAULT: 'Threads as by default', '1': 'One thread'}
 
 
@@ -494,6 +519,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--lists', nargs='*', choices=LISTS)
     parser.add_argument('--models', nargs='*', choices=MODELS)
     parser.add_argument('--steps', nargs='*', choices=STEPS)
+    parser.add_argument('--layers', nargs='*', type=int, help='their numbers')
+    parser.add_argument('--sides', nargs='*', type=int, help='of squares')
     parser.add_argument(
         '--iterations', nargs='+', type=int,
         help='the first for all shapes, the others for some')
@@ -508,10 +535,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             'shapes': list(SHAPES[:2] if args.quick else SHAPES),
             'lists': list(LISTS)[few], 'models': list(MODELS)[few],
             'steps': list(STEPS)[few],
+            'layers': N_LAYERS[:3 if args.quick else None],
+            'sides': SIDES[:2 if args.quick else None],
             'iterations': [1, 2] if args.quick else [1, 2, 5],
             'rounds': 3 if args.quick else 20}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.thorough = args.shapes[THOROUGH]
     return args
 
 
@@ -522,14 +552,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     args = parse(argv)
     print(machine())
-    packages = [OURS, *dict.fromkeys(
-        package for peer, package in PEERS.items() if why_not(peer) is None)]
+    peers = list(dict.fromkeys(
+        package for peer, package in PEERS.items() if why_not(peer) is None))
     rows: list[Row] = []
     for threads in args.threads:
         print(f'\n{title_of(threads)}', flush=True)
         new = [row for group in merged([
-            group for package in packages
-            for group in in_a_process(args, threads, package)])
+            group for part, package in parts(args, peers)
+            for group in in_a_process(part, threads, package)])
             for row in rows_of(threads, *group)]
         for group in groups(new):
             title, header, cells = section(group)
