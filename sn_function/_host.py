@@ -32,11 +32,13 @@ def normalize_all(
             call['settings'], call['W'], call['u'], call['gamma'],
             call['output_names'], call.get('reuse', False))
 
-    results = _run(calls, _stacks.kind, _stacks.normalize, one)
-    for call, (_, it) in zip(calls, results):
-        if call['update_u']:
-            _power_iteration.store(call['u'], it)
-    return results
+    # NaN and overflow show in the results; they need no warning as well.
+    with numpy.errstate(all='ignore'):
+        results = _run(calls, _stacks.kind, _stacks.normalize, one)
+        for call, (_, it) in zip(calls, results):
+            if call['update_u']:
+                _power_iteration.store(call['u'], it)
+        return results
 
 
 def gradients_all(calls: Sequence[Call]) -> list[tuple[Any, ...]]:
@@ -47,8 +49,9 @@ def gradients_all(calls: Sequence[Call]) -> list[tuple[Any, ...]]:
             :func:`._power_iteration.gradients`.
 
     """
-    return _run(calls, _stacks.stack_of, _stacks.gradients,
-                lambda call: _power_iteration.gradients(**call))
+    with numpy.errstate(all='ignore'):
+        return _run(calls, _stacks.stack_of, _stacks.gradients,
+                    lambda call: _power_iteration.gradients(**call))
 
 
 def _run(
@@ -56,25 +59,23 @@ def _run(
         together: Callable[[Sequence[Call]], Sequence[Any]],
         one: Callable[[Call], Any]) -> list[Any]:
     """Returns the result of each call; those of a kind are done together."""
-    # NaN and overflow show in the results; they need no warning as well.
-    with numpy.errstate(all='ignore'):
-        if len(calls) == 1:
-            return [one(calls[0])]
-        groups: dict[Any, list[int]] = {}
-        for i, call in enumerate(calls):
-            groups.setdefault(kind(call), []).append(i)
-        results: list[Any] = [None] * len(calls)
-        for key, places in groups.items():
-            group = [calls[i] for i in places]
-            try:
-                if key is None:
-                    raise _stacks.OneByOneError
-                found = together(group)
-            except _stacks.OneByOneError:
-                found = list(map(one, group))
-            for i, result in zip(places, found):
-                results[i] = result
-        return results
+    if len(calls) == 1:
+        return [one(calls[0])]
+    groups: dict[Any, list[int]] = {}
+    for i, call in enumerate(calls):
+        groups.setdefault(kind(call), []).append(i)
+    results: list[Any] = [None] * len(calls)
+    for key, places in groups.items():
+        group = [calls[i] for i in places]
+        try:
+            if key is None:
+                raise _stacks.OneByOneError
+            found = together(group)
+        except _stacks.OneByOneError:
+            found = list(map(one, group))
+        for i, result in zip(places, found):
+            results[i] = result
+    return results
 
 
 def warm_up(W: Any, u: Any, axis: int, n: int) -> None:

@@ -13,7 +13,7 @@ batch of them over ``a``.
 
 What takes several passes over a large weight is done block by block, so that
 each pass finds in the cache what the one before has left there, and nothing
-of the size of the weight is made but the result.
+of the size of the weight is made but the result, if it is of ordinary size.
 """
 from __future__ import annotations
 
@@ -31,8 +31,6 @@ BLOCK_SIZE = 1 << 17
 SMALL_SIZE = 1 << 14
 # From so many on, a weight does not stay in a cache from pass to pass.
 LARGE_SIZE = 1 << 22
-# Factors beyond it may leave the range of float32 on the way.
-MIN_RATIO = 1e-15
 
 
 def accumulator_dtype(dtype: Any) -> Any:
@@ -169,7 +167,7 @@ def _combination(
     """``a X + c rows columns``: a matrix, or one for each of the columns'.
 
     As ``(c/a rows columns + X) a``, block by block, it needs no memory beside
-    that of the result.
+    that of the result; where that could leave the range it takes more.
 
     Args:
         a: A number.
@@ -181,18 +179,22 @@ def _combination(
 
     """
     shape = *columns.shape[:-2], len(rows), columns.shape[-1]
-    if X is not None and c == 0:
-        return numpy.multiply(X, a, out=empty(shape, rows.dtype))
-    ratio = c / a if a else math.inf
-    if (X is None or math.prod(shape) <= SMALL_SIZE
-            or not MIN_RATIO < abs(ratio) < 1 / MIN_RATIO):
-        out = _product(rows * c, columns)
+    if math.prod(shape) <= SMALL_SIZE:
+        product = numpy.dot if columns.ndim == 2 else numpy.matmul
+        out = product(rows * c, columns)
         if X is not None:
             out += X * a
         return out
     out = empty(shape, rows.dtype)
-    rows = rows * ratio
+    if X is not None and c == 0:
+        return numpy.multiply(X, a, out=out)
     with _short_buffer():
+        if X is None or not _is_in_range(c, a, rows, columns):
+            _product(rows * c, columns, out)
+            if X is not None:
+                out += X * a
+            return out
+        rows = rows * (c / a)
         for part in _parts(out):
             block = out[part]
             if columns.ndim == 2:
@@ -204,13 +206,18 @@ def _combination(
     return out
 
 
-def _product(rows: Any, columns: Any, out: Any = None) -> Any:
-    """``rows columns``, by what is fast for it."""
-    if columns.ndim == 2 and out is None:
-        return rows.dot(columns)
-    if rows.shape[1] == 1:
-        return numpy.multiply(rows, columns, out=out)
-    return numpy.matmul(rows, columns, out=out)
+def _is_in_range(c: float, a: float, rows: Any, columns: Any) -> bool:
+    """Whether ``c / a rows columns`` is, of float32."""
+    ratio = abs(c / a) if a else math.inf
+    return ratio > 1e-15 and bool(
+        ratio * float(abs(rows).max()) * float(abs(columns).max()) < 1e30)
+
+
+def _product(rows: Any, columns: Any, out: Any) -> None:
+    """``out = rows columns``"""
+    # BLAS is not called by matmul for one column and one row.
+    product = numpy.multiply if rows.shape[1] == 1 else numpy.matmul
+    product(rows, columns, out=out)
 
 
 @contextlib.contextmanager

@@ -334,6 +334,7 @@ def gradients(
             gu = ubar * (0 if it.restarted else c * it.scale / it.u_scale)
             grads['u'] = gu.astype(u.dtype, copy=False)
         if 'W' in wanted:
+            reuse = reuse and W.dtype == P.dtype  # or it is converted
             gW = A.combination(
                 a, gY, c, P, Q, _buffers.empty_of(W, reuse))
             grads['W'] = gW.astype(W.dtype, copy=False)

@@ -11,9 +11,11 @@ from sn_function._power_iteration import power_iteration
 
 # From so many rows and columns on, only the largest singular value is found.
 LARGE = 4096
-# Up to so many, by a decomposition of the matrix; else by so many steps.
+# Up to so many, by a decomposition of the matrix; else by so many steps, from
+# a random vector and then from the best one.
 SMALL = 256
 MAX_STEPS = 512
+MAX_STARTS = 20
 
 
 def as_matrix(W: Any, axis: int) -> Any:
@@ -36,19 +38,22 @@ def largest(A: Any) -> tuple[float, Any, Any]:
     """Returns the largest singular value of a matrix and its vectors."""
     scale = float(abs(A).max())
     if min(A.shape) >= SMALL and 0 < scale < math.inf:
-        found = _bidiagonalized(A / scale)  # so that squares are in the range
-        if found is not None:
-            value, u, v = found
-            return value * scale, u, v
+        scaled = A / scale  # so that squares are in the range
+        # Drawn, but always the same: so is the output.
+        v = numpy.random.RandomState(0).normal(size=A.shape[1])
+        for _ in range(MAX_STARTS):
+            value, u, v, residual = _bidiagonalized(scaled, v)
+            if residual <= 1e-13 * value:
+                return value * scale, u, v
     u, values, v = numpy.linalg.svd(A, full_matrices=False)
     return float(values[0]), u[:, 0], v[0]
 
 
-def _bidiagonalized(A: Any) -> tuple[float, Any, Any] | None:
-    """:func:`largest` in the span of few vectors, ``None`` if that is not it.
+def _bidiagonalized(A: Any, v: Any) -> tuple[float, Any, Any, float]:
+    """:func:`largest` in the span of few vectors, from v, and its residual.
 
-    Golub-Kahan-Lanczos bidiagonalization, from a random vector and with full
-    reorthogonalization: with the rows of U and V as vectors, after k steps
+    Golub-Kahan-Lanczos bidiagonalization with full reorthogonalization: with
+    the rows of U and V as vectors, after k steps
 
         A V^T = U^T B,    A^T U^T = V^T B^T + beta v_k e_k^T
 
@@ -58,23 +63,19 @@ def _bidiagonalized(A: Any) -> tuple[float, Any, Any] | None:
     steps = min(*A.shape, MAX_STEPS)
     U, V = (numpy.empty((steps + i, size)) for i, size in enumerate(A.shape))
     B = numpy.zeros((steps, steps))
-    # Drawn, but always the same: so is the output.
-    V[0] = numpy.random.RandomState(0).normal(size=A.shape[1])
-    V[0] /= numpy.linalg.norm(V[0])
+    V[0] = v / numpy.linalg.norm(v)
     for k in range(steps):
-        alpha = _extend(U, k, A @ V[k])
+        B[k, k] = alpha = _extend(U, k, A @ V[k])
         beta = _extend(V, k + 1, U[k] @ A)
-        B[k, k] = alpha
         is_last = k == steps - 1 or 0 in (alpha, beta)
         if k % 8 == 7 or is_last:
             P, values, Q = numpy.linalg.svd(B[:k + 1, :k + 1])
-            if beta * abs(P[k, 0]) <= 1e-13 * values[0]:
-                return (float(values[0]), P[:, 0] @ U[:k + 1],
-                        Q[0] @ V[:k + 1])
-        if is_last:
-            return None
+            residual = beta * abs(P[k, 0])
+            if is_last or residual <= 1e-13 * values[0]:
+                break
         B[k, k + 1] = beta
-    return None
+    return (float(values[0]), P[:, 0] @ U[:k + 1], Q[0] @ V[:k + 1],
+            float(residual))
 
 
 def _extend(basis: Any, k: int, x: Any) -> float:

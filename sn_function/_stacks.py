@@ -4,7 +4,8 @@ What a small weight costs is calls of NumPy, not arithmetic.  So weights of one
 shape, dtype and settings are copied into an array of shape ``(b, m, n)``, and
 each line of :mod:`sn_function._power_iteration` is one call for all of them.
 ``numpy.matmul`` calls the same routine of BLAS for each of them as ``dot``
-does for one, so that all numbers are the same, bit for bit.
+does for one, so that all numbers are the same, bit for bit, but for the sign
+of a zero.
 
 Ordinary numbers only: where a norm is zero, not finite or of extreme size, the
 weights are to be done one by one.
@@ -54,7 +55,7 @@ def kind(call: Call) -> Any:
     W, settings = call['W'], call['settings']
     dtype = W.dtype
     if W.size > MAX_SIZE or settings.axis != 0 or not (
-            dtype.char in 'fd' and dtype.isnative):
+            dtype.char in 'fd' and dtype.isnative and W.flags.c_contiguous):
         return None
     return W.shape, dtype.char, settings, call['output_names']
 
@@ -88,7 +89,7 @@ def _normalize(calls: Sequence[Call]) -> Iterator[Any]:
                     settings.eps)[0] for call, it in zip(calls, its)]
             Y = A * _column(coefficients, A.dtype)
             outputs.append(list(Y.reshape(-1, *W.shape)))
-    return zip(zip(*outputs), its)
+    return zip(zip(*outputs) if outputs else [()] * len(its), its)
 
 
 def _iterate(A: Any, u: Any, n: int) -> list[PowerIteration]:

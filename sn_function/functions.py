@@ -243,8 +243,8 @@ def spectral_normalize_all(
         n_power_iteration, 0, detach_uv, factor, eps, cap)
     outputs = _nodes.normalize([
         _nodes.make_weight(
-            W, u, gamma, settings if axis == 0 else settings._replace(
-                axis=axis), names, update_u)
+            W, u, gamma, settings if type(axis) is int and axis == 0 else
+            settings._replace(axis=axis), names, update_u)
         for W, u, gamma, axis in zip(Ws, us, gammas, axes)])
     columns = tuple([
         tuple([of_weight[i] for of_weight in outputs])

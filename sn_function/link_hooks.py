@@ -6,6 +6,7 @@ holds settings only, and may serve any number of links.
 """
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 import weakref
@@ -226,7 +227,8 @@ class SpectralNormalization(LocalHook):
             delattr(link, gamma_name)
         delattr(link, self.vector_name)
         LinkState.remove(link, self.weight_name)
-        _buffers.release(getattr(link, self.weight_name).array)
+        with contextlib.suppress(AttributeError):  # it may be gone
+            _buffers.release(_swap.original(link, self.weight_name).array)
 
     # Calling
 

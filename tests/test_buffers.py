@@ -163,6 +163,14 @@ def test_an_array_outlives_its_buffers():
     assert (x == 7).all()
 
 
+class Deleting(chainer.LinkHook):
+
+    name = 'Deleting'
+
+    def forward_preprocess(self, args):
+        args.link.delete_hook('SpectralNormalization')
+
+
 class TestLinks:
 
     def make(self):
@@ -222,6 +230,20 @@ class TestLinks:
         assert id(link.W.array) in _buffers._of
         link.delete_hook('SpectralNormalization')
         assert id(link.W.array) not in _buffers._of
+
+    def test_it_goes_with_a_hook_deleted_in_a_call(self):
+        link = self.make()
+        self.step(link)
+        link.add_hook(Deleting())
+        link(np.ones((1, 512), 'f'))
+        assert id(link.W.array) not in _buffers._of
+
+    def test_the_weight_may_be_gone_before_the_hook(self):
+        link = self.make()
+        self.step(link)
+        del link.W
+        link.delete_hook('SpectralNormalization')
+        assert not hasattr(link, 'W_u')
 
     def test_it_goes_with_the_weight(self):
         link = self.make()

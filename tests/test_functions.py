@@ -592,6 +592,12 @@ class TestAll:
             with pytest.raises(errors.CountError, match='2 weights'):
                 F.spectral_normalize_all([W, W], **arguments)
 
+    @pytest.mark.parametrize('axis', [False, [0, False], 0.5, [0, None]])
+    def test_axes(self, axis):
+        with pytest.raises(errors.AxisError):
+            F.spectral_normalize_all(
+                [random(4, 3)] * 2, [random(4)] * 2, axis=axis)
+
     def test_none(self):
         assert F.spectral_normalize_all([], []) == ()
         assert F.spectral_normalize_all([], [], return_sigma=True) == ((), ())
@@ -612,6 +618,16 @@ class TestUpdate:
         expected = reference.power_iteration(W, u, 3)[0]
         getattr(F, f)(W, u, 3, update_u=True)
         np.testing.assert_allclose(u, expected, rtol=1e-12)
+
+    @pytest.mark.parametrize('n', [1, 5])
+    def test_no_warning_when_u_is_rounded(self, n):
+        """An entry that is below the range of float16."""
+        W = np.diag([1, 1e-3]).astype('e')
+        us = [np.ones(2, 'e') for _ in range(n)]
+        with np.errstate(all='raise'):
+            F.spectral_normalize_all([W] * n, us, 3, update_u=True)
+        for u in us:
+            np.testing.assert_array_equal(u, np.array([1, 1e-9], 'e'))
 
     @pytest.mark.parametrize('detach_uv', [False, True])
     def test_a_live_graph_is_not_changed(self, detach_uv):

@@ -79,23 +79,42 @@ def test_factors_of_a_combination_of_any_size(a, c, rank, monkeypatch):
     """Nothing overflows or is lost on the way."""
     monkeypatch.setattr(_matrix, 'SMALL_SIZE', 0)
     W, X = np.random.normal(size=(2, 6, 5)).astype('f')
+    X[2:4] = 0  # so that the smaller term is all that is there
     P, Q = (np.random.normal(size=(rank, k)).astype('f') for k in (6, 5))
     with np.errstate(all='ignore'):
         out = _matrix.Matrix(W, 0).combination(a, X, c, P, Q)
         term, product = a * X.astype('d'), c * (P.astype('d').T @ Q)
         expected = (term + product).astype('f')
-    size = max(np.abs(term).max(), np.abs(product).max())
-    np.testing.assert_allclose(out, expected, atol=1e-6 * size + 1e-44)
+    for x, y, *terms in zip(out, expected, term, product):
+        size = max(np.abs(of_row).max() for of_row in terms)
+        np.testing.assert_allclose(x, y, atol=1e-6 * size + 1e-44)
+
+
+@pytest.mark.parametrize('rank', [1, 2])
+def test_a_combination_of_large_vectors(rank, monkeypatch):
+    """As of a nearly orthogonal u; no product of theirs with c/a overflows."""
+    monkeypatch.setattr(_matrix, 'SMALL_SIZE', 0)
+    X = np.random.normal(size=(6, 5)).astype('f')
+    P = np.random.normal(size=(rank, 6)).astype('f')
+    Q = np.float32(1e29) * np.random.normal(size=(rank, 5)).astype('f')
+    out = _matrix.Matrix(X, 0).combination(1e-13, X, 1.0, P, Q)
+    np.testing.assert_allclose(out, P.T @ Q, rtol=1e-4, atol=1e24)
 
 
 def test_the_buffer_of_numpy_is_as_it_was(monkeypatch):
     monkeypatch.setattr(_matrix, 'SMALL_SIZE', 0)
     W, X = np.random.normal(size=(2, 6, 5))
     before = np.getbufsize()
+    assert before > 16
+    seen = []
+    product = _matrix._product
+    monkeypatch.setattr(_matrix, '_product', lambda *args: (
+        seen.append(np.getbufsize()), product(*args)))
     with np.errstate(over='raise'):
         A = _matrix.Matrix(W, 0)
         P, Q = np.ones((1, 6)), np.full((1, 5), 1e20)
         A.combination(1.5, X, 0.7, P, Q)
+        assert seen == [16]
         assert np.getbufsize() == before
         with pytest.raises(FloatingPointError):
             A.combination(1e300, X, 1e300, P, Q)

@@ -37,12 +37,18 @@ SPECTRA = {
 
 @pytest.mark.parametrize('shape', [(280, 300), (300, 260), (270, 270)])
 @pytest.mark.parametrize('spectrum', SPECTRA)
-def test_largest(spectrum, shape):
+def test_largest(spectrum, shape, monkeypatch):
+    svd = np.linalg.svd
+
+    def small_only(A, **kwargs):
+        assert A.shape != shape
+        return svd(A, **kwargs)
+
     A = SPECTRA[spectrum](*shape)
     expected = np.linalg.svd(A, compute_uv=False)[0]
     before = A.copy()
     scale = np.abs(A).max()
-    assert _singular._bidiagonalized(A / scale) is not None
+    monkeypatch.setattr(_singular.numpy.linalg, 'svd', small_only)
     value, u, v = _singular.largest(A)
     np.testing.assert_array_equal(A, before)
     np.testing.assert_allclose(value, expected, rtol=1e-13)
@@ -60,13 +66,19 @@ def test_the_output_is_the_same_each_time():
         np.testing.assert_array_equal(x, y)
 
 
-def test_too_few_steps(monkeypatch):
-    """It is found otherwise."""
-    A = np.random.normal(size=(300, 280))
-    monkeypatch.setattr(_singular, 'MAX_STEPS', 10)
-    assert _singular._bidiagonalized(A) is None
+@pytest.mark.parametrize('n_starts', [1, 20])
+def test_too_few_steps(n_starts, monkeypatch):
+    """From one vector; it is found from others, or otherwise."""
+    A = with_values(300, 280, np.r_[
+        1 - 1e-2 * np.random.rand(30), np.random.rand(250)])
+    monkeypatch.setattr(_singular, 'MAX_STEPS', 40)
+    *_, residual = _singular._bidiagonalized(A, np.random.normal(size=280))
+    assert residual > 1e-10
+    monkeypatch.setattr(_singular, 'MAX_STARTS', n_starts)
     value, u, v = _singular.largest(A)
     np.testing.assert_allclose(A @ v, value * u, atol=1e-12 * value)
+    np.testing.assert_allclose(
+        value, np.linalg.svd(A, compute_uv=False)[0], rtol=1e-13)
 
 
 def test_zero():

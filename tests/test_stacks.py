@@ -119,9 +119,11 @@ def test_floors(settings, detach_uv, together):
     """Some sigmas are above, some below."""
     Ws, us, gYs = example((4, 3))
     Ws = [W * 3 ** (i - 3) for i, W in enumerate(Ws)]
+    gYs[0][0] = -0.0
     compare(Ws, us, gYs, [random() for _ in range(N)],
             detach_uv=detach_uv, **settings)
-    assert together == {'normalize': [N], 'gradients': [N]}
+    compare(Ws, us, gYs, detach_uv=detach_uv, **settings)
+    assert together == {'normalize': [N] * 2, 'gradients': [N] * 2}
 
 
 @pytest.mark.parametrize('bad', [
@@ -194,13 +196,32 @@ def test_stacks_of_a_limited_size(length, monkeypatch, together):
         2: [2, 2, 2], 4: [4, 2], 5: [5, 1]}[length]
 
 
-def test_views_and_strides():
+@pytest.mark.parametrize('shape', [(4, 3), (16, 16), (64, 64)])
+def test_views_and_strides(shape, together):
     """Of any layout; nothing that is given is written to, but u."""
-    Ws, us, gYs = (
-        [np.asfortranarray(x) for x in xs] for xs in example((4, 3)))
+    Ws, us, gYs = example(shape)
+    us = [np.repeat(u, 2)[::2] for u in us]
+    gYs = [np.asfortranarray(gY) for gY in gYs[:3]] + [
+        np.repeat(gY, 2, axis=1)[:, ::2] for gY in gYs[3:]]
     before = [x.copy() for x in (*Ws, *gYs)]
-    compare(Ws, [np.repeat(u, 2)[::2] for u in us], gYs)
+    compare(Ws, us, gYs)
+    assert together == {'normalize': [N], 'gradients': [N]}
     assert_equal([*Ws, *gYs], before)
+    # BLAS takes them another way round.
+    Ws[2] = np.asfortranarray(Ws[2])
+    compare(Ws, us, gYs, n_power_iteration=2)
+    assert together['gradients'] == [N, N - 1]
+
+
+@pytest.mark.parametrize('n', [1, 2, N])
+def test_without_outputs(n):
+    Ws, us, _ = example((4, 3))
+    results = _host.normalize_all([{
+        'settings': _host.Settings(1, 0, False), 'W': W, 'u': u, 'gamma': 1.,
+        'output_names': (), 'update_u': True} for W, u in zip(Ws[:n], us)])
+    for (outputs, it), u in zip(results, us):
+        assert outputs == ()
+        np.testing.assert_array_equal(u, it.u)
 
 
 def test_a_gradient_in_another_dtype():
