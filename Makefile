@@ -21,7 +21,7 @@ STAMP := $(VENV)/.made-$(shell { echo "$(PYTHON_PATH)"; \
 	mutants gpu gpu-bundle lint docs clean
 
 help:
-	@echo 'make demo     train an SNGAN on real handwritten digits (CPU, 2 minutes)'
+	@echo 'make demo     train an SNGAN on real handwritten digits (CPU, 3 minutes)'
 	@echo 'make test     run the tests, with coverage'
 	@echo 'make test-mpi ChainerMN on 2 to 4 ranks, CPU (2 minutes)'
 	@echo 'make matrix   the tests with all supported versions (an hour, 2 cores)'

@@ -13,9 +13,9 @@ which digit to draw.  Into the directory --out go
     gen.npz, dis.npz  the trained networks
     dis_plain.npz     the discriminator with its normalized weights, no hook
 
-It needs `pip install 'sn_function[examples]'`, and takes about two minutes on
-two CPU cores.  With the extra `mpi` it runs on several processes or machines,
-which share each batch:
+It needs `pip install 'sn_function[examples]'`, and takes two to three minutes
+on two CPU cores.  With the extra `mpi` it runs on several processes or
+machines, which share each batch:
 
     mpiexec -n 2 python examples/train_sngan_digits.py --communicator naive
 """

@@ -4,8 +4,7 @@ What a small weight costs is calls of NumPy, not arithmetic.  So weights of one
 shape, dtype and settings are copied into an array of shape ``(b, m, n)``, and
 each line of :mod:`sn_function._power_iteration` is one call for all of them.
 ``numpy.matmul`` calls the same routine of BLAS for each of them as ``dot``
-does for one, so that all numbers are the same, bit for bit, but for the sign
-of a zero.
+does for one, so that the numbers are the same, up to rounding on old BLAS.
 
 Ordinary numbers only: where a norm is zero, not finite or of extreme size, the
 weights are to be done one by one.

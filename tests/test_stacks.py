@@ -1,4 +1,4 @@
-"""Small weights done together give what each gives by itself, bit by bit."""
+"""Small weights done together give what each gives by itself."""
 import sn_function  # isort: skip  # before chainer, which it repairs
 import chainer
 import numpy as np
@@ -62,18 +62,23 @@ def run(at_once, Ws, us, gYs=None, gsigmas=None, gammas=None, axis=0,
     return [*us, *(x.array for x in (*Ys, *sigmas)), *grads]
 
 
-def assert_equal(found, expected):
+def assert_equal(found, expected, ulps=0):
+    """Up to a rounding of the largest entry."""
     assert len(found) == len(expected)
     for x, y in zip(found, expected):
         assert (x is None) == (y is None)
         if x is not None:
             assert type(x) is type(y)
             assert x.dtype == y.dtype
-            np.testing.assert_array_equal(x, y)
+            largest = np.abs(y[np.isfinite(y)]).max(initial=0)
+            np.testing.assert_allclose(
+                x, y, rtol=0, atol=ulps * np.finfo(y.dtype).eps * largest)
 
 
-def compare(*args, **kwargs):
-    assert_equal(run(True, *args, **kwargs), run(False, *args, **kwargs))
+def compare(*args, ulps=16, **kwargs):
+    """BLAS may round the last digit of a matrix in a stack another way."""
+    assert_equal(
+        run(True, *args, **kwargs), run(False, *args, **kwargs), ulps)
 
 
 def example(shape, dtype='f'):
@@ -89,7 +94,7 @@ def example(shape, dtype='f'):
     ((4, 4), 'f'), ((16, 16, 3, 3), 'f'), ((3, 5), 'd'), ((5, 3, 2), 'f'),
     ((1, 7), 'f'), ((7, 1), 'd'), ((1, 1), 'f'), ((1024, 4), 'f'),
     ((4, 1024), 'f'), ((2, 3, 1, 2), 'd')])
-def test_bit_by_bit(shape, dtype, K, detach_uv, together):
+def test_as_each_by_itself(shape, dtype, K, detach_uv, together):
     Ws, us, gYs = example(shape, dtype)
     gsigmas = [random(dtype=dtype) for _ in range(N)]
     for upstream in (dict(gYs=gYs), dict(gsigmas=gsigmas),
@@ -138,7 +143,10 @@ def test_what_is_not_ordinary_is_done_one_by_one(bad, together):
     else:
         Ws[2][...] *= np.float32(bad)
     with np.errstate(all='raise'):
-        compare(Ws, us, gYs)
+        found, expected = (run(at_once, Ws, us, gYs)
+                           for at_once in (True, False))
+    for x, y in zip(found, expected):
+        np.testing.assert_array_equal(x, y)
     assert together == {'normalize': [], 'gradients': []}
 
 
@@ -237,7 +245,7 @@ def test_a_gradient_in_another_dtype():
         for call, (_, it), gY in part])
         for part in [list(zip(calls, results, gYs))] + [
             [x] for x in zip(calls, results, gYs)]]
-    assert_equal([x for x, in found[0]], [x for (x,), in found[1:]])
+    assert_equal([x for x, in found[0]], [x for (x,), in found[1:]], 16)
 
 
 def test_gradients_of_any_order():
@@ -270,7 +278,7 @@ def test_a_chain_does_its_links_together(together):
             chainer.functions.sum(y * y).backward()
             found.append([y.array, *(link.W_u for link in x_of),
                           *(link.W.grad for link in x_of)])
-        assert_equal(*found)
+        assert_equal(*found, ulps=64)
     assert together == {'normalize': [N] * 3, 'gradients': [N] * 3}
     for link in model:
         assert link.local_link_hooks['SpectralNormalization'].v.shape == (4,)
