@@ -5,6 +5,7 @@ one kind together, by :mod:`sn_function._stacks`.
 """
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Callable, Sequence
 
 import numpy
@@ -67,13 +68,11 @@ def _run(
     results: list[Any] = [None] * len(calls)
     for key, places in groups.items():
         group = [calls[i] for i in places]
-        try:
-            if key is None:
-                raise _stacks.OneByOneError
-            found = together(group)
-        except _stacks.OneByOneError:
-            found = list(map(one, group))
-        for i, result in zip(places, found):
+        found: Sequence[Any] = ()
+        if key is not None:
+            with contextlib.suppress(_stacks.OneByOneError):
+                found = together(group)
+        for i, result in zip(places, found or map(one, group)):
             results[i] = result
     return results
 

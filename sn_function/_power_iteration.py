@@ -314,16 +314,12 @@ def gradients(
         c = gsigma.item()
     if gY is not None:
         gY = gY.astype(A.array.dtype, copy=False)
-        divisor, scale, is_above = it.floored(settings.eps)
         if settings.detach_uv or not needs_adjoint:
             dot = A.inner(gY)
         else:
             dot, vbar = A.inner_and_tdot(gY, it.u)
-        # Twice divided: sigma ** 2 could overflow.
-        dot = dot * (it.scale / scale) / divisor
-        a = as_float(gamma) * settings.factor / divisor / scale
-        if is_above:
-            c -= a * dot
+        a, of_sigma, dot = coefficients(settings, it, gamma, dot)
+        c += of_sigma
     if 'gamma' in wanted:
         grads['gamma'] = numpy.array(settings.factor * dot, gamma.dtype)
     if needs_adjoint:
@@ -339,6 +335,23 @@ def gradients(
                 a, gY, c, P, Q, _buffers.empty_of(W, reuse))
             grads['W'] = gW.astype(W.dtype, copy=False)
     return tuple([grads[name] for name in wanted])
+
+
+def coefficients(
+        settings: Settings, it: PowerIteration, gamma: Any, dot: float,
+) -> tuple[float, float, float]:
+    """Of the gradient, from ``<gY, W>`` in units of ``W / scale``.
+
+    Returns:
+        ``a`` and ``c`` in ``gW = a gY + c G``, without what an upstream
+        gradient of sigma adds to c; and ``<gY, W> / max(sigma, eps)``.
+
+    """
+    divisor, scale, is_above = it.floored(settings.eps)
+    # Twice divided: sigma ** 2 could overflow.
+    dot = dot * (it.scale / scale) / divisor
+    a = as_float(gamma) * settings.factor / divisor / scale
+    return a, -a * dot if is_above else 0.0, dot
 
 
 def as_float(x: Any) -> float:

@@ -16,7 +16,12 @@ from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy
 
-from sn_function._power_iteration import ORDINARY, PowerIteration, as_float
+from sn_function._power_iteration import (
+    ORDINARY,
+    PowerIteration,
+    as_float,
+    coefficients,
+)
 
 # Larger weights are not copied into a stack, and no larger stacks are made, in
 # entries: fresh memory costs more than calls.
@@ -152,11 +157,9 @@ def gradients(calls: Sequence[Call]) -> list[Any]:
         gY = _stacked(calls, 'gY').astype(A.dtype, copy=False)
         dots = _inner(gY.reshape(b, 1, -1), A.reshape(b, 1, -1))
         for i, call in enumerate(calls):
-            divisor, _, is_above = call['it'].floored(settings.eps)
-            dots[i] /= divisor
-            a[i] = as_float(call['gamma']) * settings.factor / divisor
-            if is_above:
-                c[i] -= a[i] * dots[i]
+            a[i], of_sigma, dots[i] = coefficients(
+                settings, call['it'], call['gamma'], dots[i])
+            c[i] += of_sigma
         gY *= _column(a, A.dtype)
     if 'W' in wanted:
         P, Q = ((stack.us[-1], stack.vs[-1]) if settings.detach_uv

@@ -234,10 +234,9 @@ def test_without_outputs(n):
 
 def test_a_gradient_in_another_dtype():
     Ws, us, gYs = example((4, 3))
-    Ys = [W for W in Ws]
     calls = [{
         'settings': _host.Settings(1, 0, False), 'W': W, 'u': u, 'gamma': 1.,
-        'output_names': ('Y',), 'update_u': False} for W, u in zip(Ys, us)]
+        'output_names': ('Y',), 'update_u': False} for W, u in zip(Ws, us)]
     results = _host.normalize_all(calls)
     found = [_host.gradients_all([
         {'settings': call['settings'], 'W': call['W'], 'u': None, 'gamma': 1.,

@@ -124,6 +124,10 @@ class Model(chainer.ChainList):
         return x
 
 
+def on_chain(**settings: Any) -> Any:
+    return sn_function.ChainSpectralNormalization(n_warmup=0, **settings)
+
+
 # How the hooks come to a model: a function that makes one, whether it belongs
 # on the chain, whether a step is `cached`.
 Way = Any
@@ -132,14 +136,10 @@ WAYS: dict[str, Way] = {
     BUILT_IN: (lambda: built_in(1), False, False),
     'hook': (lambda: ours(1), False, False),
     'hook, cached': (lambda: ours(1), False, True),
-    'chain hook': (lambda: on_chain(), True, False),
-    'chain hook, cached': (lambda: on_chain(), True, True),
+    'chain hook': (on_chain, True, False),
+    'chain hook, cached': (on_chain, True, True),
     'the same, detached': (lambda: on_chain(detach_uv=True), True, True),
 }
-
-
-def on_chain(**settings: Any) -> Any:
-    return sn_function.ChainSpectralNormalization(n_warmup=0, **settings)
 
 
 def add_hooks(model: chainer.Chain, way: Way) -> Callable[[], Any]:
