@@ -1,0 +1,1 @@
+"""Arrays: matrices, power iterations and kernels, on the host or a device."""

@@ -1,0 +1,1 @@
+"""Variables: the nodes of Chainer's graph."""

@@ -1,0 +1,1 @@
+"""Links: what a hook does to them and keeps on them."""

@@ -1,0 +1,1 @@
+"""What is seen of a model while it is trained."""
