@@ -65,18 +65,18 @@ test: setup
 # MATRIX=--extremes is the oldest cell and the newest; MATRIX='--python 3.8',
 # the cells of one interpreter.
 matrix: setup
-	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PY) -m tests.versions $(MATRIX)
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PY) -m tests.tools.versions $(MATRIX)
 
 demo: setup
 	$(PY) examples/train_sngan_digits.py --out result
 
 defects: setup
-	$(PY) -m tests.defects
+	$(PY) -m tests.tools.defects
 
 # With the threads that BLAS takes by default, then with one.  BENCH=--quick is
 # a short one; BENCH='--out DIRECTORY' keeps the results.
 bench: setup
-	$(PY) -m tests.benchmarks.cpu $(BENCH)
+	$(PY) -m tests.tools.benchmarks.cpu $(BENCH)
 
 $(STAMP)-nvrtc: $(STAMP)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[nvrtc]'
@@ -87,17 +87,17 @@ $(STAMP)-mpi: $(STAMP)
 	@touch $@
 
 test-mpi: $(STAMP)-mpi
-	$(PY) -m pytest tests/mpi/runs.py tests/test_sharded.py
+	$(PY) -m pytest tests/mpi/runs.py tests/graph/test_sharded.py
 
 truth: setup
-	OPENBLAS_NUM_THREADS=1 $(PY) -m tests.truth
+	OPENBLAS_NUM_THREADS=1 $(PY) -m tests.tools.truth
 
 nvrtc: $(STAMP)-nvrtc
-	$(PY) -m tests.nvrtc
+	$(PY) -m tests.tools.nvrtc
 
 # Ten minutes on two cores.
 mutants: setup
-	$(PY) -m tests.mutants
+	$(PY) -m tests.tools.mutants
 
 # On a machine with a CUDA device there may be no network, and no .venv/: an
 # interpreter that has NumPy, CuPy and pytest is enough.  What it lacks is
@@ -134,7 +134,7 @@ gpu:
 	@rm -rf gpu-bundle/site
 	@PYTHONPATH= $(GPU_PYTHON) -c "$$UNPACK"
 	@mkdir -p $(GPU_OUT)
-	$(GPU_ENV) $(GPU_PYTHON) -m tests.benchmarks.gpu --check
+	$(GPU_ENV) $(GPU_PYTHON) -m tests.tools.benchmarks.gpu --check
 	@status=0; set -x; \
 	for part in 'cuda 80' 'gpu 210'; do \
 	set -- $$part; \
@@ -142,9 +142,10 @@ gpu:
 		-W default -o faulthandler_timeout=60 --durations 10 \
 		--continue-on-collection-errors \
 		--junitxml $(GPU_OUT)/tests-$$1.xml \
-		$$(grep -lE 'mark\.(gpu|cuda)|inject_backend' tests/test_*.py) \
+		$$(grep -rlE --include='test_*.py' \
+		'mark\.(gpu|cuda)|inject_backend' tests) \
 		|| status=$$?; done; \
-	$(GPU_ENV) timeout 180 $(GPU_PYTHON) -m tests.benchmarks.gpu \
+	$(GPU_ENV) timeout 180 $(GPU_PYTHON) -m tests.tools.benchmarks.gpu \
 		--seconds 150 --out $(GPU_OUT)/benchmark.json \
 		--markdown $(GPU_OUT)/benchmark.md || status=$$?; \
 	exit $$status

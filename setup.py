@@ -1,7 +1,7 @@
 import pathlib
 import re
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(
@@ -16,7 +16,7 @@ setup(
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='MIT',
-    packages=['sn_function'],
+    packages=find_packages(include=['sn_function', 'sn_function.*']),
     package_data={'sn_function': ['py.typed']},
     zip_safe=False,
     python_requires='>=3.8',

@@ -11,7 +11,8 @@ import numpy
 from chainer import backend
 from chainer.backends import cuda
 
-from sn_function import _matrix, errors
+from sn_function import errors
+from sn_function._arithmetic import matrix
 
 
 def check_settings(
@@ -79,8 +80,8 @@ def check_arrays(W: Any, u: Any, axis: int, update_u: bool) -> int:
         raise errors.UninitializedWeightError('Parameter', W.name or 'W')
     check_weight(array)
     shape = array.shape
-    axis = _matrix.normalize_axis(axis, len(shape))
-    accumulator = _matrix.accumulator_dtype(array.dtype)
+    axis = matrix.normalize_axis(axis, len(shape))
+    accumulator = matrix.accumulator_dtype(array.dtype)
     if not (_is_float_array(vector)
             and vector.dtype in (array.dtype, accumulator)):
         raise errors.VectorTypeError(u, array.dtype)

@@ -7,7 +7,8 @@ import chainer
 from chainer import link_hooks
 from chainer.links.rnn import n_step_rnn
 
-from sn_function import _nodes, _swap
+from sn_function._graph import normalize
+from sn_function._links import call
 from sn_function.chain import SUPPORTED, ChainSpectralNormalization
 from sn_function.link_hooks import HOOKS
 
@@ -220,12 +221,12 @@ class _FunctionRecorder(chainer.FunctionHook):
                       if isinstance(hook, link_hooks.SpectralNormalization)}
             for name in link._params - theirs:
                 # In a call, what the hook has put there.
-                array = _swap.original(link, name).array
+                array = call.original(link, name).array
                 if array is not None:
                     yield f'{path.rstrip("/")}/{name}', array
 
     def forward_preprocess(self, function: Any, in_data: Any) -> None:
-        if isinstance(function, _nodes.SpectralNormalize):
+        if isinstance(function, normalize.SpectralNormalize):
             return
         for path, array in self._arrays():
             if any(x is array for x in in_data):

@@ -13,8 +13,12 @@ from typing import Any, Iterable, Iterator
 import chainer
 from chainer import links as L
 
-from sn_function import _graph, _nodes, _scope, _swap, errors
-from sn_function._state import LinkState
+from sn_function import errors
+from sn_function._graph import node
+from sn_function._graph import normalize as _nodes
+from sn_function._links import call
+from sn_function._links import scope as _scope
+from sn_function._links.state import LinkState
 from sn_function.link_hooks import LocalHook, SpectralNormalization
 
 # What has a W that its forward uses, and nothing else does.
@@ -179,7 +183,7 @@ class ChainSpectralNormalization(LocalHook):
         chain = cb_args.link
         if _scope.covering(chain) is None and (
                 not chainer.config.in_recomputing):
-            _swap.begin(cb_args, self.name, _ScopeOfCall(chain))
+            call.begin(cb_args, self.name, _ScopeOfCall(chain))
 
     def forward_postprocess(self, cb_args: Any) -> None:
         """Sees to it that the scope is closed."""
@@ -238,7 +242,7 @@ class _Scope:
             except Exception:
                 self._make([own])  # of others it will be told in their turn
         shared = self._shared[id(link), hook.weight_name]
-        is_train, = _graph.config('train')
+        is_train, = node.config('train')
         if is_train:
             shared.store_u(link)
         return shared.Y, shared.it
@@ -256,7 +260,7 @@ class _Scope:
             for hook in link.local_link_hooks.values():
                 if not isinstance(hook, SpectralNormalization):
                     continue
-                W = _swap.original(link, hook.weight_name)
+                W = call.original(link, hook.weight_name)
                 if (W is own[2] and link is own[1]) or W.array is None or (
                         W.device != device
                         or not isinstance(W, chainer.Parameter)):
@@ -298,7 +302,7 @@ class _Shared:
             gamma: chainer.Parameter | None) -> None:
         self.hook, self.W, self.gamma = hook, W, gamma
         self.is_stored = False
-        self.has_graph, = _graph.config('enable_backprop')
+        self.has_graph, = node.config('enable_backprop')
         self._versions = [_version(x) for x in (W, gamma)]
 
     def is_of(self, hook: SpectralNormalization, W: chainer.Variable) -> bool:
@@ -309,7 +313,7 @@ class _Shared:
 
     def is_usable(
             self, hook: SpectralNormalization, W: chainer.Variable) -> bool:
-        wants_graph, = _graph.config('enable_backprop')
+        wants_graph, = node.config('enable_backprop')
         if wants_graph and not (
                 self.has_graph and self.Y.creator_node is not None):
             return False
@@ -336,11 +340,11 @@ def _version(x: chainer.Variable | None) -> tuple[Any, Any]:
     return x.array, rule and rule.t
 
 
-class _ScopeOfCall(_swap.Call, _Scope):
+class _ScopeOfCall(call.Call, _Scope):
     """A scope that ends with a call of a chain."""
 
     def __init__(self, chain: chainer.Link) -> None:
-        _swap.Call.__init__(self, chain)
+        call.Call.__init__(self, chain)
         _Scope.__init__(self, chain)
 
     def change(self) -> None:

@@ -29,11 +29,12 @@ import numpy
 from chainer import serializers
 from chainer.backends import cuda
 
-from sn_function import _swap, errors
-from sn_function._sharded import (
+from sn_function import errors
+from sn_function._graph.sharded import (
     sharded_spectral_normalize as sharded_spectral_normalize,
 )
-from sn_function._state import LinkState
+from sn_function._links import call
+from sn_function._links.state import LinkState
 from sn_function.extensions import SpectralNormPenaltyState
 from sn_function.link_hooks import HOOKS, SpectralNormalization
 from sn_function.optimizer_hooks import VECTOR
@@ -198,7 +199,7 @@ def _settle(link: chainer.Link, hook: SpectralNormalization) -> None:
     That is to make u where there is none, or where it is zero or not finite,
     and to warm up one whose weight was initialized anew.
     """
-    W = _swap.original(link, hook.weight_name)
+    W = call.original(link, hook.weight_name)
     if W.array is None:
         return
     u = getattr(link, hook.vector_name)

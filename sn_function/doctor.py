@@ -20,23 +20,23 @@ import sys
 import textwrap
 from typing import Any, Dict, List
 
-from sn_function import _probes
+from sn_function._compat import probes
 from sn_function._version import __version__
 
-_PROBES = pathlib.Path(_probes.__file__)
+_PROBES = pathlib.Path(probes.__file__)
 _WIDTH = 79
 _SECONDS = 120
 
 
 def probe(name: str) -> Dict[str, Any]:
-    """What one of :data:`sn_function._probes.PROBES` finds."""
+    """What one of :data:`sn_function._compat.probes.PROBES` finds."""
     # run_path leaves sys.path as the user's own interpreter has it, and this
     # package is found as well, wherever it is.
     code = (f'import runpy, sys\n'
-            f'sys.path.append({str(_PROBES.parent.parent)!r})\n'
+            f'sys.path.append({str(_PROBES.parents[2])!r})\n'
             f'sys.argv[:] = ["", {name!r}]\n'
             f'runpy.run_path({str(_PROBES)!r}, run_name="__main__")')
-    package = _probes.PACKAGES.get(name, name.lower())
+    package = probes.PACKAGES.get(name, name.lower())
     try:
         done = subprocess.run(
             [sys.executable, '-c', code], capture_output=True,
@@ -52,13 +52,13 @@ def probe(name: str) -> Dict[str, Any]:
             how = f'ends the process, with {done.returncode}'
     return {'text': 'installed',
             'trouble': [(f'{package}: importing it {how}',
-                         _probes.advice(package))]}
+                         probes.advice(package))]}
 
 
 def examine() -> Dict[str, Any]:
     """What all probes find: the report that `--json` prints."""
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        parts = dict(zip(_probes.PROBES, pool.map(probe, _probes.PROBES)))
+        parts = dict(zip(probes.PROBES, pool.map(probe, probes.PROBES)))
     shims = [shim for part in parts.values()
              for shim in part.pop('shims', [])]
     return {

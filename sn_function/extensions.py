@@ -13,15 +13,11 @@ import numpy
 from chainer import link_hooks, training
 from chainer.training import extension
 
-from sn_function import (
-    _checks,
-    _measure,
-    _plot,
-    _swap,
-    errors,
-    optimizer_hooks,
-)
-from sn_function._state import LinkState
+from sn_function import _checks, errors, optimizer_hooks
+from sn_function._arithmetic import quality
+from sn_function._links import call
+from sn_function._links.state import LinkState
+from sn_function._monitoring import plot
 from sn_function.chain import SUPPORTED
 from sn_function.link_hooks import HOOKS, output_axis
 
@@ -149,7 +145,7 @@ class SpectralNormReport(training.Extension):
         self._model = model
         self._true_sigma = true_sigma
         self._filename: str | None = None
-        if filename is not None and _plot.is_available():
+        if filename is not None and plot.is_available():
             self._filename = filename
         self._prefix = '' if prefix is None else prefix + '/'
         self._tolerance = tolerance
@@ -212,7 +208,7 @@ class SpectralNormReport(training.Extension):
         if self._path is None:
             return
         start = time.perf_counter()
-        _plot.draw(self._history, self._path)
+        plot.draw(self._history, self._path)
         self._path = None
         end = time.perf_counter()
         self._rest_until = end + 9 * (end - start)
@@ -318,7 +314,7 @@ class _Weight:
             parts.append(weight_name)
         self.name = '/'.join(filter(None, parts))
         self.link, self.hook = link, hook
-        self.array = _swap.original(link, weight_name).array
+        self.array = call.original(link, weight_name).array
         self.vector = hook and getattr(link, hook.vector_name, None)
 
     @property
@@ -330,10 +326,10 @@ class _Weight:
         """Returns numbers on it, arrays of shape () on its device."""
         W, u, hook, link = self.array, self.vector, self.hook, self.link
         if hook is None:
-            return _measure.measure(W, None, output_axis(link), 1, true_sigma)
+            return quality.measure(W, None, output_axis(link), 1, true_sigma)
         # Where a snapshot was loaded before the first call.
         u = link.device.send(u).astype(W.dtype, copy=False)
-        numbers = _measure.measure(
+        numbers = quality.measure(
             W, u, hook.axis if _is_of_chainer(hook) else output_axis(link),
             hook.n_power_iteration, true_sigma)
         gamma = self._gamma()

@@ -6,7 +6,7 @@
 
 where :math:`\\sigma` is the estimate of the largest singular value of ``W``
 that ``K`` power iterations give.  The nodes of the graph are in
-:mod:`sn_function._nodes`.
+:mod:`sn_function._graph.normalize`.
 """
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any, Sequence, Union
 
 import chainer
 
-from sn_function import _nodes, errors
+from sn_function import errors
+from sn_function._graph import normalize
 
 ArrayOrVariable = Any  # of NumPy or CuPy, or a chainer.Variable
 Number = Union[int, float]
@@ -112,9 +113,9 @@ def spectral_normalize(
         1.0000
 
     """
-    settings = _nodes.make_settings(
+    settings = normalize.make_settings(
         n_power_iteration, axis, detach_uv, factor, eps, cap)
-    outputs, = _nodes.normalize([_nodes.make_weight(
+    outputs, = normalize.normalize([normalize.make_weight(
         W, u, gamma, settings, ('Y', 'sigma') if return_sigma else ('Y',),
         update_u)])
     return outputs if return_sigma else outputs[0]
@@ -169,9 +170,9 @@ def spectral_norm(
          [0. 0.]]
 
     """
-    settings = _nodes.make_settings(
+    settings = normalize.make_settings(
         n_power_iteration, axis, detach_uv, 1.0, 0.0, None)
-    outputs, = _nodes.normalize([_nodes.make_weight(
+    outputs, = normalize.normalize([normalize.make_weight(
         W, u, None, settings, ('sigma',), update_u)])
     return outputs[0]
 
@@ -239,10 +240,10 @@ def spectral_normalize_all(
         if len(given) != n:
             raise errors.CountError(name, len(given), n)
     names = ('Y', 'sigma') if return_sigma else ('Y',)
-    settings = _nodes.make_settings(
+    settings = normalize.make_settings(
         n_power_iteration, 0, detach_uv, factor, eps, cap)
-    outputs = _nodes.normalize([
-        _nodes.make_weight(
+    outputs = normalize.normalize([
+        normalize.make_weight(
             W, u, gamma, settings if type(axis) is int and axis == 0 else
             settings._replace(axis=axis), names, update_u)
         for W, u, gamma, axis in zip(Ws, us, gammas, axes)])

@@ -18,18 +18,13 @@ from chainer import link_hooks as chainer_link_hooks
 from chainer import links as L
 from chainer.utils import size_of_shape
 
-from sn_function import (
-    _buffers,
-    _checks,
-    _graph,
-    _nodes,
-    _recompute,
-    _scope,
-    _swap,
-    errors,
-)
-from sn_function._matrix import accumulator_dtype
-from sn_function._state import LinkState
+from sn_function import _checks, errors
+from sn_function._arithmetic import buffers
+from sn_function._arithmetic.matrix import accumulator_dtype
+from sn_function._graph import node, normalize
+from sn_function._links import call, recompute
+from sn_function._links import scope as _scope
+from sn_function._links.state import LinkState
 
 
 class LocalHook(link_hook.LinkHook):
@@ -228,21 +223,21 @@ class SpectralNormalization(LocalHook):
         delattr(link, self.vector_name)
         LinkState.remove(link, self.weight_name)
         with contextlib.suppress(AttributeError):  # it may be gone
-            _buffers.release(_swap.original(link, self.weight_name).array)
+            buffers.release(call.original(link, self.weight_name).array)
 
     # Calling
 
     def forward_preprocess(self, cb_args: Any) -> None:
         """Replaces the weight by the normalized one until the call ends."""
         link = cb_args.link
-        W = _swap.original(link, self.weight_name)
+        W = call.original(link, self.weight_name)
         if W.array is None:
             _initialize_weight(cb_args, W, self.weight_name)
-        _swap.exchange(cb_args, self.weight_name, self.normalize_weight(link))
+        call.exchange(cb_args, self.weight_name, self.normalize_weight(link))
 
     def forward_postprocess(self, cb_args: Any) -> None:
         """Sees to it that the weight is the link's own parameter again."""
-        _swap.restore_uncalled(cb_args.link, self.weight_name)
+        call.restore_uncalled(cb_args.link, self.weight_name)
 
     def normalize_weight(self, link: chainer.Link) -> chainer.Variable:
         """Returns the link's weight, normalized, and moves its vector on.
@@ -257,7 +252,7 @@ class SpectralNormalization(LocalHook):
             UninitializedWeightError: The weight has no array yet.
 
         """
-        W = _swap.original(link, self.weight_name)
+        W = call.original(link, self.weight_name)
         if W.array is None:
             raise errors.UninitializedWeightError(
                 type(link).__name__, self.weight_name)
@@ -265,7 +260,7 @@ class SpectralNormalization(LocalHook):
         if not isinstance(W, chainer.Parameter):
             # Another hook came first: this is no weight to compare with.
             state.forget_copied()
-        is_train, is_second_run, will_be_run_again = _graph.config(
+        is_train, is_second_run, will_be_run_again = node.config(
             'train', 'in_recomputing', '_will_recompute')
         scope = None if is_second_run else _scope.covering(link)
         try:
@@ -274,11 +269,11 @@ class SpectralNormalization(LocalHook):
             else:
                 gamma, u = self._gamma_and_vector(link, W, state)
                 if is_second_run:
-                    u = _recompute.start_vector(link, state, u)
+                    u = recompute.start_vector(link, state, u)
                 weight = self._make_weight(
                     link, W, state, gamma, u,
                     is_train and not is_second_run)
-                (Y,), = _nodes.normalize([weight])
+                (Y,), = normalize.normalize([weight])
                 it = weight[0].it
         except errors.VectorValueError:
             # As other hooks leave it behind after one NaN.
@@ -294,7 +289,7 @@ class SpectralNormalization(LocalHook):
         if not is_second_run:
             state.start = it.start
         if is_second_run or will_be_run_again:
-            _recompute.record(link, state, it.start)
+            recompute.record(link, state, it.start)
         return Y
 
     def _make_weight(
@@ -304,8 +299,8 @@ class SpectralNormalization(LocalHook):
         given = (self.n_power_iteration, output_axis(link), self.detach_uv,
                  self.factor, self.eps, self.cap)
         if state.settings[0] != given:
-            state.settings = given, _nodes.make_settings(*given)
-        return _nodes.make_weight(
+            state.settings = given, normalize.make_settings(*given)
+        return normalize.make_weight(
             W, u, gamma, state.settings[1], ('Y',), update_u)
 
     def _gamma_and_vector(
@@ -345,7 +340,7 @@ class SpectralNormalization(LocalHook):
             # A snapshot loaded before the first call, or a new dtype of W.
             u = link.device.send(u).astype(W.dtype, copy=False)
             setattr(link, self.vector_name, u)
-        parameter = _swap.original(link, self.weight_name)
+        parameter = call.original(link, self.weight_name)
         if state.gamma_name is not None:
             _initialize_gamma(
                 getattr(link, state.gamma_name), parameter, is_stale)
@@ -365,7 +360,7 @@ class SpectralNormalization(LocalHook):
     def _warm_up(self, link: chainer.Link, W: Any, u: Any) -> None:
         if self.n_warmup > 0:
             with chainer.using_device(link.device):
-                _nodes.arithmetic_of(W).warm_up(
+                normalize.arithmetic_of(W).warm_up(
                     W, u, output_axis(link), self.n_warmup)
 
 

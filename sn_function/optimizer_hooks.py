@@ -7,9 +7,10 @@ from typing import Any, Callable
 import chainer
 import numpy
 
-from sn_function import _checks, _nodes, errors
-from sn_function._matrix import accumulator_dtype
-from sn_function._power_iteration import Settings
+from sn_function import _checks, errors
+from sn_function._arithmetic.matrix import accumulator_dtype
+from sn_function._arithmetic.power_iteration import Settings
+from sn_function._graph import normalize
 from sn_function.chain import SUPPORTED
 from sn_function.link_hooks import HOOKS, output_axis
 
@@ -136,7 +137,7 @@ WeightDecay`, a weight without a gradient is left alone, and the rate is
              'settings': Settings(
                  self.n_power_iteration, output_axis(link), True)}
             for link in links]
-        arithmetic = _nodes.arithmetic_of(calls[0]['W'])
+        arithmetic = normalize.arithmetic_of(calls[0]['W'])
         results = arithmetic.normalize_all([
             dict(call, output_names=('sigma',), update_u=True)
             for call in calls])
@@ -170,7 +171,7 @@ def vector_of(link: chainer.Link) -> Any:
             setattr(rule, VECTOR, u)
             return u
     u = _unit_vector_of_largest_row(W, axis, dtype)
-    _nodes.arithmetic_of(W).warm_up(W, u, axis, N_WARMUP)
+    normalize.arithmetic_of(W).warm_up(W, u, axis, N_WARMUP)
     setattr(rule, VECTOR, u)
     return u
 

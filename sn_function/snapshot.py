@@ -18,22 +18,16 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 
 import numpy
 
-from sn_function import (
-    _archive_writers,
-    _archives,
-    _checks,
-    _entries,
-    _layouts,
-    _singular,
-    errors,
-    functions,
-)
-from sn_function._archives import Path, Reader
-from sn_function._entries import Arrays, Axes
-from sn_function._layouts import Weight
-from sn_function._power_iteration import power_iteration, unfold
+from sn_function import _checks, errors, functions
+from sn_function._arithmetic import singular
+from sn_function._arithmetic.power_iteration import power_iteration, unfold
+from sn_function._snapshots import entries as _entries
+from sn_function._snapshots import layouts, readers, writers
+from sn_function._snapshots.entries import Arrays, Axes
+from sn_function._snapshots.layouts import Weight
+from sn_function._snapshots.readers import Path, Reader
 
-LAYOUTS = _layouts.LAYOUTS
+LAYOUTS = layouts.LAYOUTS
 # An estimate of sigma that is further below it than that is told.
 LAG = 0.1
 
@@ -154,8 +148,8 @@ def inspect(
         True
 
     """
-    with _archives.open_snapshot(path) as reader:
-        prefix = '' if model is None else _layouts.prefix_of(reader, model)
+    with readers.open_snapshot(path) as reader:
+        prefix = '' if model is None else layouts.prefix_of(reader, model)
         weights = _entries.find(reader, prefix, axes or {})
         reports = [_report(reader, weight, axes or {})
                    for weight in progress(weights)]
@@ -181,7 +175,7 @@ def _report(reader: Reader, weight: Weight, axes: Axes) -> WeightReport:
     if not numpy.isfinite(W).all():
         return report._replace(status='the weight holds NaN or Inf')
     with numpy.errstate(all='ignore'):
-        sigma, condition = _singular.singular_values(W, axis)
+        sigma, condition = singular.singular_values(W, axis)
     report = report._replace(sigma=sigma, condition=condition)
     if arrays.fault is not None:
         return report._replace(status=arrays.fault)
@@ -221,7 +215,7 @@ def _write(
                 reader.path, key, 'two entries would get this name')
         written.add(key)
 
-    with _archive_writers.create(path, reader, compress) as writer:
+    with writers.create(path, reader, compress) as writer:
         for key in progress(reader.keys):
             make = makes.get(key)
             if make is not None:
@@ -244,7 +238,7 @@ def _without(prefix: str) -> Callable[[str], str | None]:
 
 def _gamma_state(reader: Reader, weight: Weight) -> Iterator[str]:
     """The optimizer's entries for the gamma of a weight."""
-    prefix = _layouts.optimizer_prefix(weight)
+    prefix = layouts.optimizer_prefix(weight)
     if prefix is not None:
         for key in reader.keys:
             if key.startswith(prefix):
@@ -312,10 +306,10 @@ def bake(
     """
     factor_, eps_ = _checks.check_settings(
         n_power_iteration, 1.0 if factor is None else factor, eps, cap)
-    path = _archive_writers.check_output(dst, src, overwrite)
+    path = writers.check_output(dst, src, overwrite)
     changes = []
-    with _archives.open_snapshot(src) as reader:
-        prefix = '' if model is None else _layouts.prefix_of(reader, model)
+    with readers.open_snapshot(src) as reader:
+        prefix = '' if model is None else layouts.prefix_of(reader, model)
 
         def make(weight: Weight) -> list[tuple[str, Any]]:
             if weight.gamma is not None and cap is not None:
@@ -333,7 +327,7 @@ def bake(
                     n_power_iteration, arrays.gamma, factor_, eps_,
                     arrays.axis)
                 Y = out.array
-            key = _layouts.plain_name(weight)[len(prefix):]
+            key = layouts.plain_name(weight)[len(prefix):]
             changes.append(WeightChange(key, 'baked', sigma))
             return [(key, Y)]
 
@@ -397,10 +391,10 @@ def convert(
     if layout not in LAYOUTS:
         raise errors.LayoutNameError(layout, LAYOUTS)
     _checks.check_count('n_power_iteration', n_power_iteration, 1)
-    path = _archive_writers.check_output(dst, src, overwrite)
-    to_torch = layout in (_layouts.TORCH, _layouts.PARAMETRIZED)
+    path = writers.check_output(dst, src, overwrite)
+    to_torch = layout in (layouts.TORCH, layouts.PARAMETRIZED)
     changes, unknown = [], []
-    with _archives.open_snapshot(src) as reader:
+    with readers.open_snapshot(src) as reader:
         prefix = _prefix_of_model(reader, model, to_torch)
         weights = _entries.find(reader, prefix, axes or {})
         is_same_library = weights[0].is_torch == to_torch
@@ -411,13 +405,13 @@ def convert(
                 return None
             if is_same_library:
                 return key[len(prefix):]
-            name, is_known = _layouts.other_name(key, to_torch, reader, known)
+            name, is_known = layouts.other_name(key, to_torch, reader, known)
             if not is_known:
                 unknown.append(key)
             return name[len(prefix):]
 
         def make(weight: Weight) -> list[tuple[str, Any]]:
-            new = _layouts.renamed(weight, layout)
+            new = layouts.renamed(weight, layout)
             arrays = _entries.require_vectors(reader, weight, axes or {})
             _check_target(reader, weight, new, arrays)
             u, v = _vectors(
@@ -433,7 +427,7 @@ def convert(
                 abs(sigma - before) / (abs(before) or 1.0)))
             entries = [(new.weight, arrays.W),
                        (new.u, arrays_of_new.u[None] if layout
-                        == _layouts.SNGAN else arrays_of_new.u)]
+                        == layouts.SNGAN else arrays_of_new.u)]
             if new.v is not None:
                 entries.append((new.v, arrays_of_new.v))
             if new.gamma is not None:
@@ -461,15 +455,15 @@ def convert(
 def _prefix_of_model(
         reader: Reader, model: str | None, to_torch: bool) -> str:
     if model is not None:
-        return _layouts.prefix_of(reader, model)
-    models = _layouts.models(reader.keys)
+        return layouts.prefix_of(reader, model)
+    models = layouts.models(reader.keys)
     if not (to_torch and models):
         return ''
-    with_weights = set(_layouts.models(
-        each.weight for each in _layouts.find(reader, 'updater/model:')))
+    with_weights = set(layouts.models(
+        each.weight for each in layouts.find(reader, 'updater/model:')))
     if len(with_weights) > 1:
         raise errors.SnapshotModelError(reader.path, None, models)
-    return _layouts.prefix_of(reader, with_weights.pop())
+    return layouts.prefix_of(reader, with_weights.pop())
 
 
 def _check_target(
@@ -478,7 +472,7 @@ def _check_target(
         raise errors.SnapshotGammaError(
             reader.path, weight.gamma,
             "PyTorch's spectral normalization has no gamma")
-    if new.layout == _layouts.SNGAN and (
+    if new.layout == layouts.SNGAN and (
             arrays.axis != 0 or new.name != 'W'):
         raise errors.SnapshotTargetError(
             reader.path, weight.weight,
@@ -491,7 +485,7 @@ def _check_target(
 
 
 def _gamma_shape(layout: str, W: Any) -> tuple[int, ...]:
-    return (1,) * W.ndim if layout == _layouts.SNGAN else ()
+    return (1,) * W.ndim if layout == layouts.SNGAN else ()
 
 
 def _reshape_state(
@@ -503,7 +497,7 @@ def _reshape_state(
         shape = reader.entry(weight.weight).shape or ()
         if state.shape == old and key.rsplit('/', 1)[1] != 't':
             state = state.reshape(
-                (1,) * len(shape) if layout == _layouts.SNGAN else ())
+                (1,) * len(shape) if layout == layouts.SNGAN else ())
         return [(key, state)]
 
     return make
@@ -514,12 +508,12 @@ def _vectors(
         n_power_iteration: int) -> tuple[Any, Any]:
     """Returns u and v, or ``None``, for the new layout."""
     if converge:
-        _, u, v = _singular.largest(
-            _singular.as_matrix(arrays.W, arrays.axis))
+        _, u, v = singular.largest(
+            singular.as_matrix(arrays.W, arrays.axis))
         return u, v if new.is_torch else None
     if weight.is_torch and not new.is_torch:
-        return _singular.start_vector(
-            _singular.as_matrix(arrays.W, arrays.axis), arrays.u,
+        return singular.start_vector(
+            singular.as_matrix(arrays.W, arrays.axis), arrays.u,
             arrays.v), None
     if weight.is_torch or not new.is_torch:
         return arrays.u, arrays.v
@@ -529,8 +523,8 @@ def _vectors(
             unfold(arrays.W.astype(numpy.float64), arrays.axis), arrays.u,
             n_power_iteration)
     if not it.sigma:
-        _, u, v = _singular.largest(
-            _singular.as_matrix(arrays.W, arrays.axis))
+        _, u, v = singular.largest(
+            singular.as_matrix(arrays.W, arrays.axis))
         return u, v
     return it.u, it.v
 
@@ -566,9 +560,9 @@ def repair(
             holds NaN or Inf, which is lost.  Nothing is written.
 
     """
-    path = _archive_writers.check_output(dst, src, overwrite)
+    path = writers.check_output(dst, src, overwrite)
     changes = []
-    with _archives.open_snapshot(src) as reader:
+    with readers.open_snapshot(src) as reader:
         makes: dict[str, _Make | None] = {}
         weights = _entries.find(reader, '', axes or {})
         for weight in progress(weights):
@@ -582,14 +576,14 @@ def repair(
                 continue
             if arrays.axis_is_unclear:
                 _entries.require_vectors(reader, weight, axes or {})
-            sigma, u, v = _singular.largest(
-                _singular.as_matrix(arrays.W, arrays.axis))
+            sigma, u, v = singular.largest(
+                singular.as_matrix(arrays.W, arrays.axis))
             dtype = _vector_dtype(reader, weight, arrays.W)
-            u = u[None] if weight.layout == _layouts.SNGAN else u
+            u = u[None] if weight.layout == layouts.SNGAN else u
             makes[weight.u] = _constant(weight.u, u.astype(dtype))
             if weight.v is not None:
                 makes[weight.v] = _constant(weight.v, v.astype(dtype))
-            is_guess = (arrays.W.ndim > 2 and weight.layout != _layouts.SNGAN
+            is_guess = (arrays.W.ndim > 2 and weight.layout != layouts.SNGAN
                         and arrays.fault is not None
                         and (arrays.W.shape[0] == arrays.W.shape[1]
                              or reader.entry(weight.u).shape not in (

@@ -6,20 +6,21 @@ import pickle
 import threading
 import weakref
 
-from sn_function import (  # isort: skip  # before chainer: it repairs that
-    ChainSpectralNormalization,
-    SpectralNormalization,
-    _scope,
-    cached,
-    errors,
-    summary,
-)
 import chainer
 import chainer.functions as CF
 import chainer.links as L
 import numpy as np
 import pytest
 from chainer import link_hooks, optimizers, serializers
+
+from sn_function import (
+    ChainSpectralNormalization,
+    SpectralNormalization,
+    cached,
+    errors,
+    summary,
+)
+from sn_function._links import scope as _scope
 
 
 class Model(chainer.Chain):

@@ -301,14 +301,15 @@ class TestProcess:
         before = path.read_bytes()
         code = textwrap.dedent('''
             import os, sys
-            from sn_function import _archive_writers, snapshot
-            write, count = _archive_writers.NpzWriter.write, [0]
+            from sn_function import snapshot
+            from sn_function._snapshots import writers
+            write, count = writers.NpzWriter.write, [0]
             def fail(self, key, array):
                 count[0] += 1
                 if count[0] == 20:
                     os._exit(9)
                 write(self, key, array)
-            _archive_writers.NpzWriter.write = fail
+            writers.NpzWriter.write = fail
             snapshot.bake(sys.argv[1], sys.argv[1], overwrite=True)
         ''')
         assert run_python('', '-c', code, str(path)).returncode == 9

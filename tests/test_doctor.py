@@ -16,7 +16,9 @@ import sn_function  # isort: skip  # before chainer, which it repairs
 import numpy
 import pytest
 
-from sn_function import _chainermn, _compat, _exporter, _probes, doctor
+from sn_function import _compat, doctor
+from sn_function._compat import chainermn, probes
+from sn_function._compat import onnx_chainer as _exporter
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -111,14 +113,14 @@ class TestHere:
         assert report['sn_function'] == sn_function.__version__
         assert report['parts']['NumPy'].startswith(numpy.__version__)
         assert report['parts']['Chainer'].startswith('7.8.1')
-        assert list(report['parts']) == list(_probes.PROBES)
+        assert list(report['parts']) == list(probes.PROBES)
 
     def test_shims_are_those_of_this_process(self, report):
         with contextlib.suppress(ImportError):
             import onnx_chainer  # now it is mended here, too
             assert onnx_chainer.export
         # Those of ChainerMN need an mpi4py, which would start MPI here.
-        of_chainermn = {each.name for each in _chainermn.REPAIRS}
+        of_chainermn = {each.name for each in chainermn.REPAIRS}
         assert [each['name'] for each in report['shims']
                 if each['name'] not in of_chainermn] == [
             *_compat.applied, *_exporter.applied]

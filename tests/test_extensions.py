@@ -19,7 +19,8 @@ from chainer import link_hooks, optimizers, serializers, training
 from chainer.backends import cuda
 from chainer.training import extensions as chainer_extensions
 
-from sn_function import SpectralNormalization, _plot, errors, extensions
+from sn_function import SpectralNormalization, errors, extensions
+from sn_function._monitoring import plot
 from sn_function.extensions import SpectralNormReport
 from sn_function.link_hooks import output_axis
 from sn_function.optimizer_hooks import SpectralNormPenalty
@@ -502,7 +503,7 @@ class TestPicture:
         """What is drawn, instead of drawing it."""
         found = []
         monkeypatch.setattr(
-            _plot, 'draw', lambda history, path: found.append(list(history)))
+            plot, 'draw', lambda history, path: found.append(list(history)))
         return found
 
     @pytest.mark.parametrize('true_sigma', [False, True])
@@ -520,8 +521,8 @@ class TestPicture:
              'iteration': 10 * k, 'sigma/late': 3., 'true_sigma/plain': 2.,
              'residual/late': 0.1, 'lipschitz_bound': 1.}
             for k, value in enumerate((1., float('nan'), 0., 1e8))]
-        _plot.draw(history[:1], str(tmp_path / 'one.png'))
-        _plot.draw(history, str(tmp_path / 'all.png'))
+        plot.draw(history[:1], str(tmp_path / 'one.png'))
+        plot.draw(history, str(tmp_path / 'all.png'))
         assert (tmp_path / 'all.png').stat().st_size > 20000
 
     def test_the_last_picture_has_everything(self, tmp_path, drawn):

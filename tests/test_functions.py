@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from chainer import gradient_check, testing
 
-from sn_function import _checks, _matrix, _power_iteration, errors
+from sn_function import _checks, errors
 from sn_function import functions as F
+from sn_function._arithmetic import matrix, power_iteration
 from tests import reference
 
 # (shape, axis): matrices of every proportion, and the output axis in front,
@@ -322,8 +323,8 @@ def test_double_backward_when_gy_depends_on_W():
 @pytest.mark.parametrize('sign', ['none', 't', 's', 'G', 'gY', 'gamma'])
 def test_a_flipped_sign_in_the_backward_is_found(sign, monkeypatch):
     """The gradient check is able to fail, for each term."""
-    adjoint = _power_iteration.adjoint
-    gradients = _power_iteration.gradients
+    adjoint = power_iteration.adjoint
+    gradients = power_iteration.gradients
 
     def flipped_adjoint(*args):
         P, Q, ubar = adjoint(*args)
@@ -340,9 +341,9 @@ def test_a_flipped_sign_in_the_backward_is_found(sign, monkeypatch):
             grads['W'] -= 2 * x['gamma'] * gY / it.sigma
         return tuple(grads[name] for name in wanted)
 
-    monkeypatch.setattr(_power_iteration, 'adjoint', flipped_adjoint)
+    monkeypatch.setattr(power_iteration, 'adjoint', flipped_adjoint)
     monkeypatch.setattr(
-        _power_iteration, 'gradients', flipped_gradients)
+        power_iteration, 'gradients', flipped_gradients)
     u, inputs = random(4), (random(4, 3), np.array(0.7))
 
     def check():
@@ -492,9 +493,9 @@ def test_blocks_change_nothing(shape, axis, detach_uv, K, dtype, monkeypatch):
     gY, gsigma = random(*shape).astype(dtype), np.array(0.7, dtype)
     found = []
     for size in (10 ** 9, 64, 1):
-        monkeypatch.setattr(_matrix, 'SMALL_SIZE', size)
-        monkeypatch.setattr(_matrix, 'LARGE_SIZE', size)
-        monkeypatch.setattr(_matrix, 'BLOCK_SIZE', size)
+        monkeypatch.setattr(matrix, 'SMALL_SIZE', size)
+        monkeypatch.setattr(matrix, 'LARGE_SIZE', size)
+        monkeypatch.setattr(matrix, 'BLOCK_SIZE', size)
         inputs = [chainer.Variable(x) for x in (W, u)]
         outputs = F.spectral_normalize(
             *inputs, K, axis=axis, detach_uv=detach_uv, gamma=1.3,

@@ -1,7 +1,7 @@
 """What only a real CUDA device can show: streams, launches, memory.
 
-Of the results, larger weights than in :mod:`tests.test_device`; they are run
-on the host as well where there is no device.
+Of the results, larger weights than in ``tests/arithmetic/test_device.py``;
+they are run on the host as well where there is no device.
 
 CuPy is imported inside of the tests alone, so that they are collected, and
 skipped, where there is none.
@@ -18,8 +18,9 @@ import pytest
 from chainer import gradient_check
 from chainer.backends import cuda
 
-from sn_function import SpectralNormalization, _kernels, functions
-from tests.benchmarks import gpu
+from sn_function import SpectralNormalization, functions
+from sn_function._arithmetic import kernels
+from tests.tools.benchmarks import gpu
 
 TOLERANCE = {'e': 3e-3, 'f': 3e-5, 'd': 1e-11}
 FUSED = [pytest.param(1 << 40, id='fused'), pytest.param(0, id='not fused')]
@@ -31,7 +32,7 @@ CASES = [
 
 @pytest.fixture(params=FUSED)
 def fused_size(request, monkeypatch):
-    monkeypatch.setattr(_kernels, 'FUSED_SIZE', request.param)
+    monkeypatch.setattr(kernels, 'FUSED_SIZE', request.param)
     return request.param
 
 
@@ -105,7 +106,7 @@ class TestResults:
             'detach_uv': bool(state.randint(2))}
         results = []
         for size in (1 << 40, 0):
-            monkeypatch.setattr(_kernels, 'FUSED_SIZE', size)
+            monkeypatch.setattr(kernels, 'FUSED_SIZE', size)
             results.append(to_cpu(make_step(
                 random(shape, dtype, seed), **kwargs)()))
         assert_close(*results, dtype)
@@ -260,7 +261,7 @@ class TestCosts:
     @pytest.mark.parametrize('shape', [
         (512, 512, 3, 3), (256, 128, 4, 4), (4096, 4096)])
     def test_launches(self, shape, detach_uv, monkeypatch):
-        monkeypatch.setattr(_kernels, 'FUSED_SIZE', 0)
+        monkeypatch.setattr(kernels, 'FUSED_SIZE', 0)
         forward, backward = self.launches(
             self.contender(shape, detach_uv=detach_uv))
         assert forward <= 6

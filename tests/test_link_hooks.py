@@ -15,8 +15,8 @@ from chainer import link_hooks, serializers
 import sn_function
 from sn_function import SpectralNormalization, errors
 from tests import reference
-from tests.defects import TwoWeights
 from tests.test_parity import LINKS, inputs_of
+from tests.tools.defects import TwoWeights
 
 
 def linear(n_in=5, n_out=6, **kwargs):

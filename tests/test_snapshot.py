@@ -1,8 +1,9 @@
 """Snapshots: what is read, baked, converted and repaired, and what is not.
 
 The oracles are models that load the files: with this package's hook, with
-Chainer's, and PyTorch's own modules (those of `tests/data/write_torch.py`,
-whose output is stored, so that PyTorch is not needed).
+Chainer's, and PyTorch's own modules (those of
+`tests/snapshots/data/write_torch.py`, whose output is stored, so that PyTorch
+is not needed).
 """
 import io
 import json
@@ -24,7 +25,7 @@ import sn_function
 from sn_function import SpectralNormalization, errors, snapshot
 from tests import reference
 
-DATA = pathlib.Path(__file__).parent / 'data'
+DATA = pathlib.Path(__file__).parent / 'snapshots' / 'data'
 TORCH = ['torch', 'torch-parametrized']
 
 
@@ -174,7 +175,7 @@ class TestInspect:
     def test_large_weight(self, files, monkeypatch):
         W = np.random.normal(size=(300, 400)).astype('f')
         path = write(files('a.npz'), {'W': W, 'W_u': np.ones(300, 'f')})
-        monkeypatch.setattr('sn_function._singular.LARGE', 299)
+        monkeypatch.setattr('sn_function._arithmetic.singular.LARGE', 299)
         report, = snapshot.inspect(path)
         assert report.condition is None
         assert report.sigma == pytest.approx(
@@ -593,11 +594,11 @@ class TestPyTorch:
     @pytest.fixture
     def modules(self, layout):
         pytest.importorskip('torch')
-        from tests.data import write_torch
+        from tests.snapshots.data import write_torch
         return write_torch.make(write_torch.SPECTRAL_NORMS[layout])
 
     def normalized(self, modules):
-        from tests.data import write_torch
+        from tests.snapshots.data import write_torch
         return write_torch.normalized(modules)
 
     def load(self, modules, path):
@@ -928,7 +929,7 @@ class TestOutput:
             def fail(self, key, array, error=error):
                 raise error
             monkeypatch.setattr(
-                'sn_function._archive_writers.NpzWriter.write', fail)
+                'sn_function._snapshots.writers.NpzWriter.write', fail)
             with pytest.raises(expected):
                 snapshot.bake(path, path, overwrite=True,
                               axes={'square/W': 1})

@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 
-from tests.benchmarks import cpu
+from tests.tools.benchmarks import cpu
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -41,7 +41,7 @@ def test_with_the_threads_that_blas_takes_by_itself():
     """
     built_in, *ours = run(f'''
 import json
-from tests.benchmarks import cpu
+from tests.tools.benchmarks import cpu
 names = [{cpu.BUILT_IN!r}, 'detached', 'exact']
 to_make = cpu.makers(cpu.case_of((256, 128, 4, 4)))
 found = cpu.measured({{name: to_make[name] for name in names}}, 0, 80, 0)

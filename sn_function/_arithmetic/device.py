@@ -1,8 +1,8 @@
 """K power iterations and their adjoint on a CUDA device; arrays only.
 
-The same mathematics as :mod:`sn_function._power_iteration`, but nothing waits
+The same mathematics as :mod:`.power_iteration`, but nothing waits
 for the device: norms, sigma, its floor, whether anything is finite, and u are
-decided by the kernels of :mod:`sn_function._kernels`.  A ``u`` that is zero or
+decided by the kernels of :mod:`.kernels`.  A ``u`` that is zero or
 not finite, which is an error on the host, is replaced: the iteration starts
 from the unit vector of the largest row.
 
@@ -19,10 +19,10 @@ from typing import Any, Sequence
 import numpy
 from chainer.backends import cuda
 
-from sn_function import _kernels
-from sn_function._kernels import ADJOINT, NULL, STATE
-from sn_function._matrix import accumulator_dtype
-from sn_function._power_iteration import Settings
+from sn_function._arithmetic import kernels
+from sn_function._arithmetic.kernels import ADJOINT, NULL, STATE
+from sn_function._arithmetic.matrix import accumulator_dtype
+from sn_function._arithmetic.power_iteration import Settings
 
 if cuda.available:
     importlib.import_module('cupy.cublas')  # an attribute of cupy from now on
@@ -49,7 +49,7 @@ class Iteration:
         self.K, self.l, self.m, self.r, self.n = K, l, m, r, l * r
         self.sizes = tuple(map(numpy.int32, (l, m, r)))
         self.dtype = accumulator_dtype(W.dtype)
-        self.is_small = W.size <= _kernels.FUSED_SIZE
+        self.is_small = W.size <= kernels.FUSED_SIZE
         # BLAS knows one dtype, and no batch that adds up.
         self.is_blas = (
             W.dtype == self.dtype and 1 in (l, r) and min(m, self.n) > 1)
@@ -74,7 +74,7 @@ class Iteration:
         return self.state[self._x:]
 
     def scalar(self, name: str) -> Any:
-        """Returns one of :data:`._kernels.STATE`, shape ``()``."""
+        """Returns one of :data:`.kernels.STATE`, shape ``()``."""
         return self.state[STATE.index(name)]
 
     # As _power_iteration.PowerIteration has them, for the composed function.
@@ -121,7 +121,7 @@ def normalize_all(
         calls: For each weight the arguments of :class:`_Forward`.
 
     """
-    return _run(_kernels.fused_fwd, [_Forward(**call) for call in calls])
+    return _run(kernels.fused_fwd, [_Forward(**call) for call in calls])
 
 
 class _Forward:
@@ -176,11 +176,11 @@ class _Forward:
             _transposed_product(
                 it, W, it.us(k) if k else vector, it.vs(k + 1))
             _product(it, W, it.vs(k + 1), it.us(k + 1))
-            _kernels.settle_fwd(
+            kernels.settle_fwd(
                 T, U, W, vector, it.state, self.sigma, self.gamma, *it.sizes,
                 numpy.int32(k), K, self.factor, *rest)
         if 'Y' in self.output_names:
-            self.Y = _kernels.scale_fwd(W, it.state)
+            self.Y = kernels.scale_fwd(W, it.state)
 
     def result(self) -> tuple[tuple[Any, ...], Iteration]:
         if self.update_u and self.vector is not self.u:
@@ -199,10 +199,10 @@ def gradients_all(
         calls: For each weight the arguments of :class:`_Backward`.
 
     """
-    return _run(_kernels.fused_bwd, [_Backward(**call) for call in calls])
+    return _run(kernels.fused_bwd, [_Backward(**call) for call in calls])
 
 
-def _run(fused: _kernels.Fused, parts: Sequence[Any]) -> list[Any]:
+def _run(fused: kernels.Fused, parts: Sequence[Any]) -> list[Any]:
     """Runs :class:`_Forward` or :class:`_Backward` of each weight.
 
     Small ones of a kind share the launches of the fused kernel.
@@ -287,7 +287,7 @@ class _Backward:
         def project(
                 is_first: bool, y: Any, e: Any, size: int, norm: int
         ) -> None:
-            _kernels.project_bwd(
+            kernels.project_bwd(
                 W.dtype, it.dtype, it.state, adjoint, numpy.int32(is_first),
                 *numbers, y, e, numpy.int32(size), numpy.int32(norm), x)
 
@@ -307,9 +307,9 @@ class _Backward:
                 if k > 1:
                     project(False, ubar, it.us(k - 1), m, K + k - 2)
                 else:
-                    _kernels.vector_bwd(ubar, it.state, adjoint, gu)
+                    kernels.vector_bwd(ubar, it.state, adjoint, gu)
         if gW is not NULL:
-            _kernels.correct_bwd(
+            kernels.correct_bwd(
                 0.0 if gY is NULL else gY, it.state, adjoint, m, n, it.r, K,
                 int(detach_uv), gW)
 
@@ -329,7 +329,7 @@ def _contiguous(x: Any) -> Any:
 def _transposed_product(it: Iteration, W: Any, x: Any, out: Any) -> None:
     """``out = W^T x``"""
     if not it.is_blas:
-        _kernels.product(W.reshape(it.l, it.m, it.r), x.reshape(-1, 1),
+        kernels.product(W.reshape(it.l, it.m, it.r), x.reshape(-1, 1),
                          axis=1, out=out.reshape(it.l, it.r))
     elif it.l == 1:
         _gemv('T', W.reshape(it.m, it.r), x, out)
@@ -340,7 +340,7 @@ def _transposed_product(it: Iteration, W: Any, x: Any, out: Any) -> None:
 def _product(it: Iteration, W: Any, x: Any, out: Any) -> None:
     """``out = W x``"""
     if not it.is_blas:
-        _kernels.product(W.reshape(it.l, it.m, it.r),
+        kernels.product(W.reshape(it.l, it.m, it.r),
                          x.reshape(it.l, 1, it.r), axis=(0, 2), out=out)
     elif it.l == 1:
         _gemv('N', W.reshape(it.m, it.r), x, out)
@@ -361,6 +361,6 @@ def _dots(it: Iteration, W: Any, gY: Any) -> Any:
     if parts > W.shape[0] and gY.flags.c_contiguous:
         W, gY = W.reshape(parts, -1), gY.reshape(parts, -1)
     dots = cuda.cupy.empty(W.shape[0], it.dtype)
-    _kernels.dot_bwd(
+    kernels.dot_bwd(
         gY, W, *it.scale, axis=tuple(range(1, W.ndim)), out=dots)
     return dots

@@ -1,7 +1,7 @@
-"""The arithmetic of NumPy, as :mod:`sn_function._device` is that of CuPy.
+"""The arithmetic of NumPy, as :mod:`.device` is that of CuPy.
 
-Each weight is done by :mod:`sn_function._power_iteration`, but small ones of
-one kind together, by :mod:`sn_function._stacks`.
+Each weight is done by :mod:`.power_iteration`, but small ones of
+one kind together, by :mod:`.stacks`.
 """
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Callable, Sequence
 
 import numpy
 
-from sn_function import _power_iteration, _stacks
-from sn_function._power_iteration import PowerIteration, Settings
-from sn_function._stacks import Call
+from sn_function._arithmetic import power_iteration, stacks
+from sn_function._arithmetic.power_iteration import PowerIteration, Settings
+from sn_function._arithmetic.stacks import Call
 
 
 def normalize_all(
@@ -21,7 +21,7 @@ def normalize_all(
 
     Args:
         calls: For each weight the arguments of
-            :func:`._power_iteration.normalize`, and ``update_u``: whether to
+            :func:`.power_iteration.normalize`, and ``update_u``: whether to
             overwrite ``u`` with ``u_K``, unless that is not finite.
 
     Raises:
@@ -29,16 +29,16 @@ def normalize_all(
 
     """
     def one(call: Call) -> Any:
-        return _power_iteration.normalize(
+        return power_iteration.normalize(
             call['settings'], call['W'], call['u'], call['gamma'],
             call['output_names'], call.get('reuse', False))
 
     # NaN and overflow show in the results; they need no warning as well.
     with numpy.errstate(all='ignore'):
-        results = _run(calls, _stacks.kind, _stacks.normalize, one)
+        results = _run(calls, stacks.kind, stacks.normalize, one)
         for call, (_, it) in zip(calls, results):
             if call['update_u']:
-                _power_iteration.store(call['u'], it)
+                power_iteration.store(call['u'], it)
         return results
 
 
@@ -47,12 +47,12 @@ def gradients_all(calls: Sequence[Call]) -> list[tuple[Any, ...]]:
 
     Args:
         calls: For each weight the arguments of
-            :func:`._power_iteration.gradients`.
+            :func:`.power_iteration.gradients`.
 
     """
     with numpy.errstate(all='ignore'):
-        return _run(calls, _stacks.stack_of, _stacks.gradients,
-                    lambda call: _power_iteration.gradients(**call))
+        return _run(calls, stacks.stack_of, stacks.gradients,
+                    lambda call: power_iteration.gradients(**call))
 
 
 def _run(
@@ -70,7 +70,7 @@ def _run(
         group = [calls[i] for i in places]
         found: Sequence[Any] = ()
         if key is not None:
-            with contextlib.suppress(_stacks.OneByOneError):
+            with contextlib.suppress(stacks.OneByOneError):
                 found = together(group)
         for i, result in zip(places, found or map(one, group)):
             results[i] = result

@@ -2,7 +2,7 @@
 
 ``T`` is the type of the weight, ``U`` that of ``u`` and ``A`` that of all
 sums: float32 for float16 and float32, float64 for float64.  A weight is the
-C-contiguous array ``(l, m, r)`` of :mod:`sn_function._matrix`, with
+C-contiguous array ``(l, m, r)`` of :mod:`.matrix`, with
 ``n = l r``.  What a forward settles is one array of ``A``, the *state*; what
 a backward does is another, the *adjoint*.  Both stay on the device:
 
@@ -21,7 +21,7 @@ from typing import Any, Sequence
 import numpy
 from chainer.backends import cuda
 
-from sn_function._matrix import accumulator_dtype
+from sn_function._arithmetic.matrix import accumulator_dtype
 
 # Weights of up to this many entries go through kernels of one block.
 FUSED_SIZE = 1 << 16

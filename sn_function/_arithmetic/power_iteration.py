@@ -27,8 +27,8 @@ of sigma,
     gu = c d sigma / d u_0              ggamma = f <gY, W> / sigma
 
 and, where sigma is below eps, that constant in its place and c = gsigma.
-:mod:`sn_function._stacks` has the same for many small weights at once, and
-:mod:`sn_function._device` for a CUDA device.
+:mod:`.stacks` has the same for many small weights at once, and
+:mod:`.device` for a CUDA device.
 """
 from __future__ import annotations
 
@@ -37,8 +37,10 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy
 
-from sn_function import _buffers, _matrix, errors
-from sn_function._matrix import accumulator_dtype
+from sn_function import errors
+from sn_function._arithmetic import buffers
+from sn_function._arithmetic import matrix as _matrix
+from sn_function._arithmetic.matrix import accumulator_dtype
 
 
 class Settings(NamedTuple):
@@ -274,7 +276,7 @@ def normalize(
             Y = (x * coefficient).astype(W.dtype, copy=False)
         else:
             Y = numpy.multiply(
-                x, coefficient, _buffers.empty_of(W, reuse)(W.shape, W.dtype))
+                x, coefficient, buffers.empty_of(W, reuse)(W.shape, W.dtype))
         outputs = Y,
     if 'sigma' in output_names:
         outputs += numpy.array(it.sigma * it.scale, A.array.dtype),
@@ -332,7 +334,7 @@ def gradients(
         if 'W' in wanted:
             reuse = reuse and W.dtype == P.dtype  # or it is converted
             gW = A.combination(
-                a, gY, c, P, Q, _buffers.empty_of(W, reuse))
+                a, gY, c, P, Q, buffers.empty_of(W, reuse))
             grads['W'] = gW.astype(W.dtype, copy=False)
     return tuple([grads[name] for name in wanted])
 

@@ -21,9 +21,9 @@ from typing import Any
 import chainer
 import numpy
 
-from sn_function import _nodes
-from sn_function._matrix import accumulator_dtype
-from sn_function._power_iteration import Settings
+from sn_function._arithmetic.matrix import accumulator_dtype
+from sn_function._arithmetic.power_iteration import Settings
+from sn_function._graph import normalize
 from sn_function.errors import VectorValueError
 
 
@@ -63,7 +63,7 @@ def measure(
 def _estimate(
         xp: Any, W: Any, matrix: Any, u: Any, settings: Settings) -> Any:
     try:
-        ((sigma,), it), = _nodes.arithmetic_of(W).normalize_all([{
+        ((sigma,), it), = normalize.arithmetic_of(W).normalize_all([{
             'settings': settings, 'W': W, 'u': u, 'gamma': 1.0,
             'output_names': ('sigma',), 'update_u': False}])
     except VectorValueError:  # a device replaces it without a word

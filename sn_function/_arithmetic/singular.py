@@ -6,8 +6,8 @@ from typing import Any, Callable
 
 import numpy
 
-from sn_function._matrix import Matrix
-from sn_function._power_iteration import power_iteration
+from sn_function._arithmetic.matrix import Matrix
+from sn_function._arithmetic.power_iteration import power_iteration
 
 # From so many rows and columns on, only the largest singular value is found.
 LARGE = 4096

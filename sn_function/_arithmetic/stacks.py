@@ -2,7 +2,7 @@
 
 What a small weight costs is calls of NumPy, not arithmetic.  So weights of one
 shape, dtype and settings are copied into an array of shape ``(b, m, n)``, and
-each line of :mod:`sn_function._power_iteration` is one call for all of them.
+each line of :mod:`.power_iteration` is one call for all of them.
 ``numpy.matmul`` calls the same routine of BLAS for each of them as ``dot``
 does for one, so that the numbers are the same, up to rounding on old BLAS.
 
@@ -16,7 +16,7 @@ from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy
 
-from sn_function._power_iteration import (
+from sn_function._arithmetic.power_iteration import (
     ORDINARY,
     PowerIteration,
     as_float,
@@ -65,7 +65,7 @@ def kind(call: Call) -> Any:
 
 
 def normalize(calls: Sequence[Call]) -> list[Any]:
-    """:func:`._power_iteration.normalize` of weights of one kind.
+    """:func:`.power_iteration.normalize` of weights of one kind.
 
     Raises:
         OneByOneError: A number is not an ordinary one.
@@ -134,7 +134,7 @@ def stack_of(call: Call) -> Any:
 
 
 def gradients(calls: Sequence[Call]) -> list[Any]:
-    """:func:`._power_iteration.gradients` of the weights of one stack.
+    """:func:`.power_iteration.gradients` of the weights of one stack.
 
     Raises:
         OneByOneError: Some are missing, or want what others do not want.

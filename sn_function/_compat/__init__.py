@@ -4,14 +4,14 @@
 looks at what is there instead of comparing version numbers, and replaces only
 what it finds missing or broken, in two ways:
 
-* :mod:`sn_function._loans`: what Chainer misses while it is imported is lent
+* :mod:`.loans`: what Chainer misses while it is imported is lent
   to it and taken back afterwards (one of them is
-  :mod:`sn_function._pkg_resources`).
-* :mod:`sn_function._repairs`: a function of Chainer that fails a tiny trial
+  :mod:`.pkg_resources`).
+* :mod:`.repairs`: a function of Chainer that fails a tiny trial
   run is mended in Chainer.
 
-:mod:`sn_function._exporter` does both for `onnx_chainer`, when a program
-imports that, and :mod:`sn_function._chainermn` the latter for ChainerMN.
+:mod:`.onnx_chainer` does both for `onnx_chainer`, when a program
+imports that, and :mod:`.chainermn` the latter for ChainerMN.
 
 No other file of the package knows of NumPy, Chainer or Python versions.
 
@@ -29,12 +29,13 @@ from typing import Tuple
 
 
 def _repair() -> Tuple[str, ...]:
-    from sn_function import _loans
-    names = _loans.import_chainer()
+    from sn_function._compat import loans
+    names = loans.import_chainer()
     # It imports Chainer, which can be done only now.
-    from sn_function import _chainermn, _exporter, _repairs
-    _exporter.install()
-    _chainermn.install()
+    from sn_function._compat import chainermn, onnx_chainer
+    from sn_function._compat import repairs as _repairs
+    onnx_chainer.install()
+    chainermn.install()
     return (*names, *_repairs.repair())
 
 
@@ -43,10 +44,11 @@ def explain(name: str) -> Tuple[str, str]:
 
     And so of `_exporter.applied` and `_chainermn.applied`.
     """
-    from sn_function import _chainermn, _exporter, _loans, _repairs
+    from sn_function._compat import chainermn, loans, onnx_chainer
+    from sn_function._compat import repairs as _repairs
     repairs = {each.name: (each.fault, each.needed) for each in (
-        *_repairs.REPAIRS, *_exporter.REPAIRS, *_chainermn.REPAIRS)}
-    return {**_loans.REASONS, **repairs}[name]
+        *_repairs.REPAIRS, *onnx_chainer.REPAIRS, *chainermn.REPAIRS)}
+    return {**loans.REASONS, **repairs}[name]
 
 
 def _see_doctor() -> None:

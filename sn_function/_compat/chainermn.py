@@ -1,7 +1,7 @@
 """Mends ChainerMN, Chainer's package for many machines, when it is imported.
 
 It needs mpi4py, so nothing is done or imported before a program imports it.
-As in :mod:`sn_function._repairs`, what fails a tiny trial run is mended, and
+As in :mod:`.repairs`, what fails a tiny trial run is mended, and
 :data:`REPAIRS` says what is wrong and when that is needed.
 """
 import collections
@@ -15,9 +15,9 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import chainer
 import numpy
 
-from sn_function import _finder
-from sn_function._precision import WrongResultError
-from sn_function._repairs import Repair
+from sn_function._compat import finder
+from sn_function._compat.nep50 import WrongResultError
+from sn_function._compat.repairs import Repair
 
 # Names of what was mended in this process.
 applied: List[str] = []
@@ -174,7 +174,7 @@ def mend(name: str) -> None:
             applied.append(each.name)
 
 
-class _Finder(_finder.Finder):
+class _Finder(finder.Finder):
     """Mends each of the modules when it is imported."""
 
     names = tuple(BY_MODULE)
@@ -192,5 +192,5 @@ def install() -> None:
         if name in sys.modules:
             mend(name)
     # Without mpi4py it has no communicators.
-    if _finder.is_there('mpi4py'):
+    if finder.is_there('mpi4py'):
         _Finder.install()

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 
 import numpy
 
-from sn_function import _finder, _pkg_resources
+from sn_function._compat import finder, pkg_resources
 
 # As NumPy 1 had it, in what Chainer reads of it.
 SCTYPES = {
@@ -98,10 +98,10 @@ def _lend_pkg_resources() -> List[_Loan]:
     # Delete with the support of Chainer 7.
     if _works('pkg_resources'):
         return []
-    return [_Loan(sys.modules, 'pkg_resources', _pkg_resources)]
+    return [_Loan(sys.modules, 'pkg_resources', pkg_resources)]
 
 
-class _TestingFinder(_finder.Finder):
+class _TestingFinder(finder.Finder):
     """Lends pkg_resources to the modules of chainer.testing that import it.
 
     `import chainer` does not import them, and importing them with it would

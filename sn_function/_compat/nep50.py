@@ -5,7 +5,7 @@ and a Python number takes the type of its partner (NEP 50).  So float32 arrays
 become float64 by a `numpy.float64`, and what Chainer computed in float64, as
 it met a Python number, stays in float16.
 
-:mod:`sn_function._repairs` tells what was wrong where.
+:mod:`.repairs` tells what was wrong where.
 """
 import functools
 import types

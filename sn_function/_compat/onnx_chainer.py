@@ -2,7 +2,7 @@
 
 Its own time is that of onnx 1.6.  It is a package of its own, which needs
 onnx, so nothing is done or imported before a program imports it.  As in
-:mod:`sn_function._repairs`, what fails a tiny trial run is mended, and
+:mod:`.repairs`, what fails a tiny trial run is mended, and
 :data:`REPAIRS` says what is wrong and when that is needed.
 
 One thing is no repair: with any onnx the exporter tells a user to bake a model
@@ -17,9 +17,9 @@ from typing import Any, Callable, List
 
 import numpy
 
-from sn_function import _finder, _loans
-from sn_function._precision import WrongResultError
-from sn_function._repairs import Repair
+from sn_function._compat import finder, loans
+from sn_function._compat.nep50 import WrongResultError
+from sn_function._compat.repairs import Repair
 
 # That of onnx 1.6.  Its opset, 11, is the last one that the exporter knows.
 IR_VERSION = 6
@@ -50,13 +50,13 @@ def _mapping() -> types.ModuleType:
     fields = {TensorProto.FLOAT: 'float_data', TensorProto.BOOL: 'int32_data',
               TensorProto.INT32: 'int32_data', TensorProto.INT64: 'int64_data',
               TensorProto.DOUBLE: 'double_data'}
-    return _loans._stand_in(
+    return loans._stand_in(
         'onnx.mapping', STORAGE_TENSOR_TYPE_TO_FIELD=fields,
         NP_TYPE_TO_TENSOR_TYPE={
             each: helper.np_dtype_to_tensor_dtype(each) for each in types_})
 
 
-def _lend_mapping() -> List[_loans._Loan]:
+def _lend_mapping() -> List[loans._Loan]:
     with warnings.catch_warnings():
         warnings.simplefilter('error', DeprecationWarning)
         try:
@@ -67,7 +67,7 @@ def _lend_mapping() -> List[_loans._Loan]:
         else:
             return []
     try:
-        return [_loans._Loan(sys.modules, 'onnx.mapping', _mapping())]
+        return [loans._Loan(sys.modules, 'onnx.mapping', _mapping())]
     except (ImportError, AttributeError):
         return []       # without onnx, or a broken one: the exporter tells
 
@@ -144,7 +144,7 @@ def mend() -> None:
     _module('mapping').converters['SpectralNormalize'] = _refuse
 
 
-class _Finder(_finder.Finder):
+class _Finder(finder.Finder):
     """Mends the exporter when it is imported."""
 
     names = ('onnx_chainer',)
@@ -152,7 +152,7 @@ class _Finder(_finder.Finder):
     def execute(
             self, run: Callable[[types.ModuleType], None],
             module: types.ModuleType) -> None:
-        with _loans._lent(_lend_mapping()):
+        with loans._lent(_lend_mapping()):
             run(module)
         mend()
 
@@ -161,5 +161,5 @@ def install() -> None:
     """Sees to it that the exporter is mended, now or when it is imported."""
     if 'onnx_chainer.export' in sys.modules:
         mend()
-    elif _finder.is_there('onnx'):
+    elif finder.is_there('onnx'):
         _Finder.install()

@@ -190,11 +190,12 @@ def mpi4py() -> Found:
 def _shims_of_chainermn() -> List[Tuple[str, str, str]]:
     """What is mended in it.  The other probes tell what is wrong with it."""
     try:
-        from sn_function import _chainermn, _compat
+        from sn_function import _compat
+        from sn_function._compat import chainermn
         importlib.import_module('chainermn.communicators._memory_utility')
     except Exception:
         return []
-    return [(name, *_compat.explain(name)) for name in _chainermn.applied]
+    return [(name, *_compat.explain(name)) for name in chainermn.applied]
 
 
 def onnx() -> Found:
@@ -203,7 +204,8 @@ def onnx() -> Found:
         return _found(version)
     # onnx_chainer is a part of Chainer.
     import sn_function
-    from sn_function import _compat, _exporter
+    from sn_function import _compat
+    from sn_function._compat import onnx_chainer as _exporter
 
     # isort: split
     import chainer

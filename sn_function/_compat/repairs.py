@@ -20,8 +20,8 @@ from chainer.functions.array import as_strided, pad_sequence, resize_images
 from chainer.functions.connection import deconvolution_2d
 from chainer.functions.math import basic_math, sparse_matmul
 
-from sn_function import _loans, _precision
-from sn_function._precision import WrongResultError
+from sn_function._compat import loans, nep50
+from sn_function._compat.nep50 import WrongResultError
 
 
 def _reading(function: Callable, **names: object) -> Callable:
@@ -53,7 +53,7 @@ def _try_as_strided() -> None:
 
 def _mend_as_strided() -> None:
     grad = as_strided.AsStridedGrad
-    grad.forward = _reading(grad.forward, sctypes=_loans.SCTYPES)
+    grad.forward = _reading(grad.forward, sctypes=loans.SCTYPES)
 
 
 # np.float was the builtin; gone in NumPy 1.24.
@@ -228,24 +228,24 @@ REPAIRS = (
     Repair('numpy_scalars',
            'an eps, alpha or decay that is a numpy.float64 makes what four '
            'normalizations compute float64, or fails', 'with NumPy 2',
-           _precision.try_numpy_scalars,
-           WrongResultError, _precision.mend_numpy_scalars),
+           nep50.try_numpy_scalars,
+           WrongResultError, nep50.mend_numpy_scalars),
     Repair('summary',
            'a report of many float16 losses has a wrong mean',
-           'with NumPy 2', _precision.try_summary,
-           WrongResultError, _precision.mend_summary),
+           'with NumPy 2', nep50.try_summary,
+           WrongResultError, nep50.mend_summary),
     Repair('mean_squared_error',
            'of more than 65,519 float16 numbers it is 0 or NaN',
-           'with NumPy 2', _precision.try_mean_squared_error,
-           WrongResultError, _precision.mend_mean_squared_error),
+           'with NumPy 2', nep50.try_mean_squared_error,
+           WrongResultError, nep50.mend_mean_squared_error),
     Repair('gradient_clipping',
            'GradientClipping makes large float16 gradients 0',
-           'with NumPy 2', _precision.try_gradient_clipping,
-           WrongResultError, _precision.mend_gradient_clipping),
+           'with NumPy 2', nep50.try_gradient_clipping,
+           WrongResultError, nep50.mend_gradient_clipping),
     Repair('gradient_lars',
            'GradientLARS makes float16 gradients of 0 NaN',
-           'with NumPy 2', _precision.try_gradient_lars,
-           WrongResultError, _precision.mend_gradient_lars),
+           'with NumPy 2', nep50.try_gradient_lars,
+           WrongResultError, nep50.mend_gradient_lars),
     Repair('concat_examples',
            'concat_examples fails with -1 in unsigned arrays',
            'with NumPy 2.1 or newer',

@@ -12,7 +12,7 @@ import chainer
 from chainer import backend
 from chainer import functions as F
 
-from sn_function._power_iteration import Settings
+from sn_function._arithmetic.power_iteration import Settings
 
 
 def compose(

@@ -13,7 +13,7 @@ import chainer
 import numpy
 from chainer import function_node
 
-from sn_function import _device, _host
+from sn_function._arithmetic import device, host
 
 
 def config(*names: str) -> list[Any]:
@@ -35,11 +35,11 @@ class Node(function_node.FunctionNode):
 
     def forward_cpu(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         self.retain_inputs(tuple(range(len(inputs))))
-        return self.compute(_host, inputs)
+        return self.compute(host, inputs)
 
     def forward_gpu(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         self.retain_inputs(tuple(range(len(inputs))))
-        return self.compute(_device, inputs)
+        return self.compute(device, inputs)
 
     def compute(
             self, arithmetic: Any, inputs: tuple[Any, ...]
@@ -65,7 +65,7 @@ class Node(function_node.FunctionNode):
                 x.layout is None and type(x.array) is numpy.ndarray)
         if not is_plain:
             return super().apply(inputs)
-        outputs = self.compute(_host, tuple(arrays))
+        outputs = self.compute(host, tuple(arrays))
         results = tuple([variable(y, requires_grad) for y in outputs])
         self._input_layouts = (None,) * len(arrays)
         self._output_layouts = (None,) * len(outputs)

@@ -1,7 +1,7 @@
 """The nodes of the graph: normalization of weights, and its gradient.
 
-The arithmetic is in :mod:`sn_function._host` for NumPy, and in
-:mod:`sn_function._device` for CuPy.
+The arithmetic is in :mod:`sn_function._arithmetic.host` for NumPy, and in
+:mod:`sn_function._arithmetic.device` for CuPy.
 """
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ import chainer
 import numpy
 from chainer import functions as F
 
-from sn_function import (
-    _checks,
-    _composition,
-    _device,
-    _graph,
-    _host,
-)
-from sn_function._power_iteration import Settings
+from sn_function import _checks
+from sn_function._arithmetic import device, host
+from sn_function._arithmetic.power_iteration import Settings
+from sn_function._graph import higher_order
+from sn_function._graph import node as _graph
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 ArrayOrVariable = Any  # Array or chainer.Variable
@@ -26,7 +23,7 @@ ArrayOrVariable = Any  # Array or chainer.Variable
 
 def arithmetic_of(array: Array) -> Any:
     """Returns the module that computes on this kind of array."""
-    return _device if _checks.is_on_device(array) else _host
+    return device if _checks.is_on_device(array) else host
 
 
 class Weight:
@@ -195,7 +192,7 @@ class SpectralNormalizeGrad(_graph.Node):
             inputs = {name: F.identity(x) for name, x in
                       zip(self.names, self.get_retained_inputs())}
             x = dict(self.weight.call(iter(inputs.values())), **inputs)
-            outputs = dict(zip(('gY', 'gsigma'), _composition.compose(
+            outputs = dict(zip(('gY', 'gsigma'), higher_order.compose(
                 x['settings'], self.weight.it, x['W'], x['u'], x['gamma'])))
             given = [name for name in outputs if name in x]
             grads = chainer.grad(

@@ -9,7 +9,7 @@ sent: of n numbers and of one number in each iteration,
     u_{k,r} = t_{k,r} / |t_k|      sigma = |t_K|
 
 and of n numbers in each step of the adjoint of
-:mod:`sn_function._power_iteration`,
+:mod:`sn_function._arithmetic.power_iteration`,
 
     vbar_k = sum_r W_r^T tbar_{k,r}
     sbar_k = (vbar_k - v_k (v_k . vbar_k)) / |s_k|
@@ -34,8 +34,14 @@ from typing import Any, Sequence
 import chainer
 import numpy
 
-from sn_function import _checks, _graph, _matrix, _power_iteration, errors
-from sn_function._power_iteration import ORDINARY, PowerIteration, Settings
+from sn_function import _checks, errors
+from sn_function._arithmetic import matrix, power_iteration
+from sn_function._arithmetic.power_iteration import (
+    ORDINARY,
+    PowerIteration,
+    Settings,
+)
+from sn_function._graph import node
 from sn_function.functions import ArrayOrVariable, Number
 
 # Norms, as those of ORDINARY.
@@ -128,7 +134,7 @@ def _size(x: Any) -> float:
 
 
 def _iterate(
-        ranks: Ranks, A: _matrix.Matrix, u: Any, n: int,
+        ranks: Ranks, A: matrix.Matrix, u: Any, n: int,
         norms: tuple[float, float]) -> PowerIteration:
     """Runs ``n`` iterations.
 
@@ -159,9 +165,9 @@ def _iterate(
 
 
 def _power_iterations(
-        ranks: Ranks, A: _matrix.Matrix, u: Any, n: int, u_max: float,
+        ranks: Ranks, A: matrix.Matrix, u: Any, n: int, u_max: float,
 ) -> PowerIteration:
-    """As :func:`sn_function._power_iteration.power_iteration`."""
+    """As :func:`sn_function._arithmetic.power_iteration.power_iteration`."""
     try:
         return _iterate(ranks, A, u, n, ORDINARY[u.dtype.char])
     except _ExtremeNorm:
@@ -169,7 +175,7 @@ def _power_iterations(
 
 
 def _rescaled(
-        ranks: Ranks, A: _matrix.Matrix, u: Any, n: int, u_max: float,
+        ranks: Ranks, A: matrix.Matrix, u: Any, n: int, u_max: float,
 ) -> PowerIteration:
     """The same for a weight or a u of extreme size, or a zero product."""
     scale, = ranks.max([_size(A.array)])
@@ -197,7 +203,7 @@ def _rescaled(
 
 
 def _adjoint(
-        ranks: Ranks, A: _matrix.Matrix, it: PowerIteration, vbar: Any,
+        ranks: Ranks, A: matrix.Matrix, it: PowerIteration, vbar: Any,
 ) -> tuple[Any, Any]:
     """Returns P, of this rank, and Q: ``d sigma / d W_r = P^T Q``.
 
@@ -224,7 +230,7 @@ def _adjoint(
     return P, Q
 
 
-class ShardedNormalize(_graph.Node):
+class ShardedNormalize(node.Node):
     """``W_r -> (Y_r[, sigma])``, together with the nodes of other ranks.
 
     Attributes:
@@ -253,7 +259,7 @@ class ShardedNormalize(_graph.Node):
         n = self.settings.n_power_iteration
         # NaN and overflow show in the outputs; they need no warning as well.
         with numpy.errstate(all='ignore'):
-            A = _power_iteration.unfold(W, 0)
+            A = power_iteration.unfold(W, 0)
             dtype = A.array.dtype
             # A copy: the owner of u is free to change it.
             it = _power_iterations(
@@ -265,7 +271,7 @@ class ShardedNormalize(_graph.Node):
             if self.has_sigma:
                 outputs += numpy.array(it.sigma * it.scale, dtype),
             if update_u:
-                _power_iteration.store(u, it)
+                power_iteration.store(u, it)
         self._start, self.it = None, it
         return outputs
 
@@ -278,7 +284,7 @@ class ShardedNormalize(_graph.Node):
             (*self.get_retained_inputs(), *given.values()))
 
 
-class ShardedNormalizeGrad(_graph.Node):
+class ShardedNormalizeGrad(node.Node):
     """``(W_r[, gY_r][, gsigma_r]) -> gW_r``"""
 
     def __init__(self, forward: ShardedNormalize, names: list[str]) -> None:
@@ -297,7 +303,7 @@ class ShardedNormalizeGrad(_graph.Node):
 
     def _gradient(self, W: Any, gY: Any, gsigma: Any) -> Any:
         ranks, settings, it = self.of.ranks, self.of.settings, self.of.it
-        A = _power_iteration.unfold(W, 0)
+        A = power_iteration.unfold(W, 0)
         if gY is not None:
             gY = gY.astype(A.array.dtype, copy=False)
         divisor, scale, is_above = it.floored(settings.eps)

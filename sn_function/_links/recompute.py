@@ -15,8 +15,8 @@ from typing import Any, Iterator
 import chainer
 from chainer.functions.util.forget import Forget
 
-from sn_function._matrix import accumulator_dtype
-from sn_function._state import LinkState
+from sn_function._arithmetic.matrix import accumulator_dtype
+from sn_function._links.state import LinkState
 
 _FIRST_RUN = Forget.forward.__code__
 _SECOND_RUN = Forget.backward.__code__

@@ -10,10 +10,12 @@ from typing import Any, Mapping, NamedTuple
 
 import numpy
 
-from sn_function import _layouts, _singular, errors, functions
-from sn_function._archives import Reader
-from sn_function._layouts import Weight
-from sn_function._matrix import normalize_axis
+from sn_function import errors, functions
+from sn_function._arithmetic import singular
+from sn_function._arithmetic.matrix import normalize_axis
+from sn_function._snapshots import layouts
+from sn_function._snapshots.layouts import Weight
+from sn_function._snapshots.readers import Reader
 
 Axes = Mapping[str, int]  # of patterns of weights
 
@@ -79,7 +81,7 @@ def read_all(reader: Reader, weight: Weight, axes: Axes) -> Arrays:
     m = W.shape[axis]
     u, fault = _read_vector(
         reader, weight.u,
-        (1, m) if weight.layout == _layouts.SNGAN else (m,))
+        (1, m) if weight.layout == layouts.SNGAN else (m,))
     v = None
     if weight.v is not None:
         v, fault_of_v = _read_vector(reader, weight.v, (W.size // m,))
@@ -120,7 +122,7 @@ def given_axis(weight: Weight, axes: Axes) -> int | None:
 
 def find(reader: Reader, prefix: str, axes: Axes) -> list[Weight]:
     """Returns the weights below a path; each of the axes is that of one."""
-    weights = _layouts.find(reader, prefix)
+    weights = layouts.find(reader, prefix)
     for pattern, axis in axes.items():
         if all(given_axis(weight, {pattern: axis}) is None
                for weight in weights):
@@ -140,7 +142,7 @@ def _output_axis(
     entry = reader.entry(weight.u)
     # PyTorch may have dim=1 for a matrix; Chainer has 0.
     if (W.ndim == 2 and not weight.is_torch) or (
-            weight.layout == _layouts.SNGAN) or (
+            weight.layout == layouts.SNGAN) or (
             entry.shape is None or len(entry.shape) != 1):
         return 0, False
     if entry.shape[0] != W.shape[0]:
@@ -153,9 +155,9 @@ def _output_axis(
     if weight.v is not None:
         v, fault = _read_vector(reader, weight.v, (W.size // W.shape[0],))
         if fault is None:  # PyTorch has u = W v / |W v|, which decides
-            angles = [_singular.angle(W, u, v, axis) for axis in (0, 1)]
+            angles = [singular.angle(W, u, v, axis) for axis in (0, 1)]
             return int(angles[1] > angles[0]), False
-    is_unclear = _singular.fit(W, u, 1) > _singular.fit(W, u, 0) + 0.1
+    is_unclear = singular.fit(W, u, 1) > singular.fit(W, u, 0) + 0.1
     return int(is_unclear), is_unclear
 
 
@@ -163,7 +165,7 @@ def estimate(
         weight: Weight, arrays: Arrays, n_power_iteration: int = 1) -> float:
     """What the vectors give for sigma in test mode."""
     if weight.is_torch:
-        A = _singular.as_matrix(arrays.W, arrays.axis)
+        A = singular.as_matrix(arrays.W, arrays.axis)
         return float(arrays.u @ (A @ arrays.v))
     sigma = functions.spectral_norm(
         arrays.W, arrays.u.astype(arrays.W.dtype), n_power_iteration,

@@ -20,7 +20,8 @@ from __future__ import annotations
 import re
 from typing import Iterable, NamedTuple, Sequence
 
-from sn_function import _archives, errors
+from sn_function import errors
+from sn_function._snapshots import readers
 
 CHAINER, SNGAN = 'chainer', 'sngan-projection'
 TORCH, PARAMETRIZED = 'torch', 'torch-parametrized'
@@ -66,7 +67,7 @@ def models(keys: Iterable[str]) -> list[str]:
     return sorted({match[1] for match in found})
 
 
-def prefix_of(reader: _archives.Reader, model: str) -> str:
+def prefix_of(reader: readers.Reader, model: str) -> str:
     """Returns what the entries of a model, or of a link, begin with."""
     for prefix in f'updater/model:{model}/', f'{model.rstrip("/.")}/', (
             f'{model.rstrip("/.")}.'):
@@ -83,7 +84,7 @@ def optimizer_prefix(weight: Weight) -> str | None:
     return f'{_OPTIMIZER}{match[1]}/{weight.gamma[match.end():]}/'
 
 
-def find(reader: _archives.Reader, prefix: str) -> list[Weight]:
+def find(reader: readers.Reader, prefix: str) -> list[Weight]:
     """Returns the weights below ``prefix``, in the order of the file.
 
     Raises:
@@ -109,7 +110,7 @@ def find(reader: _archives.Reader, prefix: str) -> list[Weight]:
 
 
 def _find_chainer(
-        reader: _archives.Reader, keys: Sequence[str]) -> list[Weight]:
+        reader: readers.Reader, keys: Sequence[str]) -> list[Weight]:
     found, known = [], set(keys)
     for key in keys:
         path, name = split(key)
@@ -129,7 +130,7 @@ def _find_chainer(
 
 
 def _require(
-        reader: _archives.Reader, key: str, vector: str,
+        reader: readers.Reader, key: str, vector: str,
         known: set[str]) -> None:
     if key not in known:
         raise errors.SnapshotWeightError(
@@ -138,7 +139,7 @@ def _require(
 
 
 def _find_torch(
-        reader: _archives.Reader, keys: Sequence[str]) -> list[Weight]:
+        reader: readers.Reader, keys: Sequence[str]) -> list[Weight]:
     known = set(keys)
     stems: dict[tuple[str, str, str], None] = {}  # an ordered set
     for key in keys:
@@ -170,7 +171,7 @@ def _find_torch(
 
 
 def _with_gammas(
-        reader: _archives.Reader, found: list[Weight],
+        reader: readers.Reader, found: list[Weight],
         known: set[str]) -> list[Weight]:
     """Says of each weight which entry is its gamma."""
     result = []
@@ -195,7 +196,7 @@ def _with_gammas(
     return result
 
 
-def _is_scalar(entry: _archives.Entry) -> bool:
+def _is_scalar(entry: readers.Entry) -> bool:
     return entry.shape is not None and set(entry.shape) <= {1}
 
 
@@ -234,7 +235,7 @@ _OTHER = {'W': 'weight', 'b': 'bias'}
 
 
 def other_name(
-        key: str, to_torch: bool, reader: _archives.Reader,
+        key: str, to_torch: bool, reader: readers.Reader,
         known: set[str]) -> tuple[str, bool]:
     """Returns the name of any other entry there, and if it is a known one.
 

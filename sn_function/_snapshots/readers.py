@@ -3,7 +3,7 @@
 A reader tells the shape of an entry without its data, and reads one entry at
 a time.  Nothing is unpickled: what a .npz holds as a pickle is copied without
 a look, and a .pt is left to PyTorch, with ``weights_only=True``.
-:mod:`sn_function._archive_writers` writes them.
+:mod:`.writers` writes them.
 """
 from __future__ import annotations
 

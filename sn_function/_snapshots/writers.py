@@ -1,4 +1,4 @@
-"""Writes files of named arrays, of the kinds of :mod:`sn_function._archives`.
+"""Writes files of named arrays, of the kinds of :mod:`.readers`.
 
 A writer takes one entry at a time, into a temporary file beside the output,
 which takes its name once all is on the disk.
@@ -17,7 +17,7 @@ import numpy
 from numpy.lib import format as npy
 
 from sn_function import errors
-from sn_function._archives import (
+from sn_function._snapshots.readers import (
     HDF5Reader,
     NpzReader,
     Path,

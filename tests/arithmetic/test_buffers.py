@@ -12,8 +12,8 @@ import chainer.links as L
 import numpy as np
 import pytest
 
-from sn_function import _buffers
-from sn_function._buffers import Buffers
+from sn_function._arithmetic import buffers as _buffers
+from sn_function._arithmetic.buffers import Buffers
 
 SHAPE = (3, _buffers.MIN_SIZE)
 
@@ -101,7 +101,7 @@ def end():
     sys.{watch}(None)
 if {when == 'import'}:
     begin()
-from sn_function import _buffers
+from sn_function._arithmetic import buffers as _buffers
 end()
 if {when == 'use'}:
     begin()

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from chainer.backends import cuda
 
-from sn_function import SpectralNormalization, _kernels, errors, functions
+from sn_function import SpectralNormalization, errors, functions
+from sn_function._arithmetic import kernels
 from tests import cuda_on_host, reference, test_functions
 from tests.cuda_on_host import array as on_host
 from tests.test_functions import (  # NOQA: F401  run here as well
@@ -41,10 +42,10 @@ PATHS = {'one block': 1 << 62, 'products': 0}
 
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
-    monkeypatch.setattr(_kernels, 'FUSED_SIZE', PATHS[request.param])
+    monkeypatch.setattr(kernels, 'FUSED_SIZE', PATHS[request.param])
     if cuda.ndarray is on_host.DeviceArray:
         # Each thread is a fiber: a block of 1024 takes a while.
-        monkeypatch.setattr(_kernels, 'BLOCK_SIZE', 64)
+        monkeypatch.setattr(kernels, 'BLOCK_SIZE', 64)
     return request.param
 
 
@@ -182,7 +183,7 @@ def test_all_vectors_of_a_bad_weight_are_nan(K):
     W[1, 2, 3] = np.inf
     u = random(4)
     it = iterations(send(W), send(u), K, axis=1)
-    vectors = cuda.to_cpu(it.state)[len(_kernels.STATE):]
+    vectors = cuda.to_cpu(it.state)[len(kernels.STATE):]
     norms, start, rest = np.split(vectors, [2 * K, 2 * K + 4])
     assert rest.size == (K + 1) * 4 + K * 15
     assert np.isnan(norms).all()
@@ -340,7 +341,7 @@ def test_quotient_of_large_numbers():
     """As for the index of a weight of more than 2^32 entries."""
     kernel = cuda.elementwise(
         'int64 a, int64 b', 'int64 q', 'q = quotient(a, b)', 'quotient',
-        preamble=_kernels._QUOTIENT)
+        preamble=kernels._QUOTIENT)
     a = np.array([0, 7, 2 ** 32 - 1, 2 ** 32, 2 ** 32 + 7, 2 ** 45 + 12345])
     for b in (1, 7, 2 ** 31 - 1):
         np.testing.assert_array_equal(
@@ -436,7 +437,7 @@ def test_upstream_gradient_of_any_strides(layout):
 
 
 def test_a_large_block_gives_the_same(monkeypatch):
-    monkeypatch.setattr(_kernels, 'BLOCK_SIZE', 512)
+    monkeypatch.setattr(kernels, 'BLOCK_SIZE', 512)
     for shape, axis in WEIGHTS:
         test_as_on_the_host(
             shape, axis % len(shape), 2, 'd', 'd', 1e-12, False, 'Y sigma',
@@ -532,8 +533,8 @@ class TestManyWeights:
     @pytest.mark.parametrize('n_in_a_launch', [2, 16])
     def test_as_on_the_host(
             self, n_in_a_launch, fused_size, detach_uv, monkeypatch):
-        monkeypatch.setattr(_kernels, 'FUSED_SIZE', fused_size)
-        monkeypatch.setattr(_kernels, 'MAX_WEIGHTS', n_in_a_launch)
+        monkeypatch.setattr(kernels, 'FUSED_SIZE', fused_size)
+        monkeypatch.setattr(kernels, 'MAX_WEIGHTS', n_in_a_launch)
         found = []
         for convert in (lambda x: x, send):
             Ws, us, gammas, gYs = self.make(convert)
@@ -577,10 +578,10 @@ def test_every_kernel_is_run_here():
     """By the name under which the executor counts it."""
     if cuda.ndarray is not on_host.DeviceArray:
         pytest.skip('counted on the host only')
-    names = {kernel.name for kernel in _kernels.ALL}
+    names = {kernel.name for kernel in kernels.ALL}
     with on_host.counted() as launches:
         for size in PATHS.values():
-            _kernels.FUSED_SIZE = size
+            kernels.FUSED_SIZE = size
             W, u, gY = weight((3, 4, 2), 1, 'f')
             x = chainer.Variable(u)
             Y = functions.spectral_normalize(W, x, axis=1)

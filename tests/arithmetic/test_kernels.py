@@ -1,14 +1,15 @@
 """Each kernel by itself, against NumPy; on the host where there is no device.
 
-Raw kernels compute a whole pass: :mod:`tests.test_device` has them.
+Raw kernels compute a whole pass: :mod:`tests.arithmetic.test_device` has them.
 """
 import chainer
 import numpy as np
 import pytest
 from chainer.backends import cuda
 
-from sn_function import _kernels, functions
-from sn_function._matrix import accumulator_dtype
+from sn_function import functions
+from sn_function._arithmetic import kernels
+from sn_function._arithmetic.matrix import accumulator_dtype
 from tests import cuda_on_host
 from tests.cuda_on_host import array as on_host
 
@@ -68,15 +69,15 @@ def settled(names, size, dtype, **values):
 def test_scale_fwd(shape, layout, dtype, tolerance):
     A = accumulator_dtype(np.dtype(dtype))
     W, on_device = random(shape, dtype, layout)
-    _, state = settled(_kernels.STATE, 0, A, Y1=0.5, Y2=4, COEF=0.75)
-    check(_kernels.scale_fwd(on_device, state), 1.5 * W, dtype, tolerance)
+    _, state = settled(kernels.STATE, 0, A, Y1=0.5, Y2=4, COEF=0.75)
+    check(kernels.scale_fwd(on_device, state), 1.5 * W, dtype, tolerance)
 
 
 def test_scale_fwd_between_the_ends_of_the_range():
     W = np.array([[1e38, -3e38, 2e-38]], 'f')
     _, state = settled(
-        _kernels.STATE, 0, 'f', Y1=2.0 ** -63, Y2=2.0 ** -64, COEF=3)
-    check(_kernels.scale_fwd(send(W), state), W * 2.0 ** -127 * 3, 'f', 1e-6)
+        kernels.STATE, 0, 'f', Y1=2.0 ** -63, Y2=2.0 ** -64, COEF=3)
+    check(kernels.scale_fwd(send(W), state), W * 2.0 ** -127 * 3, 'f', 1e-6)
 
 
 @pytest.mark.parametrize('detach', [0, 1])
@@ -96,22 +97,22 @@ def test_correct_bwd(shape, layout, dtype, tolerance, K, detach):
     else:
         gY, on_device = random(shape, dtype, layout)
     state, device_state = settled(
-        _kernels.STATE, 2 * K + (K + 2) * m + K * n, A)
+        kernels.STATE, 2 * K + (K + 2) * m + K * n, A)
     adjoint, device_adjoint = settled(
-        _kernels.ADJOINT, K * (m + n) + max(m, n), A, GY=0.75, GY1=0.5, GY2=4,
+        kernels.ADJOINT, K * (m + n) + max(m, n), A, GY=0.75, GY1=0.5, GY2=4,
         GSIGMA=-0.3)
-    us = state[len(_kernels.STATE) + 2 * K:][:(K + 1) * m].reshape(K + 1, m)
-    vs = state[len(_kernels.STATE) + 2 * K + (K + 1) * m:][
+    us = state[len(kernels.STATE) + 2 * K:][:(K + 1) * m].reshape(K + 1, m)
+    vs = state[len(kernels.STATE) + 2 * K + (K + 1) * m:][
         :K * n].reshape(K, n)
-    tbars = adjoint[len(_kernels.ADJOINT):][:K * m].reshape(K, m).copy()
-    sbars = adjoint[len(_kernels.ADJOINT) + K * m:][:K * n].reshape(K, n)
+    tbars = adjoint[len(kernels.ADJOINT):][:K * m].reshape(K, m).copy()
+    sbars = adjoint[len(kernels.ADJOINT) + K * m:][:K * n].reshape(K, n)
     tbars[K - 1] = us[K]
     G = us[K][:, None] * vs[K - 1]
     if not detach:
         G = tbars.T @ vs + us[:K].T @ sbars
     G = G.reshape(m, l, r).transpose(1, 0, 2)
     gW = cuda.cupy.empty(shape, dtype)
-    _kernels.correct_bwd(
+    kernels.correct_bwd(
         on_device, device_state, device_adjoint, m, n, r, K, detach, gW)
     check(gW, 1.5 * gY - 0.3 * G, dtype, 3 * tolerance)
 
@@ -122,11 +123,11 @@ def test_correct_bwd(shape, layout, dtype, tolerance, K, detach):
 def test_vector_bwd(m, dtype, tolerance, restarted):
     A = accumulator_dtype(np.dtype(dtype))
     ubar = np.random.normal(size=m).astype(A)
-    _, state = settled(_kernels.STATE, 0, A, W1=0.5, W2=0.25, U1=2, U2=8,
+    _, state = settled(kernels.STATE, 0, A, W1=0.5, W2=0.25, U1=2, U2=8,
                        RESTARTED=restarted)
-    _, adjoint = settled(_kernels.ADJOINT, 0, A, GSIGMA=-0.3)
+    _, adjoint = settled(kernels.ADJOINT, 0, A, GSIGMA=-0.3)
     gu = cuda.cupy.empty(m, dtype)
-    _kernels.vector_bwd(send(ubar), state, adjoint, gu)
+    kernels.vector_bwd(send(ubar), state, adjoint, gu)
     # ubar waits for W2; then (2 / 0.5) (8 / 0.25).
     check(gu, ubar * 0.25 * -0.3 * 128 * (1 - restarted), dtype, tolerance)
 
@@ -150,8 +151,8 @@ def test_product(shape, layout, dtype, x_dtype, tolerance):
     u, device_u = random((m,), x_dtype)
     v, device_v = random((l, 1, r), x_dtype)
     s, t = cuda.cupy.empty((l, r), A), cuda.cupy.empty(m, A)
-    _kernels.product(on_device, device_u.reshape(m, 1), axis=1, out=s)
-    _kernels.product(on_device, device_v, axis=(0, 2), out=t)
+    kernels.product(on_device, device_u.reshape(m, 1), axis=1, out=s)
+    kernels.product(on_device, device_v, axis=(0, 2), out=t)
     check(s, np.einsum('amb,m->ab', W, u), A, tolerance)
     check(t, np.einsum('amb,ab->m', W, v[:, 0]), A, tolerance)
 
@@ -167,7 +168,7 @@ def test_dot_bwd(shape, layout, dtype, tolerance):
     gY, device_gY = random(shape, dtype, layout)
     w1, w2 = (send(np.array(x, A)) for x in (0.5, 8))
     dots = cuda.cupy.empty(shape[0], A)
-    _kernels.dot_bwd(device_gY, device_W, w1, w2, axis=(1, 2), out=dots)
+    kernels.dot_bwd(device_gY, device_W, w1, w2, axis=(1, 2), out=dots)
     expected = (gY * W * 4).sum(axis=(1, 2))
     check(dots, expected, A, 10 * tolerance)
 
@@ -175,7 +176,7 @@ def test_dot_bwd(shape, layout, dtype, tolerance):
 def test_float16_adds_up_in_float32():
     W = send(np.full((1, 1, 4000), 30, 'e'))
     t = cuda.cupy.empty(1, 'f')
-    _kernels.product(W, W, axis=(0, 2), out=t)
+    kernels.product(W, W, axis=(0, 2), out=t)
     assert float(t[0]) == 3.6e6  # 55 times what float16 can hold
 
 
@@ -186,8 +187,8 @@ def test_float16_adds_up_in_float32():
 def test_threads_do_not_race(scale, shape, axis, size, monkeypatch):
     if cuda.ndarray is not on_host.DeviceArray:
         pytest.skip('watched on the host only')
-    monkeypatch.setattr(_kernels, 'FUSED_SIZE', size)
-    monkeypatch.setattr(_kernels, 'BLOCK_SIZE', 128)
+    monkeypatch.setattr(kernels, 'FUSED_SIZE', size)
+    monkeypatch.setattr(kernels, 'BLOCK_SIZE', 128)
     W = (scale * np.random.normal(size=shape)).astype('f')
     with cuda_on_host.races():
         x = chainer.Parameter(send(W))

@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 
-from sn_function import _matrix, errors
+from sn_function import errors
+from sn_function._arithmetic import matrix
 from tests import reference
 
 CASES = [(shape, axis) for shape in [
@@ -15,7 +16,7 @@ class TestMatrix:
 
     def test_products(self, shape, axis):
         W = np.random.normal(size=shape)
-        A, expected = _matrix.Matrix(W, axis), reference.as_matrix(W, axis)
+        A, expected = matrix.Matrix(W, axis), reference.as_matrix(W, axis)
         assert (A.m, A.n) == expected.shape
         u, v = np.random.normal(size=A.m), np.random.normal(size=A.n)
         np.testing.assert_allclose(A.dot(v), expected @ v)
@@ -27,18 +28,18 @@ class TestMatrix:
 
     def test_is_a_view(self, shape, axis):
         W = np.random.normal(size=shape)
-        assert np.shares_memory(_matrix.Matrix(W, axis)._blocks, W)
+        assert np.shares_memory(matrix.Matrix(W, axis)._blocks, W)
 
     def test_scaled(self, shape, axis):
         W = np.random.normal(size=shape)
         v = np.random.normal(size=W.size // shape[axis])
-        A = _matrix.Matrix(W, axis)
+        A = matrix.Matrix(W, axis)
         np.testing.assert_array_equal(A.scaled(4).dot(v), A.dot(v) / 4)
 
     def test_largest_row(self, shape, axis):
         W = np.random.normal(size=shape)
         rows = np.linalg.norm(reference.as_matrix(W, axis), axis=1)
-        assert _matrix.Matrix(W, axis).largest_row() == rows.argmax()
+        assert matrix.Matrix(W, axis).largest_row() == rows.argmax()
 
 
 @pytest.mark.parametrize('rank', [1, 2, 4])
@@ -46,12 +47,12 @@ class TestMatrix:
 @pytest.mark.parametrize(('shape', 'axis'), CASES)
 def test_combination(shape, axis, size, rank, monkeypatch):
     if size != 'as it is':
-        monkeypatch.setattr(_matrix, 'SMALL_SIZE', 0)
-        monkeypatch.setattr(_matrix, 'LARGE_SIZE', 0)
+        monkeypatch.setattr(matrix, 'SMALL_SIZE', 0)
+        monkeypatch.setattr(matrix, 'LARGE_SIZE', 0)
         monkeypatch.setattr(
-            _matrix, 'BLOCK_SIZE', 7 if size == 'in blocks' else 1)
+            matrix, 'BLOCK_SIZE', 7 if size == 'in blocks' else 1)
     W, X = np.random.normal(size=(2, *shape))
-    A = _matrix.Matrix(W, axis)
+    A = matrix.Matrix(W, axis)
     P = np.random.normal(size=(rank, A.m))
     Q = np.random.normal(size=(rank, A.n))
     P_then, Q_then, X_then = P.copy(), Q.copy(), X.copy()
@@ -77,12 +78,12 @@ def test_combination(shape, axis, size, rank, monkeypatch):
     (1e-38, 1e-38), (1e-45, 1e30), (1, np.nan), (np.nan, 1)])
 def test_factors_of_a_combination_of_any_size(a, c, rank, monkeypatch):
     """Nothing overflows or is lost on the way."""
-    monkeypatch.setattr(_matrix, 'SMALL_SIZE', 0)
+    monkeypatch.setattr(matrix, 'SMALL_SIZE', 0)
     W, X = np.random.normal(size=(2, 6, 5)).astype('f')
     X[2:4] = 0  # so that the smaller term is all that is there
     P, Q = (np.random.normal(size=(rank, k)).astype('f') for k in (6, 5))
     with np.errstate(all='ignore'):
-        out = _matrix.Matrix(W, 0).combination(a, X, c, P, Q)
+        out = matrix.Matrix(W, 0).combination(a, X, c, P, Q)
         term, product = a * X.astype('d'), c * (P.astype('d').T @ Q)
         expected = (term + product).astype('f')
     for x, y, *terms in zip(out, expected, term, product):
@@ -93,25 +94,25 @@ def test_factors_of_a_combination_of_any_size(a, c, rank, monkeypatch):
 @pytest.mark.parametrize('rank', [1, 2])
 def test_a_combination_of_large_vectors(rank, monkeypatch):
     """As of a nearly orthogonal u; no product of theirs with c/a overflows."""
-    monkeypatch.setattr(_matrix, 'SMALL_SIZE', 0)
+    monkeypatch.setattr(matrix, 'SMALL_SIZE', 0)
     X = np.random.normal(size=(6, 5)).astype('f')
     P = np.random.normal(size=(rank, 6)).astype('f')
     Q = np.float32(1e29) * np.random.normal(size=(rank, 5)).astype('f')
-    out = _matrix.Matrix(X, 0).combination(1e-13, X, 1.0, P, Q)
+    out = matrix.Matrix(X, 0).combination(1e-13, X, 1.0, P, Q)
     np.testing.assert_allclose(out, P.T @ Q, rtol=1e-4, atol=1e24)
 
 
 def test_the_buffer_of_numpy_is_as_it_was(monkeypatch):
-    monkeypatch.setattr(_matrix, 'SMALL_SIZE', 0)
+    monkeypatch.setattr(matrix, 'SMALL_SIZE', 0)
     W, X = np.random.normal(size=(2, 6, 5))
     before = np.getbufsize()
     assert before > 16
     seen = []
-    product = _matrix._product
-    monkeypatch.setattr(_matrix, '_product', lambda *args: (
+    product = matrix._product
+    monkeypatch.setattr(matrix, '_product', lambda *args: (
         seen.append(np.getbufsize()), product(*args)))
     with np.errstate(over='raise'):
-        A = _matrix.Matrix(W, 0)
+        A = matrix.Matrix(W, 0)
         P, Q = np.ones((1, 6)), np.full((1, 5), 1e20)
         A.combination(1.5, X, 0.7, P, Q)
         assert seen == [16]
@@ -123,12 +124,12 @@ def test_the_buffer_of_numpy_is_as_it_was(monkeypatch):
 
 
 def test_normalize_axis():
-    assert [_matrix.normalize_axis(a, 3) for a in (0, 2, -1, -3)] == [
+    assert [matrix.normalize_axis(a, 3) for a in (0, 2, -1, -3)] == [
         0, 2, 2, 0]
-    assert _matrix.normalize_axis(np.int64(1), 2) == 1
+    assert matrix.normalize_axis(np.int64(1), 2) == 1
 
 
 @pytest.mark.parametrize('axis', [2, -3, 0.5, None, 'W', True])
 def test_axis_out_of_range(axis):
     with pytest.raises(errors.AxisError):
-        _matrix.normalize_axis(axis, 2)
+        matrix.normalize_axis(axis, 2)

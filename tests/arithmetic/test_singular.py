@@ -3,7 +3,7 @@ import sn_function  # isort: skip  # before chainer, which it repairs
 import numpy as np
 import pytest
 
-from sn_function import _singular
+from sn_function._arithmetic import singular
 
 assert sn_function
 
@@ -48,8 +48,8 @@ def test_largest(spectrum, shape, monkeypatch):
     expected = np.linalg.svd(A, compute_uv=False)[0]
     before = A.copy()
     scale = np.abs(A).max()
-    monkeypatch.setattr(_singular.numpy.linalg, 'svd', small_only)
-    value, u, v = _singular.largest(A)
+    monkeypatch.setattr(singular.numpy.linalg, 'svd', small_only)
+    value, u, v = singular.largest(A)
     np.testing.assert_array_equal(A, before)
     np.testing.assert_allclose(value, expected, rtol=1e-13)
     sigma = value / scale
@@ -61,7 +61,7 @@ def test_largest(spectrum, shape, monkeypatch):
 
 def test_the_output_is_the_same_each_time():
     A = np.random.normal(size=(300, 280))
-    first, second = (_singular.largest(A) for _ in range(2))
+    first, second = (singular.largest(A) for _ in range(2))
     for x, y in zip(first, second):
         np.testing.assert_array_equal(x, y)
 
@@ -71,18 +71,18 @@ def test_too_few_steps(n_starts, monkeypatch):
     """From one vector; it is found from others, or otherwise."""
     A = with_values(300, 280, np.r_[
         1 - 1e-2 * np.random.rand(30), np.random.rand(250)])
-    monkeypatch.setattr(_singular, 'MAX_STEPS', 40)
-    *_, residual = _singular._bidiagonalized(A, np.random.normal(size=280))
+    monkeypatch.setattr(singular, 'MAX_STEPS', 40)
+    *_, residual = singular._bidiagonalized(A, np.random.normal(size=280))
     assert residual > 1e-10
-    monkeypatch.setattr(_singular, 'MAX_STARTS', n_starts)
-    value, u, v = _singular.largest(A)
+    monkeypatch.setattr(singular, 'MAX_STARTS', n_starts)
+    value, u, v = singular.largest(A)
     np.testing.assert_allclose(A @ v, value * u, atol=1e-12 * value)
     np.testing.assert_allclose(
         value, np.linalg.svd(A, compute_uv=False)[0], rtol=1e-13)
 
 
 def test_zero():
-    value, u, _ = _singular.largest(np.zeros((300, 280)))
+    value, u, _ = singular.largest(np.zeros((300, 280)))
     assert value == 0
     np.testing.assert_allclose(u @ u, 1)
 
@@ -93,9 +93,9 @@ def test_a_large_weight_has_no_condition(axis, monkeypatch):
     A = np.moveaxis(W, axis, 0).reshape(W.shape[axis], -1).astype('d')
     values = np.linalg.svd(A, compute_uv=False)
     np.testing.assert_allclose(
-        _singular.singular_values(W, axis),
+        singular.singular_values(W, axis),
         (values[0], values[0] / values[-1]))
-    monkeypatch.setattr(_singular, 'LARGE', 60)
-    value, condition = _singular.singular_values(W, axis)
+    monkeypatch.setattr(singular, 'LARGE', 60)
+    value, condition = singular.singular_values(W, axis)
     np.testing.assert_allclose(value, values[0], rtol=1e-13)
     assert condition is None

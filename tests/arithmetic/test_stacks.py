@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from chainer import gradient_check
 
-from sn_function import _host, _stacks, errors
+from sn_function import errors
 from sn_function import functions as F
+from sn_function._arithmetic import host, stacks
 
 N = 6
 
@@ -17,14 +18,14 @@ def together(monkeypatch):
     found = {'normalize': [], 'gradients': []}
 
     def watch(name):
-        original = getattr(_stacks, name)
+        original = getattr(stacks, name)
 
         def watching(calls):
             results = original(calls)
             found[name].append(len(calls))
             return results
 
-        monkeypatch.setattr(_stacks, name, watching)
+        monkeypatch.setattr(stacks, name, watching)
 
     for name in found:
         watch(name)
@@ -170,7 +171,7 @@ def test_a_missing_gradient(missing, together):
 
 def test_different_kinds(monkeypatch, together):
     """Each kind by itself; few, large and other ones one by one."""
-    monkeypatch.setattr(_stacks, 'MAX_SIZE', 12)
+    monkeypatch.setattr(stacks, 'MAX_SIZE', 12)
     shapes = [(4, 3)] * 5 + [(3, 4)] * 4 + [(2, 2)] * 3 + [(13, 1)] * 5
     random_order = np.random.permutation(len(shapes))
     shapes = [shapes[i] for i in random_order]
@@ -197,7 +198,7 @@ def test_another_axis_is_done_one_by_one(together):
 
 @pytest.mark.parametrize('length', [2, 4, 5])
 def test_stacks_of_a_limited_size(length, monkeypatch, together):
-    monkeypatch.setattr(_stacks, 'MAX_STACK_SIZE', 12 * length + 11)
+    monkeypatch.setattr(stacks, 'MAX_STACK_SIZE', 12 * length + 11)
     compare(*example((4, 3)))
     assert together['normalize'] == [N]
     assert together['gradients'] == {
@@ -224,8 +225,8 @@ def test_views_and_strides(shape, together):
 @pytest.mark.parametrize('n', [1, 2, N])
 def test_without_outputs(n):
     Ws, us, _ = example((4, 3))
-    results = _host.normalize_all([{
-        'settings': _host.Settings(1, 0, False), 'W': W, 'u': u, 'gamma': 1.,
+    results = host.normalize_all([{
+        'settings': host.Settings(1, 0, False), 'W': W, 'u': u, 'gamma': 1.,
         'output_names': (), 'update_u': True} for W, u in zip(Ws[:n], us)])
     for (outputs, it), u in zip(results, us):
         assert outputs == ()
@@ -235,10 +236,10 @@ def test_without_outputs(n):
 def test_a_gradient_in_another_dtype():
     Ws, us, gYs = example((4, 3))
     calls = [{
-        'settings': _host.Settings(1, 0, False), 'W': W, 'u': u, 'gamma': 1.,
+        'settings': host.Settings(1, 0, False), 'W': W, 'u': u, 'gamma': 1.,
         'output_names': ('Y',), 'update_u': False} for W, u in zip(Ws, us)]
-    results = _host.normalize_all(calls)
-    found = [_host.gradients_all([
+    results = host.normalize_all(calls)
+    found = [host.gradients_all([
         {'settings': call['settings'], 'W': call['W'], 'u': None, 'gamma': 1.,
          'wanted': ['W'], 'it': it, 'gY': gY.astype('d')}
         for call, (_, it), gY in part])

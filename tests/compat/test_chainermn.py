@@ -7,15 +7,17 @@ import sys
 import textwrap
 import types
 
-from sn_function import _chainermn, _compat  # isort: skip  # before chainer
+from sn_function import _compat
+
+from sn_function._compat import chainermn as _chainermn  # isort: skip  # before chainer
 import chainer
 import numpy as np
 import pytest
 from chainer.backends import cuda
 
-from tests import nvrtc
+from tests.tools import nvrtc
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 COMMUNICATORS = 'chainermn.communicators'
 MEMORY = f'{COMMUNICATORS}._memory_utility'
 

@@ -15,14 +15,18 @@ import numpy
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sn_function import _compat, _pkg_resources, _repairs  # before Chainer
+from sn_function import _compat
+from sn_function._compat import (
+    pkg_resources,
+    repairs,  # before Chainer
+)
 
 # isort: split
 import chainer
 import chainer.functions as F
 from chainer.functions.array import as_strided, resize_images
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Makes top-level packages and their modules look as if not installed.
 HIDE = '''
@@ -103,8 +107,8 @@ class TestImport:
 
     def test_does_nothing_where_nothing_is_missing(self):
         run(OLD_STACK, '''
-            sys.modules['onnx'] = None  # tests/test_onnx.py has its old time
-            sys.modules['mpi4py'] = None    # tests/test_chainermn.py, too
+            sys.modules['onnx'] = None      # see test_onnx_chainer.py
+            sys.modules['mpi4py'] = None    # see test_chainermn.py
             import chainer
             from chainer import reporter
             from chainer.dataset import convert
@@ -237,7 +241,7 @@ class TestImport:
         # from those who import it by themselves.
         (tmp_path / 'pkg_resources.py').write_text(textwrap.dedent(f'''
             import warnings
-            from sn_function._pkg_resources import (
+            from sn_function._compat.pkg_resources import (
                 DistributionNotFound, ResolutionError, VersionConflict,
                 WorkingSet, get_distribution, require)
             warnings.warn('pkg_resources is deprecated as an API.',
@@ -273,8 +277,8 @@ class TestImport:
             from sn_function import _compat
             assert 'numpy.distutils.system_info' in _compat.applied
             # What Chainer does on macOS.
-            from sn_function import _loans
-            with _loans._lent(_loans._lend_system_info()):
+            from sn_function._compat import loans
+            with loans._lent(_loans._lend_system_info()):
                 import numpy.distutils.system_info
                 assert not numpy.distutils.system_info.get_info('blas_opt')
             assert vars(numpy).get('distutils') is before
@@ -444,27 +448,27 @@ class TestWorkers:
 class TestPkgResources:
 
     def test_require(self):
-        found, = _pkg_resources.WorkingSet().require('numpy>=1.0,<100')
+        found, = pkg_resources.WorkingSet().require('numpy>=1.0,<100')
         assert found.version == numpy.__version__
 
     def test_missing(self):
-        with pytest.raises(_pkg_resources.DistributionNotFound):
-            _pkg_resources.require('no-such-thing>=1.0')
+        with pytest.raises(pkg_resources.DistributionNotFound):
+            pkg_resources.require('no-such-thing>=1.0')
 
     def test_conflict(self):
-        with pytest.raises(_pkg_resources.VersionConflict):
-            _pkg_resources.require('numpy', 'numpy >= 100')
+        with pytest.raises(pkg_resources.VersionConflict):
+            pkg_resources.require('numpy', 'numpy >= 100')
 
     def test_errors_are_resolution_errors(self):
         assert issubclass(
-            _pkg_resources.DistributionNotFound,
-            _pkg_resources.ResolutionError)
+            pkg_resources.DistributionNotFound,
+            pkg_resources.ResolutionError)
         assert issubclass(
-            _pkg_resources.VersionConflict, _pkg_resources.ResolutionError)
+            pkg_resources.VersionConflict, pkg_resources.ResolutionError)
 
     def test_not_a_requirement(self):
         with pytest.raises(ValueError, match='Not a requirement'):
-            _pkg_resources.require('>=1.0')
+            pkg_resources.require('>=1.0')
 
     @pytest.mark.parametrize('packaging', [True, False])
     @pytest.mark.parametrize(('version', 'specifier', 'expected'), [
@@ -487,17 +491,17 @@ class TestPkgResources:
             pytest.importorskip('packaging')
         else:
             monkeypatch.setitem(sys.modules, 'packaging.specifiers', None)
-        assert _pkg_resources._satisfies(version, specifier) is expected
+        assert pkg_resources._satisfies(version, specifier) is expected
 
     def test_specifier_that_needs_packaging(self, monkeypatch):
         monkeypatch.setitem(sys.modules, 'packaging.specifiers', None)
         with pytest.raises(ValueError, match='pip install packaging'):
-            _pkg_resources._satisfies('1.4', '==1.*')
+            pkg_resources._satisfies('1.4', '==1.*')
 
 
 # What only warns is not broken.
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('repair', _repairs.REPAIRS, ids=lambda r: r.name)
+@pytest.mark.parametrize('repair', repairs.REPAIRS, ids=lambda r: r.name)
 def test_nothing_stays_broken(repair):
     repair.attempt()
     assert not repair.is_needed()
@@ -505,14 +509,14 @@ def test_nothing_stays_broken(repair):
 
 def test_every_name_is_explained():
     assert len(set(_compat.applied)) == len(_compat.applied)
-    for name in [*_compat.applied, *(each.name for each in _repairs.REPAIRS)]:
+    for name in [*_compat.applied, *(each.name for each in repairs.REPAIRS)]:
         fault, needed = _compat.explain(name)
         assert len(fault) > 15
         assert needed.startswith(('with ', 'without '))
 
 
 def test_what_numpy_2_needs_is_repaired_there_and_nowhere_else():
-    names = {each.name for each in _repairs.REPAIRS
+    names = {each.name for each in repairs.REPAIRS
              if each.needed == 'with NumPy 2'}
     assert len(names) == 9
     is_2 = int(numpy.__version__.split('.')[0]) >= 2
@@ -523,8 +527,8 @@ def test_only_the_expected_error_calls_for_a_repair():
     def attempt():
         raise KeyError
 
-    assert _repairs.Repair('', '', '', attempt, KeyError, None).is_needed()
-    other = _repairs.Repair('', '', '', attempt, ValueError, None)
+    assert repairs.Repair('', '', '', attempt, KeyError, None).is_needed()
+    other = repairs.Repair('', '', '', attempt, ValueError, None)
     assert not other.is_needed()
 
 
@@ -533,7 +537,7 @@ def test_warning_of_an_attempt_is_neither_shown_nor_an_error():
         warnings.warn('', DeprecationWarning, stacklevel=1)
         raise KeyError
 
-    assert _repairs.Repair('', '', '', attempt, KeyError, None).is_needed()
+    assert repairs.Repair('', '', '', attempt, KeyError, None).is_needed()
 
 
 class TestAsStrided:

@@ -6,14 +6,6 @@ import subprocess
 import sys
 import textwrap
 
-from sn_function import (  # isort: skip  # before chainer: it repairs that
-    ChainSpectralNormalization,
-    SpectralNormalization,
-    _compat,
-    _exporter,
-    errors,
-    functions,
-)
 import chainer
 import chainer.functions as F
 import chainer.links as L
@@ -21,13 +13,21 @@ import numpy as np
 import pytest
 from chainer import link_hooks
 
+from sn_function import (
+    ChainSpectralNormalization,
+    SpectralNormalization,
+    _compat,
+    errors,
+    functions,
+)
+from sn_function._compat import onnx_chainer as _exporter
 from sn_function.bake import bake
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 import onnx_chainer  # noqa: E402
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 OPSETS = range(onnx_chainer.MINIMUM_OPSET_VERSION,
                onnx_chainer.MAXIMUM_OPSET_VERSION + 1)
 
@@ -248,7 +248,7 @@ class TestRepairs:
     def test_without_the_repairs_it_fails(self):
         done = self.python('''
             import sn_function, onnx, sys
-            from sn_function import _exporter
+            from sn_function._compat import onnx_chainer as _exporter
             sys.meta_path[:] = [each for each in sys.meta_path
                                 if not isinstance(each, _exporter._Finder)]
             import chainer, numpy
@@ -294,7 +294,7 @@ class TestRepairs:
             sys.modules['onnx.mapping'] = onnx.mapping = mapping
             onnx.IR_VERSION = 6
             import sn_function, onnx_chainer
-            from sn_function import _exporter
+            from sn_function._compat import onnx_chainer as _exporter
             assert _exporter.applied == []
             for name in 'export', 'context':
                 assert sys.modules['onnx_chainer.' + name].onnx is onnx
@@ -319,7 +319,7 @@ class TestRepairs:
             mapping.STORAGE_TENSOR_TYPE_TO_FIELD = Deprecated()
             sys.modules['onnx.mapping'] = onnx.mapping = mapping
             import sn_function, onnx_chainer, chainer, numpy
-            from sn_function import _exporter
+            from sn_function._compat import onnx_chainer as _exporter
             assert 'onnx.mapping' in _exporter.applied
             x = numpy.zeros((1, 2), 'f')
             onnx_chainer.export(chainer.Sequential(
@@ -331,7 +331,8 @@ class TestRepairs:
     def test_reload_changes_nothing(self):
         done = self.python('''
             import importlib, sys
-            from sn_function import _compat, _exporter
+            from sn_function import _compat
+            from sn_function._compat import onnx_chainer as _exporter
             before = list(sys.meta_path)
             importlib.reload(_compat)
             assert sys.meta_path == before
@@ -465,7 +466,7 @@ def example():
 
 
 def test_benchmark(capsys, tmp_path):
-    from tests.benchmarks import shipping
+    from tests.tools.benchmarks import shipping
     for network in shipping.networks((1, 8, 8), None):
         name = {'discriminator': 'dis', 'generator': 'gen'}[network.name]
         if name == 'gen':   # as the example leaves it

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from sn_function import _sharded, errors
+from sn_function import errors
+from sn_function._graph import sharded
 from tests.mpi import launch
 
 needs_mpi = pytest.mark.skipif(
@@ -64,4 +65,4 @@ def test_large_weight(size):
 @pytest.mark.parametrize('comm', [None, 'world', object()])
 def test_no_communicator(comm):
     with pytest.raises(errors.CommunicatorError, match='intracommunicator'):
-        _sharded.sharded_spectral_normalize(comm, np.ones((2, 2)), np.ones(2))
+        sharded.sharded_spectral_normalize(comm, np.ones((2, 2)), np.ones(2))

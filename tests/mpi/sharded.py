@@ -4,7 +4,7 @@
     mpiexec -n 4 python -m tests.mpi.sharded --measure   # 4096 x 4096
 
 Rank 0 prints the name of each check that has passed.  Whatever a rank raises
-ends all of them.  tests/test_sharded.py starts it.
+ends all of them.  tests/graph/test_sharded.py starts it.
 """
 import argparse
 import inspect
@@ -27,7 +27,7 @@ from mpi4py import MPI
 
 from sn_function import errors
 from sn_function import functions as SF
-from sn_function._sharded import sharded_spectral_normalize
+from sn_function._graph.sharded import sharded_spectral_normalize
 from tests import reference
 
 assert sn_function  # it is imported for what it does

@@ -4,7 +4,7 @@ Hypothesis draws the sequences.  A model in float64 tells what each call must
 compute and where u must be afterwards; between calls nothing may change but
 what the step was to change, bit by bit: see :mod:`tests.state_machine`.
 
-``python -m tests.test_state_machine --examples 10000`` is the long run.
+``python -m tests.state_machine --examples 10000`` is the long run.
 """
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_memory_is_flat():
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog='python -m tests.test_state_machine',
+        prog='python -m tests.state_machine',
         description=__doc__.split('\n')[0])
     parser.add_argument('--examples', type=int, default=10000)
     parser.add_argument('--steps', type=int, default=25, help='an example')
@@ -241,6 +241,3 @@ def main(argv=None):
     print(f'defects found: {int(status == 1)}')
     return status
 
-
-if __name__ == '__main__':
-    sys.exit(main())

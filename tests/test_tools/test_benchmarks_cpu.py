@@ -12,7 +12,7 @@ import chainer.links as L
 import numpy as np
 import pytest
 
-from tests.benchmarks import contenders, cpu, models, tried
+from tests.tools.benchmarks import contenders, cpu, models, tried
 
 assert sn_function
 MODEL_CONTENDERS = [

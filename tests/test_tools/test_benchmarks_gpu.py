@@ -10,9 +10,9 @@ from chainer import link_hooks
 from chainer.backends import cuda
 
 import sn_function
-from sn_function import _kernels
-from tests.benchmarks import gpu
-from tests.benchmarks import report as tables
+from sn_function._arithmetic import kernels
+from tests.tools.benchmarks import gpu
+from tests.tools.benchmarks import report as tables
 
 
 class Clock:
@@ -243,11 +243,11 @@ class TestContenders:
         sn_function.SpectralNormalization,
         link_hooks.SpectralNormalization])
     def test_what_is_timed_is_the_normalization(self, make_hook, monkeypatch):
-        monkeypatch.setattr(_kernels, 'FUSED_SIZE', _kernels.FUSED_SIZE)
+        monkeypatch.setattr(kernels, 'FUSED_SIZE', kernels.FUSED_SIZE)
         W, gY = (cuda.to_gpu(np.random.normal(size=(6, 5)).astype('f'))
                  for _ in range(2))
         contender = gpu.chainer_contender(make_hook(), W, gY, 0)
-        assert _kernels.FUSED_SIZE == 0
+        assert kernels.FUSED_SIZE == 0
         for _ in range(30):
             Y = contender.forward()
         norm = np.linalg.norm(cuda.to_cpu(Y.array), 2)
@@ -284,13 +284,13 @@ class TestContenders:
 
     @pytest.mark.usefixtures('fake_run')
     def test_a_run(self, tmp_path, capsys):
-        default = _kernels.FUSED_SIZE
+        default = kernels.FUSED_SIZE
         out, markdown = tmp_path / 'a' / 'x.json', tmp_path / 'x.md'
         gpu.main(['--quick', '--out', str(out), '--markdown', str(markdown)])
-        assert default == _kernels.FUSED_SIZE
+        assert default == kernels.FUSED_SIZE
         found = json.loads(out.read_text())
         assert found['machine']['command'].startswith(
-            'python -m tests.benchmarks.gpu --quick')
+            'python -m tests.tools.benchmarks.gpu --quick')
         assert [(weight['shape'], weight['dtype'])
                 for weight in found['weights']] == [
                     ('8x3x3x3', 'float32'), ('8x3x3x3', 'float16')]

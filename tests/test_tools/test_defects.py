@@ -1,7 +1,7 @@
 """Each row of the table of defects: wrong in Chainer's hook, right in ours."""
 import pytest
 
-from tests import defects
+from tests.tools import defects
 
 
 @pytest.mark.parametrize('case', [

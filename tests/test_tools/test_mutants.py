@@ -1,7 +1,8 @@
-"""One mutant of each kernel; ``python -m tests.mutants`` tries them all."""
+"""One mutant of each kernel; ``python -m tests.tools.mutants`` tries all."""
 import pytest
 
-from tests import cuda_on_host, mutants
+from tests import cuda_on_host
+from tests.tools import mutants
 
 pytestmark = pytest.mark.skipif(
     not cuda_on_host.available(), reason='no C++ compiler')

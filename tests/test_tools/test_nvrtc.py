@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from chainer.backends import cuda
 
-from sn_function import _device, _kernels
-from sn_function._matrix import accumulator_dtype
-from sn_function._power_iteration import Settings
-from tests import nvrtc
+from sn_function._arithmetic import device, kernels
+from sn_function._arithmetic.matrix import accumulator_dtype
+from sn_function._arithmetic.power_iteration import Settings
+from tests.tools import nvrtc
 
-KERNELS = [pytest.param(k, id=k.name) for k in _kernels.ALL]
+KERNELS = [pytest.param(k, id=k.name) for k in kernels.ALL]
 
 
 @pytest.fixture(scope='module')
@@ -21,7 +21,7 @@ def compiler():
     except nvrtc.Unavailable as e:
         reason, *_ = str(e).splitlines()
         pytest.skip(f'{reason}: pip install ".[nvrtc]" (python -m '
-                    'tests.nvrtc says more)')
+                    'tests.tools.nvrtc says more)')
 
 
 @pytest.fixture(scope='module')
@@ -45,7 +45,7 @@ def case(kernel):
 
 
 def problems_of(body, bounds=''):
-    return nvrtc.compile_one(case(_kernels.Raw('sn_trial', f"""
+    return nvrtc.compile_one(case(kernels.Raw('sn_trial', f"""
         extern "C" __global__ void {bounds} sn_trial(double* x, int n) {{
           {body}
         }}
@@ -69,19 +69,19 @@ class TestProof:
         assert 'identifier "missing" is undefined' in problem
 
     def test_error_elementwise(self):
-        problem, = nvrtc.compile_one(case(_kernels.Elementwise(
+        problem, = nvrtc.compile_one(case(kernels.Elementwise(
             'sn_trial', 'T x', 'T y', 'y = missing(x)', ''))).problems
         assert 'identifier "missing" is undefined' in problem
 
     def test_error_reduction(self):
-        problem, = nvrtc.compile_one(case(_kernels.Reduction(
+        problem, = nvrtc.compile_one(case(kernels.Reduction(
             'sn_trial', 'T x', 'A y', 'missing(x)', 'y = a'))).problems
         assert 'identifier "missing" is undefined' in problem
 
     def test_number_of_unknown_type(self, monkeypatch):
         """CuPy infers a type of one letter from arrays alone."""
         monkeypatch.setitem(nvrtc._NUMBERS, 'sn_trial', ('x',))
-        trial = _kernels.Elementwise(
+        trial = kernels.Elementwise(
             'sn_trial', 'T x', 'A y', 'y = x', '')
         problem, = nvrtc.compile_one(case(trial)).problems
         assert "KeyError: 'T'" in problem
@@ -140,12 +140,12 @@ def calls(monkeypatch):
         empty=lambda *args: np.empty(*args).view(Array),
         ascontiguousarray=np.ascontiguousarray,
         cublas=types.SimpleNamespace(gemv=lambda *args: None)))
-    monkeypatch.setattr(_kernels.Elementwise, '__call__', elementwise)
+    monkeypatch.setattr(kernels.Elementwise, '__call__', elementwise)
     monkeypatch.setattr(
-        _kernels.Reduction, '__call__',
+        kernels.Reduction, '__call__',
         lambda kernel, *args, axis, out: found.add(
             kinds(kernel, (*args, out))))
-    for kind in (_kernels.Raw, _kernels.Fused):
+    for kind in (kernels.Raw, kernels.Fused):
         monkeypatch.setattr(
             kind, '__call__',
             lambda kernel, T, U, *args: found.add(nvrtc.Signature(
@@ -155,8 +155,8 @@ def calls(monkeypatch):
 
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')  # nothing is computed
 def test_signatures_are_those_called(calls, monkeypatch):
-    for size in (0, _kernels.FUSED_SIZE):
-        monkeypatch.setattr(_kernels, 'FUSED_SIZE', size)
+    for size in (0, kernels.FUSED_SIZE):
+        monkeypatch.setattr(kernels, 'FUSED_SIZE', size)
         for pair, shape, axis, detach, has_gY in itertools.product(
                 nvrtc._PAIRS, [(3, 4), (3, 4, 2), (2, 3, 4)], (0, 1),
                 (False, True), (False, True)):
@@ -166,12 +166,12 @@ def test_signatures_are_those_called(calls, monkeypatch):
             call = {
                 'settings': settings, 'W': np.ones(shape, T),
                 'u': np.ones(shape[axis], U), 'gamma': np.ones((), T)}
-            (_, it), = _device.normalize_all([dict(
+            (_, it), = device.normalize_all([dict(
                 call, output_names=('Y', 'sigma'), update_u=True)])
-            _device.gradients_all([dict(
+            device.gradients_all([dict(
                 call, it=it, wanted=('W', 'u', 'gamma'),
                 gY=np.ones(shape, T) if has_gY else None,
                 gsigma=np.ones((), A))])
-    known = {s for k in _kernels.ALL for s in nvrtc.signatures(k)}
+    known = {s for k in kernels.ALL for s in nvrtc.signatures(k)}
     assert calls <= known
-    assert {s.kernel for s in calls} == set(_kernels.ALL)
+    assert {s.kernel for s in calls} == set(kernels.ALL)

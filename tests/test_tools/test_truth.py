@@ -11,11 +11,11 @@ import pytest
 import sn_function  # isort: skip  # before chainer, which it repairs
 
 from sn_function import functions as SF
-from tests import truth
+from tests.tools import truth
 
 assert sn_function  # it is imported for what it does
 
-DOCS = pathlib.Path(__file__).resolve().parent.parent / 'docs/accuracy.rst'
+DOCS = pathlib.Path(__file__).resolve().parents[2] / 'docs/accuracy.rst'
 MEASUREMENTS = [
     pytest.param(case, char, id=f'{case.name}-{char}')
     for case in truth.CASES for char in case.dtypes]

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from tests import versions
-from tests.versions import NEWEST, Cell, Result
+from tests.tools import versions
+from tests.tools.versions import NEWEST, Cell, Result
 
 ROOT = versions.ROOT
 

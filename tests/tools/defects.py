@@ -1,9 +1,9 @@
 """Defects of Chainer's hook, and what this package does in their place.
 
-``python -m tests.defects`` runs each case on both and prints a table;
-``--markdown`` prints it as the README has it.  ``tests/test_defects.py``
-asserts the outcomes.  A case gets a function that makes a hook, and returns
-what happened, in a few words, and whether that is right.
+``python -m tests.tools.defects`` runs each case on both and prints a table;
+``--markdown`` prints it as the README has it.  :mod:`tests.test_tools` asserts
+the outcomes.  A case gets a function that makes a hook, and returns what
+happened, in a few words, and whether that is right.
 """
 import argparse
 import contextlib
@@ -287,7 +287,8 @@ def run(run_case, make_hook):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog='python -m tests.defects', description=__doc__.split('\n')[0])
+        prog='python -m tests.tools.defects',
+        description=__doc__.split('\n')[0])
     parser.add_argument('--markdown', action='store_true')
     args = parser.parse_args(argv)
     rows = [(c.name, *(run(c.run, make) for make in (builtin, ours)))

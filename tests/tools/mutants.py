@@ -1,10 +1,10 @@
-"""``python -m tests.mutants``: are the host tests of the kernels able to fail?
+"""Can the host tests of the kernels fail?  ``python -m tests.tools.mutants``.
 
 Every operator of every kernel, and of the functions that kernels share, is
-replaced by another, one at a time, and the tests of :mod:`tests.test_device`
-are run until one fails.  A mutant that no test notices is printed with its
-line; the exit status is the number of those that are not listed, with the
-reason, in :data:`EQUIVALENT`.
+replaced by another, one at a time, and the tests of
+:mod:`tests.arithmetic.test_device` are run until one fails.  A mutant that no
+test notices is printed with its line; the exit status is the number of those
+that are not listed, with the reason, in :data:`EQUIVALENT`.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import sn_function  # isort: skip  # before chainer, which it repairs
 import numpy as np
 import pytest
 
-from sn_function import _kernels
+from sn_function._arithmetic import kernels
 from tests import cuda_on_host
 from tests.cuda_on_host import array
 
@@ -82,11 +82,11 @@ def mutants_of(text):
 
 def parts():
     """Names of all sources, and their text."""
-    found = {name: getattr(_kernels, name) for name in SHARED}
-    for kernel in _kernels.ALL:
-        if isinstance(kernel, _kernels.Raw):
+    found = {name: getattr(kernels, name) for name in SHARED}
+    for kernel in kernels.ALL:
+        if isinstance(kernel, kernels.Raw):
             found[kernel.name] = kernel.code
-        elif isinstance(kernel, _kernels.Elementwise):
+        elif isinstance(kernel, kernels.Elementwise):
             found[kernel.name] = kernel.arguments[2]
         else:
             found[kernel.name] = ' ; '.join(kernel.arguments[2:5])
@@ -96,19 +96,19 @@ def parts():
 def replace(name, text):
     """Gives a part of the sources another text, in this process."""
     old = parts()[name]
-    for kernel in _kernels.ALL:
-        if isinstance(kernel, _kernels.Raw):
+    for kernel in kernels.ALL:
+        if isinstance(kernel, kernels.Raw):
             kernel._sources.clear()
     if name in SHARED:
-        setattr(_kernels, name, text)
-        for kernel in _kernels.ALL:
-            if isinstance(kernel, _kernels.Elementwise):
+        setattr(kernels, name, text)
+        for kernel in kernels.ALL:
+            if isinstance(kernel, kernels.Elementwise):
                 kernel.preamble = kernel.preamble.replace(old, text)
         return
-    kernel, = [k for k in _kernels.ALL if k.name == name]
-    if isinstance(kernel, _kernels.Raw):
+    kernel, = [k for k in kernels.ALL if k.name == name]
+    if isinstance(kernel, kernels.Raw):
         kernel.code = text
-    elif isinstance(kernel, _kernels.Elementwise):
+    elif isinstance(kernel, kernels.Elementwise):
         kernel.arguments = (*kernel.arguments[:2], text)
     else:
         kernel.arguments = (
@@ -125,8 +125,8 @@ def line_of(text, position):
 
 
 def tests():
-    """Tests of tests/test_device.py, the quickest first."""
-    from tests import test_device as t
+    """Tests of tests/arithmetic/test_device.py, the quickest first."""
+    from tests.arithmetic import test_device as t
     f = ('f', 'f', 1e-4)
     everything = 'Y sigma', 'W u gamma'
     for detach_uv, names in ((False, everything), (True, everything),
@@ -171,12 +171,12 @@ def tests():
 
 def run_tests():
     """Runs the tests on both paths; returns the name of the first to fail."""
-    from tests import test_device
+    from tests.arithmetic import test_device
     for mode in (lambda: cuda_on_host.schedule('ascending'),
                  lambda: cuda_on_host.schedule('descending'),
                  cuda_on_host.races):
         for size in test_device.PATHS.values():
-            _kernels.FUSED_SIZE, _kernels.BLOCK_SIZE = size, 64
+            kernels.FUSED_SIZE, kernels.BLOCK_SIZE = size, 64
             for test, arguments in tests():
                 np.random.seed(0)
                 with array.installed(), mode(), \

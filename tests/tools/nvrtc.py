@@ -1,10 +1,11 @@
 """Compiles the CUDA kernels as CuPy would, for devices that need not exist.
 
-``python -m tests.nvrtc`` takes every kernel of :mod:`sn_function._kernels`,
-for every combination of dtypes that it is used with, through CuPy's own
-generator of sources, its headers and options, and NVRTC, down to the machine
-code of several architectures; it prints what each one takes of a device.
-CuPy is needed, and NVRTC, but no driver and no device.
+``python -m tests.tools.nvrtc`` takes every kernel of
+:mod:`sn_function._arithmetic.kernels`, for every combination of dtypes that it
+is used with, through CuPy's own generator of sources, its headers and options,
+and NVRTC, down to the machine code of several architectures; it prints what
+each one takes of a device. CuPy is needed, and NVRTC, but no driver and no
+device.
 """
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ with warnings.catch_warnings():
 
 import numpy
 
-from sn_function import _kernels
-from sn_function._matrix import accumulator_dtype
+from sn_function._arithmetic import kernels as _kernels
+from sn_function._arithmetic.matrix import accumulator_dtype
 
 assert sn_function  # it is imported for what it does
 
@@ -144,7 +145,7 @@ class Result(NamedTuple):
 
 
 def signatures(kernel: Any) -> list[Signature]:
-    """Returns those that :mod:`sn_function._device` can come to use."""
+    """Returns those that the package can come to use."""
     if isinstance(kernel, _kernels.Raw):
         # For one weight, and for many.
         numbers = [(), ('MAX_WEIGHTS',)][:1 + isinstance(
@@ -417,7 +418,7 @@ def _cell(results: list[Result]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog='python -m tests.nvrtc',
+        prog='python -m tests.tools.nvrtc',
         description='Compiles every CUDA kernel; no device is needed.')
     parser.add_argument(
         '--arch', nargs='+', default=ARCHS, metavar='sm_XX',

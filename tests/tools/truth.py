@@ -1,9 +1,9 @@
 """How far sigma and Y are from the truth, over matrices that are hard.
 
-``python -m tests.truth`` measures each case and prints a table; ``--rst``
-prints it as docs/accuracy.rst has it.  ``tests/test_truth.py`` asserts the
-limits of the cases.  The truth is LAPACK's, in float64, of the very weight
-that was given, after its rounding to its dtype.
+``python -m tests.tools.truth`` measures each case and prints a table;
+``--rst`` prints it as docs/accuracy.rst has it.  :mod:`tests.test_tools`
+asserts the limits of the cases.  The truth is LAPACK's, in float64, of the
+very weight that was given, after its rounding to its dtype.
 """
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def table(rows, separator):
 
 def main(argv: Any = None) -> int:
     parser = argparse.ArgumentParser(
-        prog='python -m tests.truth', description=__doc__.split('\n')[0])
+        prog='python -m tests.tools.truth', description=__doc__.split('\n')[0])
     parser.add_argument('--rst', action='store_true')
     args = parser.parse_args(argv)
     rows = [measure(case, char) for case in CASES for char in case.dtypes]

@@ -31,7 +31,7 @@ import time
 import xml.etree.ElementTree as ET
 from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORK = ROOT / '.cache' / 'matrix'
 RESULTS = WORK / 'results.json'
 NEWEST = 'newest'
@@ -41,15 +41,17 @@ OLDEST_NUMPY = {'3.8': '1.17.3', '3.9': '1.19.3', '3.10': '1.21.3',
 # Python 3.12 and newer, which is one more case.
 OLD_SETUPTOOLS = '65.5.0'
 SETUPTOOLS = (OLD_SETUPTOOLS, NEWEST, None)
-WITHOUT_KERNELS = ('-m', 'not gpu', '--ignore', 'tests/test_cuda_on_host.py',
-                   '--ignore', 'tests/test_mutants.py')
+WITHOUT_KERNELS = (
+    '-m', 'not gpu',
+    '--ignore', 'tests/cuda_on_host/test_cuda_on_host.py',
+    '--ignore', 'tests/test_tools/test_mutants.py')
 OF_THE_IMPORT = ('-m', 'not gpu', *(
-    f'tests/test_{name}.py' for name in (
-        'compat', 'doctor', 'docs', 'functions', 'link_hooks', 'parity',
-        'upstream')))
+    f'tests/{name}.py' for name in (
+        'compat/test_compat', 'test_doctor', 'test_docs', 'test_functions',
+        'test_link_hooks', 'test_parity', 'test_upstream')))
 # The first looks at the table that is to be written, the second at timings,
 # which are of no use where cells are run side by side.
-NOT_HERE = ('--ignore', 'tests/test_versions.py',
+NOT_HERE = ('--ignore', 'tests/test_tools/test_versions.py',
             '--ignore', 'tests/test_speed.py')
 TIMEOUT = 1800  # seconds, for one command
 MARKS = ('<!-- make matrix -->\n', '<!-- end of make matrix -->\n')
@@ -316,7 +318,8 @@ def put_table(path, text):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
-        prog='python -m tests.versions', description=__doc__.split('\n')[0])
+        prog='python -m tests.tools.versions',
+        description=__doc__.split('\n')[0])
     parser.add_argument('--python', nargs='+', choices=OLDEST_NUMPY,
                         default=list(OLDEST_NUMPY), metavar='3.x')
     parser.add_argument('--extremes', action='store_true',

@@ -1,6 +1,6 @@
 """Writes state dicts of real PyTorch modules, and what they compute.
 
-    python tests/data/write_torch.py
+    python tests/snapshots/data/write_torch.py
 
 needs torch and safetensors.  `tests/test_snapshot.py` reads what it writes,
 so that the tests need no PyTorch.  The vectors have not converged.

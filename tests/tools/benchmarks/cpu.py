@@ -1,6 +1,6 @@
 """The normalization of weights and of whole models, on the CPU.
 
-``python -m tests.benchmarks.cpu`` times it beside Chainer's hook, plain
+``python -m tests.tools.benchmarks.cpu`` times it beside Chainer's hook, plain
 compositions, and PyTorch and JAX where they are installed, and prints tables:
 first with the threads that these take by default, as a user has them, then
 with one.  ``--out DIR`` keeps them as ``cpu.csv``, ``cpu.md`` and ``cpu.png``.
@@ -8,9 +8,9 @@ with one.  ``--out DIR`` keeps them as ``cpu.csv``, ``cpu.md`` and ``cpu.png``.
 What is compared is taken in turn in one process.  Peers have processes of
 their own: each brings a pool of threads, and these wait for one another.
 
-What is timed is in :mod:`tests.benchmarks.contenders` and
-:mod:`tests.benchmarks.models`, statistics and tables are in
-:mod:`tests.benchmarks.report`.
+What is timed is in :mod:`tests.tools.benchmarks.contenders` and
+:mod:`tests.tools.benchmarks.models`, statistics and tables are in
+:mod:`tests.tools.benchmarks.report`.
 """
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ import sn_function  # isort: skip  # before chainer, which it repairs
 import chainer
 import numpy as np
 
-from tests.benchmarks.contenders import (
+from tests.tools.benchmarks.contenders import (
     BUILT_IN,
     PEERS,
     Contender,
@@ -44,7 +44,7 @@ from tests.benchmarks.contenders import (
     makers,
     why_not,
 )
-from tests.benchmarks.models import (
+from tests.tools.benchmarks.models import (
     LISTS,
     MODELS,
     NO_HOOK,
@@ -53,7 +53,7 @@ from tests.benchmarks.models import (
     model_makers,
     nbytes_of,
 )
-from tests.benchmarks.report import (
+from tests.tools.benchmarks.report import (
     DTYPES,
     Budget,
     markdown_table,
@@ -258,9 +258,9 @@ def in_a_process(
         options = {name: value for name, value in vars(args).items()
                    if name != 'out'}
         subprocess.run(
-            [sys.executable, '-m', 'tests.benchmarks.cpu', '--of-package',
-             package, str(path), threads, json.dumps(options)],
-            env=env, check=True, cwd=pathlib.Path(__file__).parents[2])
+            [sys.executable, '-m', 'tests.tools.benchmarks.cpu',
+             '--of-package', package, str(path), threads, json.dumps(options)],
+            env=env, check=True, cwd=pathlib.Path(__file__).parents[3])
         return json.loads(path.read_text())
 
 
@@ -572,7 +572,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     write_csv(args.out / 'cpu.csv', rows)
     (args.out / 'cpu.md').write_text(as_markdown(rows, ' '.join(
-        ['python -m tests.benchmarks.cpu', *options])), encoding='utf-8')
+        ['python -m tests.tools.benchmarks.cpu', *options])), encoding='utf-8')
     try:
         draw(args.out / 'cpu.png', rows)
     except ImportError as error:

@@ -1,11 +1,11 @@
 """The normalization of weights of well-known networks, on a CUDA device.
 
-``python -m tests.benchmarks.gpu`` times forward, backward and both of the
-hook of this package, of Chainer's and of PyTorch's, counts their launches and
-their memory, and prints tables; see ``docs/benchmarks/README.md``.
+``python -m tests.tools.benchmarks.gpu`` times forward, backward and both of
+the hook of this package, of Chainer's and of PyTorch's, counts their launches
+and their memory, and prints tables; see ``docs/benchmarks/README.md``.
 
-Statistics and tables are in :mod:`tests.benchmarks.report`.  CuPy and PyTorch
-are imported only when they are called for.
+Statistics and tables are in :mod:`tests.tools.benchmarks.report`.  CuPy and
+PyTorch are imported only when they are called for.
 """
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ import numpy as np
 from chainer import link_hooks
 from chainer.backends import cuda
 
-from sn_function import _kernels
-from tests.benchmarks.report import (
+from sn_function._arithmetic import kernels
+from tests.tools.benchmarks.report import (
     DTYPES,
     PARTS,
     Budget,
@@ -240,7 +240,7 @@ def chainer_contender(
 
     def forward() -> Any:
         if fused_size is not None:
-            _kernels.FUSED_SIZE = fused_size
+            kernels.FUSED_SIZE = fused_size
         return hook.normalize_weight(link)
 
     def differentiate(Y: Any) -> Any:
@@ -384,13 +384,13 @@ class Run:
         self.torch_reason = why_no_torch()
         self.report: dict[str, Any] = {
             'machine': dict(machine(), command=command),
-            'fused size': _kernels.FUSED_SIZE, 'bandwidth': math.nan,
+            'fused size': kernels.FUSED_SIZE, 'bandwidth': math.nan,
             'weights': [], 'sweep': [], 'notes': []}
         if self.torch_reason is not None:
             self.report['notes'].append(f'PyTorch: {self.torch_reason}')
 
     def __call__(self) -> dict[str, Any]:
-        default = _kernels.FUSED_SIZE
+        default = kernels.FUSED_SIZE
         try:
             self.attempt('bandwidth', self.measure_bandwidth)
             for dtype in DTYPES:
@@ -406,7 +406,7 @@ class Run:
         except KeyboardInterrupt:
             self.report['notes'].append('interrupted')
         finally:
-            _kernels.FUSED_SIZE = default
+            kernels.FUSED_SIZE = default
         self.save()
         return self.report
 
@@ -597,7 +597,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(machine()['device'])
         return
     options = sys.argv[1:] if argv is None else argv
-    run = Run(args, ' '.join(['python -m tests.benchmarks.gpu', *options]))
+    run = Run(
+        args, ' '.join(['python -m tests.tools.benchmarks.gpu', *options]))
     print(as_text(run()))
 
 

@@ -16,7 +16,7 @@ import chainer.functions as F
 import chainer.links as L
 import numpy as np
 
-from tests.benchmarks.contenders import (
+from tests.tools.benchmarks.contenders import (
     BUILT_IN,
     OF_PEERS,
     Contender,
@@ -29,7 +29,7 @@ from tests.benchmarks.contenders import (
 )
 
 NO_HOOK = 'no hook'
-EXAMPLES = pathlib.Path(__file__).parents[2] / 'examples'
+EXAMPLES = pathlib.Path(__file__).parents[3] / 'examples'
 BATCH_SIZE = 4  # of the training steps
 
 Shapes = Sequence[Any]  # of tuples of int

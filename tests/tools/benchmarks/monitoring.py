@@ -1,6 +1,6 @@
 """What a report of sigma, its picture and the penalty take, on the CPU.
 
-``python -m tests.benchmarks.monitoring`` prints the table of
+``python -m tests.tools.benchmarks.monitoring`` prints the table of
 ``docs/monitoring.rst``.
 """
 from __future__ import annotations
@@ -16,10 +16,10 @@ import chainer
 import chainer.links as L
 import numpy as np
 
-from sn_function import _plot
+from sn_function._monitoring import plot
 from sn_function.extensions import SpectralNormReport
 from sn_function.optimizer_hooks import SpectralNormPenalty
-from tests.benchmarks.cpu import MODELS, machine
+from tests.tools.benchmarks.cpu import MODELS, machine
 
 
 def model_of(shapes: Any, hook: bool) -> chainer.ChainList:
@@ -65,7 +65,7 @@ def measured(name: str, directory: str) -> list[str]:
     penalty = SpectralNormPenalty(1e-3)
     return [name, str(len(shapes)), milliseconds(report.measure),
             milliseconds(exact.measure),
-            milliseconds(lambda: _plot.draw(
+            milliseconds(lambda: plot.draw(
                 history, os.path.join(directory, 'sigma.png'))),
             milliseconds(lambda: penalty(optimizer))]
 

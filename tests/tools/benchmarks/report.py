@@ -1,4 +1,4 @@
-"""Statistics and tables of :mod:`tests.benchmarks.gpu`, and of its ``cpu``.
+"""Statistics and tables of the benchmarks, of a device and of the CPU.
 
 Nothing here needs a device: timers are given, and reports are dictionaries.
 """

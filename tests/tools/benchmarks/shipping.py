@@ -1,10 +1,10 @@
 """What baking saves: the networks of the example, hooked, baked and as ONNX.
 
-``python -m tests.benchmarks.shipping`` prints sizes of files, differences of
-outputs and times of inference; ``--networks result`` takes the ``dis.npz`` and
-``gen.npz`` that a run of the example has left there, in place of untrained
-networks of the same shape.  The generator of the example has no hooks, so here
-it gets the hook of a chain.  Set ``OPENBLAS_NUM_THREADS=1`` and
+``python -m tests.tools.benchmarks.shipping`` prints sizes of files,
+differences of outputs and times of inference; ``--networks result`` takes the
+``dis.npz`` and ``gen.npz`` that a run of the example has left there, in place
+of untrained networks of the same shape.  The generator of the example has no
+hooks, so here it gets the hook of a chain.  Set ``OPENBLAS_NUM_THREADS=1`` and
 ``OMP_NUM_THREADS=1``; onnxruntime gets one thread, too.
 """
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 from chainer import serializers
 
 from sn_function.bake import bake
-from tests.benchmarks import cpu
-from tests.benchmarks.report import (
+from tests.tools.benchmarks import cpu
+from tests.tools.benchmarks.report import (
     Budget,
     measure,
     number,
@@ -32,7 +32,7 @@ from tests.benchmarks.report import (
 )
 
 sys.path.insert(0, str(
-    pathlib.Path(__file__).resolve().parents[2] / 'examples'))
+    pathlib.Path(__file__).resolve().parents[3] / 'examples'))
 import sngan_models
 
 HEADER = ('what', 'bytes', 'difference', *(

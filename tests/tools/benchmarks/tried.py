@@ -1,8 +1,8 @@
 """What was tried for the speed of one weight on the CPU, and what it gave.
 
-``python -m tests.benchmarks.tried`` prints, for some shapes, the time of each
-way to do one thing, taken in turn in one process: what is in use, and what is
-not as it did not pay.  Set ``OPENBLAS_NUM_THREADS=1`` and
+``python -m tests.tools.benchmarks.tried`` prints, for some shapes, the time of
+each way to do one thing, taken in turn in one process: what is in use, and
+what is not as it did not pay.  Set ``OPENBLAS_NUM_THREADS=1`` and
 ``OMP_NUM_THREADS=1``.
 """
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, Callable, Dict, Iterator
 
 import numpy as np
 
-from sn_function import _matrix
-from sn_function._buffers import Buffers
-from tests.benchmarks import cpu
-from tests.benchmarks.report import Budget, measure, number, text_table
+from sn_function._arithmetic import matrix
+from sn_function._arithmetic.buffers import Buffers
+from tests.tools.benchmarks import cpu
+from tests.tools.benchmarks.report import Budget, measure, number, text_table
 
 SHAPES = ((128, 1024), (512, 2304), (1024, 9216), (4096, 4096))
 Ways = Dict[str, Callable[[], Any]]
@@ -44,7 +44,7 @@ class Example:
         self.W, self.gY = (
             random.standard_normal(shape).astype('f') for _ in range(2))
         self.out, self.unaligned = (in_huge_pages(shape, k) for k in (0, 16))
-        self.A = _matrix.Matrix(self.W, 0)
+        self.A = matrix.Matrix(self.W, 0)
         self.P = random.standard_normal((2, shape[0])).astype('f')
         self.Q = random.standard_normal((2, shape[1])).astype('f')
 
@@ -61,26 +61,26 @@ def correction(example: Example, rank: int) -> Ways:
     def in_use(out: np.ndarray = x.out, **constants: Any
                ) -> Callable[[], Any]:
         def run() -> None:
-            before = {name: getattr(_matrix, name) for name in constants}
+            before = {name: getattr(matrix, name) for name in constants}
             try:
                 for name, value in constants.items():
-                    setattr(_matrix, name, value)
+                    setattr(matrix, name, value)
                 x.A.combination(1.5, x.gY, 0.5, P, Q, lambda *_: out)
             finally:
                 for name, value in before.items():
-                    setattr(_matrix, name, value)
+                    setattr(matrix, name, value)
         return run
 
     def in_scratch() -> None:
         rows = P.T * 0.5
         scratch: Any = None
-        for part in x.blocks(_matrix.BLOCK_SIZE):
+        for part in x.blocks(matrix.BLOCK_SIZE):
             block = x.out[part]
             np.multiply(x.gY[part], 1.5, out=block)
             if scratch is None:
                 scratch = np.empty_like(block)
             product = scratch[:len(block)]
-            _matrix._product(rows[part], Q, product)
+            matrix._product(rows[part], Q, product)
             block += product
 
     def at_once() -> None:
@@ -102,7 +102,7 @@ def correction(example: Example, rank: int) -> Ways:
         from scipy.linalg import blas
 
         def in_blas() -> None:
-            for part in x.blocks(_matrix.BLOCK_SIZE):
+            for part in x.blocks(matrix.BLOCK_SIZE):
                 np.multiply(x.gY[part], 1.5, out=x.out[part])
                 if rank == 1:
                     blas.sger(0.5, Q[0], P[0, part], a=x.out[part].T,
@@ -121,7 +121,7 @@ def two_products(example: Example) -> Ways:
 
     def one_pass() -> None:
         inner, y = 0.0, np.zeros(x.shape[1], 'f')
-        for part in x.blocks(_matrix.BLOCK_SIZE):
+        for part in x.blocks(matrix.BLOCK_SIZE):
             inner += float(x.gY[part].ravel().dot(x.W[part].ravel()))
             y += u[part].dot(x.W[part])
 
@@ -136,7 +136,7 @@ def forward_products(example: Example) -> Ways:
     def backwards() -> None:
         x.A.tdot(u)
         t = np.empty(x.shape[0], 'f')
-        for part in reversed(list(x.blocks(_matrix.BLOCK_SIZE))):
+        for part in reversed(list(x.blocks(matrix.BLOCK_SIZE))):
             np.dot(x.W[part], v, out=t[part])
 
     return {'both from the start (in use)':
