@@ -278,7 +278,7 @@ class TestImport:
             assert 'numpy.distutils.system_info' in _compat.applied
             # What Chainer does on macOS.
             from sn_function._compat import loans
-            with loans._lent(_loans._lend_system_info()):
+            with loans._lent(loans._lend_system_info()):
                 import numpy.distutils.system_info
                 assert not numpy.distutils.system_info.get_info('blas_opt')
             assert vars(numpy).get('distutils') is before
