@@ -13,6 +13,7 @@ from chainer.backends import cuda
 
 from sn_function import errors
 from sn_function._arithmetic import matrix
+from sn_function._arithmetic.choose import is_on_device
 
 
 def check_settings(
@@ -108,11 +109,6 @@ def _are_plain(W: Any, u: Any, axis: Any) -> bool:
 def _is_float_array(x: Any) -> bool:
     return isinstance(x, (numpy.ndarray, cuda.ndarray)) and (
         x.dtype.char in 'efd')
-
-
-def is_on_device(x: Any) -> bool:
-    """Whether an array is CuPy's."""
-    return isinstance(x, cuda.ndarray)
 
 
 def _is_writable(u: Any) -> bool:

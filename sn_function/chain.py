@@ -286,7 +286,7 @@ class _Scope:
                 link, W, state, gamma, new.u, True))
         for (key, new), (weight, _), (Y,) in zip(
                 made, weights, _nodes.normalize(weights, is_shared=True)):
-            new.Y, new.it = Y, weight.it
+            new.Y, new.it = Y, weight.iterations
             self._shared[key] = new
 
 

@@ -10,15 +10,67 @@ that ``K`` power iterations give.  The nodes of the graph are in
 """
 from __future__ import annotations
 
-from typing import Any, Sequence, Union
+from typing import TYPE_CHECKING, Sequence, overload
 
 import chainer
 
 from sn_function import errors
 from sn_function._graph import normalize
+from sn_function._graph.normalize import ArrayOrVariable, Number
 
-ArrayOrVariable = Any  # of NumPy or CuPy, or a chainer.Variable
-Number = Union[int, float]
+if TYPE_CHECKING:
+    from typing import Literal  # from Python 3.8 on, but not needed to run
+
+
+@overload
+def spectral_normalize(
+        W: ArrayOrVariable,
+        u: ArrayOrVariable,
+        n_power_iteration: int = ...,
+        gamma: Number | ArrayOrVariable | None = ...,
+        factor: Number = ...,
+        eps: Number = ...,
+        axis: int = ...,
+        *,
+        detach_uv: bool = ...,
+        update_u: bool = ...,
+        return_sigma: Literal[False] = ...,
+        cap: Number | None = ...,
+) -> chainer.Variable: ...
+
+
+@overload
+def spectral_normalize(
+        W: ArrayOrVariable,
+        u: ArrayOrVariable,
+        n_power_iteration: int = ...,
+        gamma: Number | ArrayOrVariable | None = ...,
+        factor: Number = ...,
+        eps: Number = ...,
+        axis: int = ...,
+        *,
+        detach_uv: bool = ...,
+        update_u: bool = ...,
+        return_sigma: Literal[True],
+        cap: Number | None = ...,
+) -> tuple[chainer.Variable, chainer.Variable]: ...
+
+
+@overload
+def spectral_normalize(
+        W: ArrayOrVariable,
+        u: ArrayOrVariable,
+        n_power_iteration: int = ...,
+        gamma: Number | ArrayOrVariable | None = ...,
+        factor: Number = ...,
+        eps: Number = ...,
+        axis: int = ...,
+        *,
+        detach_uv: bool = ...,
+        update_u: bool = ...,
+        return_sigma: bool = ...,
+        cap: Number | None = ...,
+) -> chainer.Variable | tuple[chainer.Variable, chainer.Variable]: ...
 
 
 def spectral_normalize(
@@ -34,7 +86,7 @@ def spectral_normalize(
         update_u: bool = False,
         return_sigma: bool = False,
         cap: Number | None = None,
-) -> chainer.Variable | tuple[chainer.Variable, ...]:
+) -> chainer.Variable | tuple[chainer.Variable, chainer.Variable]:
     """Divides a weight by an estimate of its largest singular value.
 
     ``W`` is seen as a matrix with ``m = W.shape[axis]`` rows and all other
@@ -175,6 +227,58 @@ def spectral_norm(
     outputs, = normalize.normalize([normalize.make_weight(
         W, u, None, settings, ('sigma',), update_u)])
     return outputs[0]
+
+
+@overload
+def spectral_normalize_all(
+        Ws: Sequence[ArrayOrVariable],
+        us: Sequence[ArrayOrVariable],
+        n_power_iteration: int = ...,
+        gammas: Sequence[Number | ArrayOrVariable | None] | None = ...,
+        factor: Number = ...,
+        eps: Number = ...,
+        axis: int | Sequence[int] = ...,
+        *,
+        detach_uv: bool = ...,
+        update_u: bool = ...,
+        return_sigma: Literal[False] = ...,
+        cap: Number | None = ...,
+) -> tuple[chainer.Variable, ...]: ...
+
+
+@overload
+def spectral_normalize_all(
+        Ws: Sequence[ArrayOrVariable],
+        us: Sequence[ArrayOrVariable],
+        n_power_iteration: int = ...,
+        gammas: Sequence[Number | ArrayOrVariable | None] | None = ...,
+        factor: Number = ...,
+        eps: Number = ...,
+        axis: int | Sequence[int] = ...,
+        *,
+        detach_uv: bool = ...,
+        update_u: bool = ...,
+        return_sigma: Literal[True],
+        cap: Number | None = ...,
+) -> tuple[tuple[chainer.Variable, ...], tuple[chainer.Variable, ...]]: ...
+
+
+@overload
+def spectral_normalize_all(
+        Ws: Sequence[ArrayOrVariable],
+        us: Sequence[ArrayOrVariable],
+        n_power_iteration: int = ...,
+        gammas: Sequence[Number | ArrayOrVariable | None] | None = ...,
+        factor: Number = ...,
+        eps: Number = ...,
+        axis: int | Sequence[int] = ...,
+        *,
+        detach_uv: bool = ...,
+        update_u: bool = ...,
+        return_sigma: bool = ...,
+        cap: Number | None = ...,
+) -> (tuple[chainer.Variable, ...]
+      | tuple[tuple[chainer.Variable, ...], tuple[chainer.Variable, ...]]): ...
 
 
 def spectral_normalize_all(

@@ -20,6 +20,7 @@ from chainer.utils import size_of_shape
 
 from sn_function import _checks, errors
 from sn_function._arithmetic import buffers
+from sn_function._arithmetic.choose import arithmetic_of
 from sn_function._arithmetic.matrix import accumulator_dtype
 from sn_function._graph import node, normalize
 from sn_function._links import call, recompute
@@ -274,7 +275,7 @@ class SpectralNormalization(LocalHook):
                     link, W, state, gamma, u,
                     is_train and not is_second_run)
                 (Y,), = normalize.normalize([weight])
-                it = weight[0].it
+                it = weight[0].iterations
         except errors.VectorValueError:
             # As other hooks leave it behind after one NaN.
             warnings.warn(
@@ -360,7 +361,7 @@ class SpectralNormalization(LocalHook):
     def _warm_up(self, link: chainer.Link, W: Any, u: Any) -> None:
         if self.n_warmup > 0:
             with chainer.using_device(link.device):
-                normalize.arithmetic_of(W).warm_up(
+                arithmetic_of(W).warm_up(
                     W, u, output_axis(link), self.n_warmup)
 
 

@@ -8,9 +8,9 @@ import chainer
 import numpy
 
 from sn_function import _checks, errors
+from sn_function._arithmetic.choose import arithmetic_of, is_on_device
+from sn_function._arithmetic.interface import Backward, Forward, Settings
 from sn_function._arithmetic.matrix import accumulator_dtype
-from sn_function._arithmetic.power_iteration import Settings
-from sn_function._graph import normalize
 from sn_function.chain import SUPPORTED
 from sn_function.link_hooks import HOOKS, output_axis
 
@@ -117,7 +117,7 @@ WeightDecay`, a weight without a gradient is left alone, and the rate is
             with chainer.using_device(group[0].W.device):
                 value = self._add_gradients(group)
             # It is an array on a device, and a number on the host.
-            if _checks.is_on_device(value):
+            if is_on_device(value):
                 value = optimizer.target.device.send(value)
             penalty = penalty + value
         _report(penalty, optimizer.target)
@@ -132,24 +132,24 @@ WeightDecay`, a weight without a gradient is left alone, and the rate is
 
     def _add_gradients(self, links: list[chainer.Link]) -> Any:
         """Adds them, for weights on one device; returns the penalty."""
-        calls: list[dict[str, Any]] = [
-            {'W': link.W.array, 'gamma': 1., 'u': vector_of(link),
-             'settings': Settings(
-                 self.n_power_iteration, output_axis(link), True)}
+        forwards = [
+            Forward(Settings(self.n_power_iteration, output_axis(link), True),
+                    link.W.array, vector_of(link), 1., ('sigma',),
+                    update_u=True)
             for link in links]
-        arithmetic = normalize.arithmetic_of(calls[0]['W'])
-        results = arithmetic.normalize_all([
-            dict(call, output_names=('sigma',), update_u=True)
-            for call in calls])
+        arithmetic = arithmetic_of(links[0].W.array)
+        backwards = []
         total: Any = 0.
-        for link, call, ((sigma,), it) in zip(links, calls, results):
+        for link, call, ((sigma,), iterations) in zip(
+                links, forwards, arithmetic.normalize_all(forwards)):
             rate = self.rate
             if link.W._loss_scale is not None:
                 rate *= link.W._loss_scale
-            call.update(it=it, wanted=('W',),
-                        gsigma=(sigma * rate).astype(sigma.dtype))
+            backwards.append(Backward(
+                call.settings, iterations, ('W',), call.W, call.u, 1.,
+                gsigma=(sigma * rate).astype(sigma.dtype)))
             total = total + sigma.astype(numpy.float64) ** 2
-        for link, (gW,) in zip(links, arithmetic.gradients_all(calls)):
+        for link, (gW,) in zip(links, arithmetic.gradients_all(backwards)):
             link.W.grad += gW
         return self.rate / 2 * total
 
@@ -167,11 +167,11 @@ def vector_of(link: chainer.Link) -> Any:
     if u is not None and u.shape == (W.shape[axis],):
         u = link.W.device.send(u).astype(dtype, copy=False)
         # On a device a bad vector is replaced without anyone waiting for it.
-        if _checks.is_on_device(u) or (numpy.isfinite(u).all() and u.any()):
+        if is_on_device(u) or (numpy.isfinite(u).all() and u.any()):
             setattr(rule, VECTOR, u)
             return u
     u = _unit_vector_of_largest_row(W, axis, dtype)
-    normalize.arithmetic_of(W).warm_up(W, u, axis, N_WARMUP)
+    arithmetic_of(W).warm_up(W, u, axis, N_WARMUP)
     setattr(rule, VECTOR, u)
     return u
 

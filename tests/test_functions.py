@@ -332,14 +332,13 @@ def test_a_flipped_sign_in_the_backward_is_found(sign, monkeypatch):
             sign, slice(0, 0))] *= -1
         return P, Q, ubar
 
-    def flipped_gradients(settings, it, wanted, gY, **x):
-        grads = dict(zip(wanted, gradients(
-            settings, it, wanted, gY=gY, **x)))
+    def flipped_gradients(call):
+        grads = dict(zip(call.wanted, gradients(call)))
         if sign == 'gamma':
             grads['gamma'] = np.asarray(-grads['gamma'])
         elif sign == 'gY':
-            grads['W'] -= 2 * x['gamma'] * gY / it.sigma
-        return tuple(grads[name] for name in wanted)
+            grads['W'] -= 2 * call.gamma * call.gY / call.iterations.sigma
+        return tuple(grads[name] for name in call.wanted)
 
     monkeypatch.setattr(power_iteration, 'adjoint', flipped_adjoint)
     monkeypatch.setattr(
@@ -474,9 +473,10 @@ def test_no_copy_of_the_weight_in_the_graph():
     W = chainer.Variable(random(3, 40, 5, 5))
     Y = F.spectral_normalize(W, random(40), axis=1)
     node = Y.creator_node
-    it = node.weights[0].it
-    assert sum(x.size for x in (*it.us, *it.vs)) == 2 * 40 + 75
-    assert it.matrix.array is W.array
+    iterations = node.weights[0].iterations
+    vectors = (*iterations.us, *iterations.vs)
+    assert sum(x.size for x in vectors) == 2 * 40 + 75
+    assert iterations.matrix.array is W.array
     retained, = node.get_retained_inputs()
     assert retained.array is W.array
 
@@ -662,8 +662,11 @@ class TestExtremes:
         base = random(20, 30)
         base /= abs(base).max()
         least, most = int(np.log10(limits.tiny)) + 2, np.log10(limits.max)
+        if dtype == 'd':
+            least, most = -300, 300
         exponents = range(least, int(most), 1 + int(most - least) // 50)
-        scales = [10.0 ** n for n in exponents] + [float(limits.max)]
+        scales = [10.0 ** n for n in exponents] + [
+            1e300 if dtype == 'd' else float(limits.max)]
         for scale in scales:
             W = (base * scale).astype(dtype)
             Y, sigma = F.spectral_normalize(
@@ -675,24 +678,42 @@ class TestExtremes:
                 np.testing.assert_allclose(
                     sigma.array, reference.true_norm(W), rtol=1e-3)
 
-    @pytest.mark.parametrize('scale', [1e-30, 1e-18, 1e18, 1e30])
+    @pytest.mark.parametrize(('dtype', 'scale', 'u_scale'), [
+        ('f', 1e-35, 1), ('f', 1e-30, 1), ('f', 1e-18, 1), ('f', 1e18, 1),
+        ('f', 1e30, 1), ('f', 1e33, 1), ('f', 1, 1e-35), ('f', 1, 1e33),
+        ('f', 1e-20, 1e20), ('f', 1e-9, 1e18), ('f', 1e-30, 1e-30),
+        ('f', 1e30, 1e30),
+        ('d', 1e-300, 1), ('d', 1e-160, 1), ('d', 1e160, 1), ('d', 1e300, 1),
+        ('d', 1, 1e-300), ('d', 1, 1e300), ('d', 1e-200, 1e200),
+        ('d', 1e-200, 1e-200), ('d', 1e200, 1e200)])
     @pytest.mark.parametrize('n_power_iteration', [1, 3])
-    def test_gradients_at_extreme_scales(self, scale, n_power_iteration):
-        """Y is scale-invariant, so its gradient is that of W, over scale."""
-        W, u, gY = random(4, 3), random(4).astype('f'), random(4, 3)
+    @pytest.mark.parametrize('detach_uv', [False, True])
+    def test_gradients_at_the_ends_of_the_range(
+            self, dtype, scale, u_scale, n_power_iteration, detach_uv):
+        """Y depends neither on the scale of W nor on that of u."""
+        W, u, gY = random(4, 3), random(4), random(4, 3).astype(dtype)
 
-        def gradients(scale):
-            x = chainer.Variable((W * scale).astype('f'))
-            v = chainer.Variable(u)
+        def gradients(scale, u_scale):
+            x = chainer.Variable((W * scale).astype(dtype))
+            v = chainer.Variable((u * u_scale).astype(dtype))
+            gamma = chainer.Variable(np.array(0.7, dtype))
             Y, sigma = F.spectral_normalize(
-                x, v, n_power_iteration, eps=0, return_sigma=True)
-            return (grad([Y], [x, v], [gY.astype('f')])
-                    + grad([sigma], [x], [np.float32(0.3)]))
+                x, v, n_power_iteration, gamma, eps=0, detach_uv=detach_uv,
+                return_sigma=True)
+            found = [Y.array, sigma.array / scale,
+                     *grad([Y], [x, gamma], [gY]),
+                     *grad([sigma], [x], [np.array(0.3, dtype)])]
+            if not detach_uv:
+                found += grad([Y], [v], [gY])
+            return found
 
-        for a, b, unit in zip(gradients(scale), gradients(1),
-                              (scale, 1, 1)):
+        units = 1, 1, scale, 1, 1, u_scale
+        for a, b, unit in zip(
+                gradients(scale, u_scale), gradients(1, 1), units):
             np.testing.assert_allclose(
-                a.astype('d') * unit, b, rtol=1e-4, atol=1e-5)
+                a.astype('d') * unit, b,
+                **dict(rtol=1e-4, atol=1e-5) if dtype == 'f' else
+                dict(rtol=1e-9, atol=1e-12))
 
     def test_double_backward_at_an_extreme_scale(self):
         W, u = random(4, 3), random(4)
@@ -710,7 +731,9 @@ class TestExtremes:
     @pytest.mark.parametrize('dtype', ['f', 'd'])
     @pytest.mark.parametrize('value', ['largest', 'tiny'])
     def test_at_the_limits_of_a_dtype(self, dtype, value):
-        limit = getattr(np.finfo(dtype), {'largest': 'max'}.get(value, value))
+        limit = {
+            'f': getattr(np.finfo('f'), {'largest': 'max'}.get(value, value)),
+            'd': {'largest': 1e300, 'tiny': 1e-300}[value]}[dtype]
         W = chainer.Variable(np.full((4, 3), limit, dtype))
         Y, sigma = F.spectral_normalize(
             W, np.ones(4, dtype), eps=0, return_sigma=True)
@@ -788,25 +811,26 @@ class TestExtremes:
             assert sigma <= reference.true_norm(W) * (1 + 1e-12)
 
 
-@pytest.mark.parametrize('dtype', ['f', 'd'])
-def test_the_smallest_number(dtype):
-    limit = np.nextafter(*np.array([0, 1], dtype))
-    W = chainer.Variable(np.full((4, 3), limit, dtype))
-    Y = F.spectral_normalize(W, np.ones(4, dtype), eps=0)
+def test_the_smallest_number():
+    """Of float32; the smallest numbers of float64 have too few digits."""
+    limit = np.nextafter(*np.array([0, 1], 'f'))
+    W = chainer.Variable(np.full((4, 3), limit, 'f'))
+    Y = F.spectral_normalize(W, np.ones(4, 'f'), eps=0)
     np.testing.assert_allclose(Y.array, 12 ** -0.5, rtol=1e-6)
-    Y = F.spectral_normalize(W, np.ones(4, dtype))
+    Y = F.spectral_normalize(W, np.ones(4, 'f'))
     np.testing.assert_allclose(
         Y.array, W.array * W.dtype.type(1e6), rtol=1e-6)
 
 
-def test_the_gradient_of_u_where_scales_are_far_apart():
-    W, u, gY = random(4, 3), random(4), random(4, 3)
-    grads = []
-    for W_scale, u_scale in ((1, 1), (1e-200, 1e200)):
-        x = chainer.Variable(u * u_scale)
-        Y = F.spectral_normalize(W * W_scale, x, eps=0)
-        grads.append(grad([Y], [x], [gY])[0] * u_scale)
-    np.testing.assert_allclose(*grads, rtol=1e-9)
+@pytest.mark.parametrize('scale', [1e305, 1e-315])
+def test_out_of_the_range_nothing_is_hidden(scale):
+    """Y is right, or what is wrong with it shows; and u can go on."""
+    W, u = scale * random(40, 30), random(40)
+    Y = F.spectral_normalize(W, u, 200, eps=0, update_u=True)
+    if np.isfinite(Y.array).all():
+        np.testing.assert_allclose(
+            reference.true_norm(Y.array), 1, rtol=1e-3)
+    assert np.isfinite(u).all()
 
 
 BAD_ARGUMENTS = {

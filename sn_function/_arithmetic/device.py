@@ -1,10 +1,10 @@
 """K power iterations and their adjoint on a CUDA device; arrays only.
 
-The same mathematics as :mod:`.power_iteration`, but nothing waits
-for the device: norms, sigma, its floor, whether anything is finite, and u are
-decided by the kernels of :mod:`.kernels`.  A ``u`` that is zero or
-not finite, which is an error on the host, is replaced: the iteration starts
-from the unit vector of the largest row.
+The same mathematics as :mod:`.power_iteration`, but nothing waits for the
+device: norms, sigma, its floor, whether anything is finite, and u are decided
+by the kernels of :mod:`.kernels`.  A ``u`` that is zero or not finite, which
+is an error on the host, is replaced: the iteration starts from the unit vector
+of the largest row.
 
 A small weight takes one launch forward and one backward, which it shares with
 others of the same node.  A large one takes ``3 K + 1`` and, with the exact
@@ -20,9 +20,15 @@ import numpy
 from chainer.backends import cuda
 
 from sn_function._arithmetic import kernels
-from sn_function._arithmetic.kernels import ADJOINT, NULL, STATE
+from sn_function._arithmetic.interface import (
+    Array,
+    Backward,
+    Forward,
+    Outputs,
+    Settings,
+)
+from sn_function._arithmetic.kernels import COEFFICIENTS, NULL, NUMBERS
 from sn_function._arithmetic.matrix import accumulator_dtype
-from sn_function._arithmetic.power_iteration import Settings
 
 if cuda.available:
     importlib.import_module('cupy.cublas')  # an attribute of cupy from now on
@@ -32,7 +38,7 @@ _SCALARS = {
     char: (numpy.ones((), char), numpy.zeros((), char)) for char in 'fd'}
 
 
-class Iteration:
+class Iterations:
     """What a forward computed, for its backward; it stays on the device.
 
     Args:
@@ -40,9 +46,13 @@ class Iteration:
         axis: Its output axis.
         K: Number of iterations.
 
+    Attributes:
+        numbers: See :mod:`.kernels`.
+        vectors: See there.
+
     """
 
-    def __init__(self, W: Any, axis: int, K: int) -> None:
+    def __init__(self, W: Array, axis: int, K: int) -> None:
         l = math.prod(W.shape[:axis])  # NOQA: E741
         m = W.shape[axis]
         r = math.prod(W.shape[axis + 1:])
@@ -53,153 +63,58 @@ class Iteration:
         # BLAS knows one dtype, and no batch that adds up.
         self.is_blas = (
             W.dtype == self.dtype and 1 in (l, r) and min(m, self.n) > 1)
-        self._us = len(STATE) + 2 * K
-        self._vs = self._us + (K + 1) * m
-        self._x = self._vs + K * self.n
-        self.state = cuda.cupy.empty(self._x + m, self.dtype)
+        empty = cuda.cupy.empty
+        self.numbers = empty(len(NUMBERS) + 2 * K, numpy.float64)
+        self.vectors = empty((K + 1) * m + K * self.n, self.dtype)
 
-    def us(self, k: int) -> Any:
+    def us(self, k: int) -> Array:
         """Returns ``u_k``, ``0 <= k <= K``."""
-        start = self._us + k * self.m
-        return self.state[start:start + self.m]
+        return self.vectors[k * self.m:(k + 1) * self.m]
 
-    def vs(self, k: int) -> Any:
+    def vs(self, k: int) -> Array:
         """Returns ``v_k``, ``1 <= k <= K``."""
-        start = self._vs + (k - 1) * self.n
-        return self.state[start:start + self.n]
+        start = (self.K + 1) * self.m + (k - 1) * self.n
+        return self.vectors[start:start + self.n]
+
+    def number(self, name: str) -> Array:
+        """Returns one of :data:`.kernels.NUMBERS`, shape ``()``."""
+        return self.numbers[NUMBERS.index(name)]
+
+    # As :class:`.interface.Iterations` has them.
 
     @property
-    def x(self) -> Any:
-        """``u_K``, scaled for a product with the weight."""
-        return self.state[self._x:]
-
-    def scalar(self, name: str) -> Any:
-        """Returns one of :data:`.kernels.STATE`, shape ``()``."""
-        return self.state[STATE.index(name)]
-
-    # As _power_iteration.PowerIteration has them, for the composed function.
-
-    @property
-    def u(self) -> Any:
+    def u(self) -> Array:
         return self.us(self.K)
 
     @property
-    def v(self) -> Any:
+    def v(self) -> Array:
         return self.vs(self.K)
 
     @property
-    def start(self) -> Any:
+    def start(self) -> Array:
         return self.us(0)
 
     @property
-    def restarted(self) -> Any:
-        return self.scalar('RESTARTED')
+    def restarted(self) -> Array:
+        return self.number('RESTARTED')
 
     @property
-    def scale(self) -> tuple[Any, Any]:
-        """Factors of its inverse, as of the others."""
-        return self.scalar('W1'), self.scalar('W2')
+    def sigma(self) -> Array:
+        return self.number('SIGMA')
 
-    @property
-    def u_scale(self) -> tuple[Any, Any]:
-        return self.scalar('U1'), self.scalar('U2')
-
-    def floored(self, eps: float) -> tuple[Any, tuple[Any, Any], Any]:
-        """``max(sigma, eps)``, the scale it is in, and if it is sigma."""
-        return (self.scalar('DIVISOR'),
-                (self.scalar('Y1'), self.scalar('Y2')), self.scalar('ABOVE'))
+    def floored(self, eps: float) -> tuple[Array, Array]:
+        return self.number('DIVISOR'), self.number('ABOVE')
 
 
 def normalize_all(
-        calls: Sequence[dict[str, Any]],
-) -> list[tuple[tuple[Any, ...], Iteration]]:
-    """Returns ``Y`` and ``sigma``, as named, and what backward needs.
-
-    Small weights of a kind share a launch.
-
-    Args:
-        calls: For each weight the arguments of :class:`_Forward`.
-
-    """
-    return _run(kernels.fused_fwd, [_Forward(**call) for call in calls])
+        calls: Sequence[Forward]) -> list[tuple[Outputs, Iterations]]:
+    """Small weights of a kind share a launch."""
+    return _run(kernels.fused_fwd, [_Forward(call) for call in calls])
 
 
-class _Forward:
-    """What one weight takes of :func:`normalize_all`.
-
-    Args:
-        settings (Settings): What the caller chose.
-        W: Weight with 2 or more dimensions.
-        u: Start vector, shape ``(m,)``.
-        gamma: A float, or an array of shape ``()``.
-        output_names: ``'Y'``, ``'sigma'`` or both.
-        update_u: Overwrite ``u`` with ``u_K``, unless that is not finite.
-        reuse: Not used: CuPy has a pool of memory.
-
-    """
-
-    def __init__(
-            self, settings: Settings, W: Any, u: Any, gamma: Any,
-            output_names: Sequence[str], update_u: bool,
-            reuse: bool = False) -> None:
-        self.W = W = _contiguous(W)
-        self.it = it = Iteration(
-            W, settings.axis, settings.n_power_iteration)
-        self.factor = settings.factor
-        if isinstance(gamma, float):
-            self.factor *= gamma
-            self.gamma: Any = NULL
-        else:
-            self.gamma = gamma.astype(it.dtype, copy=False)
-        self.u, self.vector = u, _contiguous(u)
-        self.output_names = output_names
-        self.update_u = update_u
-        # Not a view of the state, which would live as long as it.
-        self.sigma: Any = (
-            cuda.cupy.empty((), it.dtype) if 'sigma' in output_names else NULL)
-        self.Y: Any = NULL
-        if it.is_small and 'Y' in output_names:
-            self.Y = cuda.cupy.empty(W.shape, W.dtype)
-        # In common with others in one launch.
-        self.kind = (W.dtype, self.vector.dtype, numpy.int32(it.K),
-                     settings.eps, numpy.int32(update_u))
-
-    def arguments(self) -> tuple[Any, ...]:
-        return (self.W, self.vector, self.it.state, self.sigma, self.gamma,
-                self.Y, *self.it.sizes, self.factor)
-
-    def launch(self) -> None:
-        """Computes it by kernels of its own."""
-        it, W, vector = self.it, self.W, self.vector
-        T, U, K, *rest = self.kind
-        for k in range(it.K):
-            _transposed_product(
-                it, W, it.us(k) if k else vector, it.vs(k + 1))
-            _product(it, W, it.vs(k + 1), it.us(k + 1))
-            kernels.settle_fwd(
-                T, U, W, vector, it.state, self.sigma, self.gamma, *it.sizes,
-                numpy.int32(k), K, self.factor, *rest)
-        if 'Y' in self.output_names:
-            self.Y = kernels.scale_fwd(W, it.state)
-
-    def result(self) -> tuple[tuple[Any, ...], Iteration]:
-        if self.update_u and self.vector is not self.u:
-            self.u[...] = self.vector
-        outputs = {'Y': self.Y, 'sigma': self.sigma}
-        return tuple([outputs[name] for name in self.output_names]), self.it
-
-
-def gradients_all(
-        calls: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Returns ``gW``, ``gu`` and ``ggamma``, as wanted.
-
-    Small weights of a kind share a launch.
-
-    Args:
-        calls: For each weight the arguments of :class:`_Backward`.
-
-    """
-    return _run(kernels.fused_bwd, [_Backward(**call) for call in calls])
+def gradients_all(calls: Sequence[Backward]) -> list[Outputs]:
+    """Small weights of a kind share a launch."""
+    return _run(kernels.fused_bwd, [_Backward(call) for call in calls])
 
 
 def _run(fused: kernels.Fused, parts: Sequence[Any]) -> list[Any]:
@@ -209,7 +124,7 @@ def _run(fused: kernels.Fused, parts: Sequence[Any]) -> list[Any]:
     """
     small: dict[Any, list[Any]] = {}
     for part in parts:
-        if part.it.is_small:
+        if part.iterations.is_small:
             small.setdefault(part.kind, []).append(part)
         else:
             part.launch()
@@ -218,149 +133,200 @@ def _run(fused: kernels.Fused, parts: Sequence[Any]) -> list[Any]:
     return [part.result() for part in parts]
 
 
+class _Forward:
+    """What one weight takes of :func:`normalize_all`."""
+
+    def __init__(self, call: Forward) -> None:
+        settings = call.settings
+        self.W = W = _contiguous(call.W)
+        self.iterations = iterations = Iterations(
+            W, settings.axis, settings.n_power_iteration)
+        self.factor = settings.factor
+        if isinstance(call.gamma, float):
+            self.factor *= call.gamma
+            self.gamma: Any = NULL
+        else:
+            self.gamma = call.gamma.astype(iterations.dtype, copy=False)
+        self.call = call
+        self.vector = _contiguous(call.u)
+        empty = cuda.cupy.empty
+        # Not a view of the numbers, which would live as long as it.
+        self.sigma: Any = (
+            empty((), iterations.dtype) if 'sigma' in call.output_names
+            else NULL)
+        self.Y: Any = NULL
+        if iterations.is_small and 'Y' in call.output_names:
+            self.Y = empty(W.shape, W.dtype)
+        # In common with others in one launch.
+        self.kind = (W.dtype, self.vector.dtype, numpy.int32(iterations.K),
+                     settings.eps, numpy.int32(call.update_u))
+
+    def arguments(self) -> tuple[Any, ...]:
+        iterations = self.iterations
+        return (self.W, self.vector, iterations.numbers, iterations.vectors,
+                self.sigma, self.gamma, self.Y, *iterations.sizes,
+                self.factor)
+
+    def launch(self) -> None:
+        """Computes it by kernels of its own."""
+        it, W, vector = self.iterations, self.W, self.vector
+        T, U, K, *rest = self.kind
+        for k in range(it.K):
+            _transposed_product(
+                it, W, it.us(k) if k else vector, it.vs(k + 1))
+            _product(it, W, it.vs(k + 1), it.us(k + 1))
+            kernels.settle_fwd(
+                T, U, W, vector, it.numbers, it.vectors, self.sigma,
+                self.gamma, *it.sizes, numpy.int32(k), K, self.factor, *rest)
+        if 'Y' in self.call.output_names:
+            self.Y = kernels.scale_fwd(W, it.numbers)
+
+    def result(self) -> tuple[Outputs, Iterations]:
+        if self.call.update_u and self.vector is not self.call.u:
+            self.call.u[...] = self.vector
+        outputs = {'Y': self.Y, 'sigma': self.sigma}
+        return tuple([outputs[name] for name in self.call.output_names]), (
+            self.iterations)
+
+
 class _Backward:
-    """What one weight takes of :func:`gradients_all`.
+    """What one weight takes of :func:`gradients_all`."""
 
-    Args:
-        settings (Settings): What the caller chose.
-        it: What the forward computed.
-        wanted: ``'W'``, ``'u'`` and ``'gamma'``, or some of them.
-        W: Weight.
-        u: Start vector, if its gradient is wanted.
-        gamma: Scale.
-        gY: Upstream gradient of ``Y``, of its shape and dtype, or ``None``.
-        gsigma: Upstream gradient of sigma, shape ``()``, or ``None``.
-        reuse: Not used: CuPy has a pool of memory.
-
-    """
-
-    def __init__(
-            self, settings: Settings, it: Iteration, wanted: Sequence[str],
-            W: Any, u: Any, gamma: Any, gY: Any = None, gsigma: Any = None,
-            reuse: bool = False) -> None:
-        self.settings, self.it = settings, it
-        self.wanted, self.gamma = wanted, gamma
-        self.W = W = _contiguous(W)
+    def __init__(self, call: Backward) -> None:
+        self.call = call
+        self.iterations = it = call.iterations
+        self.W = W = _contiguous(call.W)
+        wanted, u = call.wanted, call.u
         empty = cuda.cupy.empty
         self.gW = empty(W.shape, W.dtype) if 'W' in wanted else NULL
         self.gu = empty(it.m, u.dtype) if 'u' in wanted else NULL
         self.ggamma = empty((), it.dtype) if 'gamma' in wanted else NULL
         self.gY: Any = NULL
-        if gY is not None:
-            self.gY = gY.astype(W.dtype, copy=False)
+        if call.gY is not None:
+            self.gY = call.gY.astype(W.dtype, copy=False)
             if it.is_small:
                 self.gY = _contiguous(self.gY)
-        self.gsigma = (NULL if gsigma is None
-                       else gsigma.astype(it.dtype, copy=False))
-        self.adjoint = empty(
-            len(ADJOINT) + it.K * (it.m + it.n) + max(it.m, it.n), it.dtype)
+        self.gsigma = (NULL if call.gsigma is None
+                       else call.gsigma.astype(it.dtype, copy=False))
+        self.coefficients = empty(len(COEFFICIENTS), numpy.float64)
+        self.bars = empty(it.K * (it.m + it.n), it.dtype)
         # In common with others in one launch.
         self.kind = (W.dtype, it.dtype if self.gu is NULL else u.dtype,
-                     numpy.int32(it.K), numpy.int32(settings.detach_uv))
+                     numpy.int32(it.K), numpy.int32(call.settings.detach_uv))
 
     def arguments(self) -> tuple[Any, ...]:
-        return (self.W, self.gY, self.gsigma, self.it.state, self.adjoint,
-                self.gW, self.gu, self.ggamma, *self.it.sizes,
-                self.settings.factor)
+        it = self.iterations
+        return (self.W, self.gY, self.gsigma, it.numbers, it.vectors,
+                self.coefficients, self.bars, self.gW, self.gu, self.ggamma,
+                *it.sizes, self.call.settings.factor)
 
-    def result(self) -> tuple[Any, ...]:
+    def result(self) -> Outputs:
         grads = {'W': self.gW, 'u': self.gu, 'gamma': self.ggamma}
-        if 'gamma' in self.wanted:
-            grads['gamma'] = self.ggamma.astype(self.gamma.dtype, copy=False)
-        return tuple([grads[name] for name in self.wanted])
+        if 'gamma' in self.call.wanted:
+            grads['gamma'] = self.ggamma.astype(
+                self.call.gamma.dtype, copy=False)
+        return tuple([grads[name] for name in self.call.wanted])
 
     def launch(self) -> None:
         """Computes it by kernels of its own."""
-        it, W, gY, adjoint = self.it, self.W, self.gY, self.adjoint
-        gW, gu, detach_uv = self.gW, self.gu, self.settings.detach_uv
-        K, m, n = it.K, it.m, it.n
-        tbars = len(ADJOINT)
-        sbars = tbars + K * m
-        x = adjoint[sbars + K * n:]
-        dots = NULL
-        if gY is not NULL:
-            dots = _dots(it, W, gY)
-        numbers = (
-            dots, numpy.int32(0 if gY is NULL else dots.size),
-            self.gsigma, self.ggamma, self.settings.factor)
-
-        def project(
-                is_first: bool, y: Any, e: Any, size: int, norm: int
-        ) -> None:
-            kernels.project_bwd(
-                W.dtype, it.dtype, it.state, adjoint, numpy.int32(is_first),
-                *numbers, y, e, numpy.int32(size), numpy.int32(norm), x)
-
-        if detach_uv or (gW is NULL and gu is NULL):
-            project(True, NULL, NULL, 0, 0)
+        it = self.iterations
+        detach_uv = self.call.settings.detach_uv
+        dots = NULL if self.gY is NULL else _dots(self.W, self.gY)
+        if detach_uv or (self.gW is NULL and self.gu is NULL):
+            self._project(dots)
         else:
-            for k in range(K, 0, -1):
-                sbar = adjoint[sbars + (k - 1) * n:sbars + k * n]
-                _transposed_product(it, W, it.x if k == K else x[:m], sbar)
-                project(k == K, sbar, it.vs(k), n, k - 1)
-                if k == 1 and gu is NULL:
-                    break
-                # Before the first iteration it goes where tbar_K would, u_K.
-                row = tbars + ((k - 2) % K) * m
-                ubar = adjoint[row:row + m]
-                _product(it, W, x[:n], ubar)
-                if k > 1:
-                    project(False, ubar, it.us(k - 1), m, K + k - 2)
-                else:
-                    kernels.vector_bwd(ubar, it.state, adjoint, gu)
-        if gW is not NULL:
+            self._go_back(dots)
+        if self.gW is not NULL:
             kernels.correct_bwd(
-                0.0 if gY is NULL else gY, it.state, adjoint, m, n, it.r, K,
-                int(detach_uv), gW)
+                0.0 if self.gY is NULL else self.gY, self.coefficients,
+                it.vectors, self.bars, it.m, it.n, it.r, it.K,
+                int(detach_uv), self.gW)
+
+    def _go_back(self, dots: Any) -> None:
+        """Computes the bars of all iterations, the last one first."""
+        it, W = self.iterations, self.W
+        x = it.u
+        for k in range(it.K, 0, -1):
+            sbar = self._sbar(k)
+            _transposed_product(it, W, x, sbar)
+            self._project(dots, x, sbar, it.vs(k), k - 1, k == it.K)
+            if k > 1:
+                tbar = self._tbar(k - 1)
+                _product(it, W, sbar, tbar)
+                self._project(dots, sbar, tbar, NULL, it.K + k - 2, False)
+                x = tbar
+            elif self.gu is not NULL:
+                ubar = self._tbar(it.K)  # the place of tbar_K, which is u_K
+                _product(it, W, sbar, ubar)
+                self._project(dots, sbar, ubar, NULL, 0, False, self.gu)
+
+    def _tbar(self, k: int) -> Array:
+        m = self.iterations.m
+        return self.bars[(k - 1) * m:k * m]
+
+    def _sbar(self, k: int) -> Array:
+        it = self.iterations
+        start = it.K * it.m + (k - 1) * it.n
+        return self.bars[start:start + it.n]
+
+    def _project(
+            self, dots: Any, x: Any = NULL, y: Any = NULL, e: Any = NULL,
+            norm: int = 0, is_first: bool = True, gu: Any = NULL) -> None:
+        T, U, *_ = self.kind
+        it = self.iterations
+        kernels.project_bwd(
+            T, U, self.W, it.numbers, self.coefficients, *it.sizes,
+            numpy.int32(is_first), dots,
+            numpy.int32(0 if dots is NULL else dots.size), self.gsigma,
+            self.ggamma, self.call.settings.factor, x, y, e,
+            numpy.int32(norm), gu)
 
 
-def warm_up(W: Any, u: Any, axis: int, n: int) -> None:
-    """Moves ``u`` on by ``n`` iterations, unless it would not be finite."""
-    for _ in range(n):  # one at a time: the state of one is enough
-        normalize_all([{
-            'settings': Settings(1, axis, True), 'W': W, 'u': u, 'gamma': 1.0,
-            'output_names': (), 'update_u': True}])
+def warm_up(W: Array, u: Array, axis: int, n: int) -> None:
+    for _ in range(n):  # one at a time: the vectors of one are enough
+        normalize_all([Forward(
+            Settings(1, axis, True), W, u, 1.0, (), update_u=True)])
 
 
-def _contiguous(x: Any) -> Any:
+def _contiguous(x: Array) -> Array:
     return x if x.flags.c_contiguous else cuda.cupy.ascontiguousarray(x)
 
 
-def _transposed_product(it: Iteration, W: Any, x: Any, out: Any) -> None:
+def _transposed_product(
+        it: Iterations, W: Array, x: Array, out: Array) -> None:
     """``out = W^T x``"""
     if not it.is_blas:
         kernels.product(W.reshape(it.l, it.m, it.r), x.reshape(-1, 1),
-                         axis=1, out=out.reshape(it.l, it.r))
+                        axis=1, out=out.reshape(it.l, it.r))
     elif it.l == 1:
         _gemv('T', W.reshape(it.m, it.r), x, out)
     else:
         _gemv('N', W.reshape(it.l, it.m), x, out)
 
 
-def _product(it: Iteration, W: Any, x: Any, out: Any) -> None:
+def _product(it: Iterations, W: Array, x: Array, out: Array) -> None:
     """``out = W x``"""
     if not it.is_blas:
         kernels.product(W.reshape(it.l, it.m, it.r),
-                         x.reshape(it.l, 1, it.r), axis=(0, 2), out=out)
+                        x.reshape(it.l, 1, it.r), axis=(0, 2), out=out)
     elif it.l == 1:
         _gemv('N', W.reshape(it.m, it.r), x, out)
     else:
         _gemv('T', W.reshape(it.l, it.m), x, out)
 
 
-def _gemv(transposed: str, matrix: Any, x: Any, out: Any) -> None:
+def _gemv(transposed: str, matrix: Array, x: Array, out: Array) -> None:
     # Not xp.dot: it calls BLAS for a product of matrices, which may split the
     # sum and add the parts with a kernel more.
     one, zero = _SCALARS[matrix.dtype.char]
     cuda.cupy.cublas.gemv(transposed, one, matrix, x, zero, out)
 
 
-def _dots(it: Iteration, W: Any, gY: Any) -> Any:
-    """``<gY, W / scale>`` in parts, one for each block of the device."""
+def _dots(W: Array, gY: Array) -> Array:
+    """``<gY, W>`` in parts, one for each block of the device."""
     parts = math.gcd(W.size, 1024)
     if parts > W.shape[0] and gY.flags.c_contiguous:
         W, gY = W.reshape(parts, -1), gY.reshape(parts, -1)
-    dots = cuda.cupy.empty(W.shape[0], it.dtype)
-    kernels.dot_bwd(
-        gY, W, *it.scale, axis=tuple(range(1, W.ndim)), out=dots)
+    dots = cuda.cupy.empty(W.shape[0], numpy.float64)
+    kernels.dot_bwd(gY, W, axis=tuple(range(1, W.ndim)), out=dots)
     return dots

@@ -1,18 +1,18 @@
 """Every CUDA kernel of the package, its formula above it; arrays only.
 
-``T`` is the type of the weight, ``U`` that of ``u`` and ``A`` that of all
-sums: float32 for float16 and float32, float64 for float64.  A weight is the
-C-contiguous array ``(l, m, r)`` of :mod:`.matrix`, with
-``n = l r``.  What a forward settles is one array of ``A``, the *state*; what
-a backward does is another, the *adjoint*.  Both stay on the device:
+``T`` is the type of the weight, ``U`` that of ``u`` and ``A`` that of vectors
+and products: float32 for float16 and float32, float64 for float64.  Norms and
+what follows from them are float64.  A weight is the C-contiguous array
+``(l, m, r)`` of :mod:`.matrix`, with ``n = l r``.  What a forward computes for
+its backward, and what a backward computes on the way, stays on the device:
 
-    state    scalars | s_norms K | t_norms K | us (K+1, m) | vs (K, n) | x m
-    adjoint  scalars | tbars (K, m) | sbars (K, n) | x max(m, n)
+    forward   numbers       float64  scalars | s_norms K | t_norms K
+              vectors       A        us (K+1, m) | vs (K, n)
+    backward  coefficients  float64  scalars
+              bars          A        tbars (K, m) | sbars (K, n)
 
-A weight is used in units of a power of two, *scale*, which is 1 unless
-squares could leave the range.  As the inverse of scale need not be in the
-range, it is used as two factors, W1 and W2.  The ``x`` are vectors that have
-got the first factor and wait for a product with the weight.
+Where a norm is so large or small that products may have left the range of
+``A``, one block does all again with a weight in units of its largest entry.
 """
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ FUSED_SIZE = 1 << 16
 BLOCK_SIZE = 512
 # In one launch: an argument for each of them takes room.
 MAX_WEIGHTS = 16
-# For a pointer that a raw kernel is to go without.
+# For a pointer that a raw kernel does not use.
 NULL = numpy.intp(0)
 
-# 1 / scale; the same for u_0; whether u_0 is another than given; Y = (W Y1 Y2)
-# COEF; max(sigma, eps), in units of scale where that is sigma; whether it is;
-# whether all norms have been far from the ends of the range.
-STATE = ('W1', 'W2', 'U1', 'U2', 'RESTARTED', 'COEF', 'Y1', 'Y2', 'DIVISOR',
-         'ABOVE', 'ORDINARY')
-# gW = (gY GY1 GY2) GY + GSIGMA G
-ADJOINT = ('GY', 'GY1', 'GY2', 'GSIGMA')
+# The unit of the weight, 1 unless it is extreme; what u was divided by for
+# u_0; whether u_0 is another vector than u; sigma; max(sigma, eps); whether
+# that is sigma; Y = COEF W; whether all norms so far were ordinary.
+NUMBERS = ('UNIT', 'U_NORM', 'RESTARTED', 'SIGMA', 'DIVISOR', 'ABOVE', 'COEF',
+           'ORDINARY')
+# gW = GY gY + GSIGMA G
+COEFFICIENTS = ('GY', 'GSIGMA')
 
 # float16 is in the first file up to CuPy 13, and in the second from 14 on.
 _INCLUDES = """
@@ -49,8 +49,8 @@ _INCLUDES = """
 """
 
 _LAYOUT = f"""
-enum {{ {', '.join(STATE)}, N_STATE }};
-enum {{ {', '.join(ADJOINT)}, N_ADJOINT }};
+enum {{ {', '.join(NUMBERS)}, N_NUMBERS }};
+enum {{ {', '.join(COEFFICIENTS)}, N_COEFFICIENTS }};
 typedef long long Size;
 """
 
@@ -59,14 +59,14 @@ typedef long long Size;
 _GRADIENT_OF_SIGMA = """
 template <typename A>
 __device__ A gradient_of_sigma(
-    const A* state, const A* adjoint, int K, Size m, Size n, int detach,
-    int i, int j) {
-  const A* u = state + N_STATE + 2 * K + i;
-  const A* v = state + N_STATE + 2 * K + (K + 1) * m + j;
+    const A* vectors, const A* bars, int K, Size m, Size n, int detach, int i,
+    int j) {
+  const A* u = vectors + i;
+  const A* v = vectors + (K + 1) * m + j;
   A sum = u[K * m] * v[(K - 1) * n];
   if (detach) return sum;
-  const A* tbar = adjoint + N_ADJOINT + i;
-  const A* sbar = adjoint + N_ADJOINT + K * m + j;
+  const A* tbar = bars + i;
+  const A* sbar = bars + K * m + j;
 #pragma unroll 2
   for (int k = 0; k < K; ++k) {
     sum += u[k * m] * sbar[k * n];
@@ -80,15 +80,6 @@ __device__ A gradient_of_sigma(
 _QUOTIENT = """
 __device__ long long quotient(long long a, unsigned b) {
   return a >> 32 ? a / b : static_cast<unsigned>(a) / b;
-}
-"""
-
-# gu = c ubar / u_scale in units of W, or 0 where u_0 was not u.
-_GRADIENT_OF_U = """
-template <typename A>
-__device__ A gradient_of_u(const A* state, A ubar, A c) {
-  if (state[RESTARTED] != 0) return 0;
-  return ubar * c * (state[U1] / state[W1]) * (state[U2] / state[W2]);
 }
 """
 
@@ -138,7 +129,7 @@ class Raw:
         return ''.join([
             _INCLUDES,
             *[f'typedef {c} {name};\n' for name, c in types.items()],
-            _LAYOUT, _QUOTIENT, _GRADIENT_OF_SIGMA, _GRADIENT_OF_U, _BLOCK,
+            _LAYOUT, _QUOTIENT, _GRADIENT_OF_SIGMA, _BLOCK,
             self.code])
 
     def __call__(self, T: Any, U: Any, *args: Any) -> None:
@@ -191,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) {self.name}(
         for start in range(0, len(own), MAX_WEIGHTS):
             chosen = list(own[start:start + MAX_WEIGHTS])
             n = 1 if len(chosen) == 1 else MAX_WEIGHTS
-            # Whoever has no block is not asked for.
+            # Unused slots get null arguments.
             missing = tuple(
                 NULL if '*' in text else
                 numpy.float64(0) if text.startswith('double') else
@@ -210,65 +201,60 @@ def _c_name(dtype: Any) -> str:
     return {'e': 'float16', 'f': 'float', 'd': 'double'}[dtype.char]
 
 
-# Y = (W Y1 Y2) COEF
+# Y = COEF W
 scale_fwd = Elementwise(
-    'sn_scale_fwd', 'T w, raw A state', 'T y', """
-    y = static_cast<T>(
-        static_cast<A>(w) * state[Y1] * state[Y2] * state[COEF]);
+    'sn_scale_fwd', 'T w, raw float64 numbers', 'T y', """
+    y = static_cast<T>(static_cast<double>(w) * numbers[COEF]);
     """, '')
 
-# gW = (gY GY1 GY2) GY + GSIGMA G, of rank 2K or 1, in one pass.
+# gW = GY gY + GSIGMA G, of rank 2K or 1, in one pass.
 correct_bwd = Elementwise(
-    'sn_correct_bwd', 'T gy, raw A state, raw A adjoint, int32 m, int32 n, '
-    'int32 r, int32 K, int32 detach', 'T gw', """
+    'sn_correct_bwd', 'T gy, raw float64 coefficients, raw A vectors, '
+    'raw A bars, int32 m, int32 n, int32 r, int32 K, int32 detach', 'T gw', """
     const ptrdiff_t row = quotient(i, r), block = quotient(row, m);
     const A G = gradient_of_sigma<A>(
-        &state[0], &adjoint[0], K, m, n, detach, row - block * m,
+        &vectors[0], &bars[0], K, m, n, detach, row - block * m,
         block * r + (i - row * r));
     gw = static_cast<T>(
-        static_cast<A>(gy) * adjoint[GY1] * adjoint[GY2] * adjoint[GY]
-        + adjoint[GSIGMA] * G);
+        static_cast<double>(gy) * coefficients[GY]
+        + coefficients[GSIGMA] * static_cast<double>(G));
     """, _QUOTIENT + _GRADIENT_OF_SIGMA)
-
-# gu = c ubar / u_scale; ubar is a product that waits for W2.
-vector_bwd = Elementwise(
-    'sn_vector_bwd', 'A ubar, raw A state, raw A adjoint', 'U gu', """
-    gu = static_cast<U>(gradient_of_u<A>(
-        &state[0], ubar * state[W2], adjoint[GSIGMA]));
-    """, _GRADIENT_OF_U)
 
 # y = W x, or W^T x: which, the axes say.  For what BLAS has no product for.
 product = Reduction(
     'sn_product', 'T w, X x', 'A y',
     'static_cast<A>(w) * static_cast<A>(x)', 'y = a')
 
-# d_i = <gY_i, W_i> / scale, for each index i of the first axis.
+# d_i = <gY_i, W_i>, for each index i of the first axis.
 dot_bwd = Reduction(
-    'sn_dot_bwd', 'T gy, T w, A w1, A w2', 'A d',
-    'static_cast<A>(gy) * (static_cast<A>(w) * w1 * w2)', 'd = a')
+    'sn_dot_bwd', 'T gy, T w', 'float64 d',
+    'static_cast<double>(gy) * static_cast<double>(w)', 'd = a')
 
 # What one block does.  All threads call these functions together, and each
 # gets what they return; shared has room for one double a thread.  Products
 # begin and end with a barrier, so what they read may have just been written.
 _BLOCK = """
-// An (l, m, r) array in units of scale.
+// An (l, m, r) array.
 struct Weight {
   const T* w;
   int l, m, r;
-  A w1, w2;
   __device__ Size n() const { return static_cast<Size>(l) * r; }
   __device__ Size size() const { return n() * m; }
+  __device__ A operator[](Size i) const { return static_cast<A>(w[i]); }
+};
+
+// The same in units of its largest entry.
+struct InUnits : Weight {
+  double unit;
+  __device__ InUnits(const Weight& W, double unit) : Weight(W), unit(unit) {}
   __device__ A operator[](Size i) const {
-    return static_cast<A>(w[i]) * w1 * w2;
+    return static_cast<A>(static_cast<double>(w[i]) / unit);
   }
 };
 
 __device__ double infinity() {
   return __longlong_as_double(0x7ff0000000000000LL);
 }
-
-// u_0 = u u1 u2, unless restarted.
-struct Start { A u1, u2; bool restarted; };
 
 // The sum of x over the block, always in the same order.
 __device__ double block_sum(double x, double* shared) {
@@ -302,8 +288,9 @@ __device__ double largest(const X* x, Size n, double* shared) {
 
 // y[o] = sum_q W[base(o) + q stride] x[q],  base(o) = o / r * block + o % r.
 // Neighbouring threads take neighbouring o; the sum is split among groups.
+template <typename M>
 __device__ void strided_product(
-    const Weight& W, const A* x, A* y, int n_out, int r, Size block, int n_in,
+    const M& W, const A* x, A* y, int n_out, int r, Size block, int n_in,
     int stride, double* shared) {
   A* part = reinterpret_cast<A*>(shared);
   int width = blockDim.x;
@@ -332,8 +319,9 @@ __device__ void strided_product(
 
 // y[o] = sum_{a, b} W[o stride + a block + b] x[a r + b],  a < l and b < r.
 // Neighbouring threads take neighbouring b, and a warp an o.
+template <typename M>
 __device__ void contiguous_product(
-    const Weight& W, const A* x, A* y, int n_out, int stride, int l, int r,
+    const M& W, const A* x, A* y, int n_out, int stride, int l, int r,
     Size block) {
   const int lane = threadIdx.x % 32;
   __syncthreads();
@@ -357,8 +345,9 @@ __device__ void contiguous_product(
 }
 
 // y = W^T x
+template <typename M>
 __device__ void transposed_product(
-    const Weight& W, const A* x, A* y, double* shared) {
+    const M& W, const A* x, A* y, double* shared) {
   if (W.r == 1)
     contiguous_product(W, x, y, W.l, W.m, 1, W.m, 0);
   else
@@ -367,8 +356,8 @@ __device__ void transposed_product(
 }
 
 // y = W x
-__device__ void product(
-    const Weight& W, const A* x, A* y, double* shared) {
+template <typename M>
+__device__ void product(const M& W, const A* x, A* y, double* shared) {
   if (W.r == 1)
     strided_product(W, x, y, W.m, W.m, 0, W.l, W.m, shared);
   else
@@ -387,26 +376,28 @@ __device__ double normalize(A* x, int n, double* shared) {
   return norm;
 }
 
-// Outside of this range the squares of A may have lost digits.
+// As ORDINARY of the host has it.
 __device__ bool is_ordinary(double norm) {
-  const double limit = sizeof(A) == 4 ? 1e25 : 1e140;
+  const double limit = sizeof(A) == 4 ? 1e12 : 1e100;
   return norm > 1 / limit && norm < limit;
 }
 
 // s_k = W^T u_{k-1}, v_k = s_k / |s_k|, t_k = W v_k, u_k = t_k / |t_k|, for
 // k = 1..K.  Returns |t_K|.
+template <typename M>
 __device__ double iterate(
-    const Weight& W, A* state, int K, bool* ordinary, double* shared) {
+    const M& W, double unit, double* numbers, A* vectors, int K,
+    bool* ordinary, double* shared) {
   const Size m = W.m, n = W.n();
-  A* norms = state + N_STATE;
-  A* u = norms + 2 * K;
+  double* norms = numbers + N_NUMBERS;
+  A* u = vectors;
   A* v = u + (K + 1) * m;
   double t = 0;
   for (int k = 0; k < K; ++k, u += m, v += n) {
     transposed_product(W, u, v, shared);
-    const double s = normalize(v, n, shared);
+    const double s = normalize(v, n, shared) * unit;
     product(W, v, u + m, shared);
-    t = normalize(u + m, m, shared);
+    t = normalize(u + m, m, shared) * unit;
     if (threadIdx.x == 0) {
       norms[k] = s == 0 ? 1 : s;
       norms[K + k] = t == 0 ? 1 : t;
@@ -416,9 +407,9 @@ __device__ double iterate(
   return t;
 }
 
-// us[0] <- e_i, with i the row of largest norm, never orthogonal to itself.
+// u_0 <- e_i, with i the row of largest norm, never orthogonal to itself.
 __device__ void start_from_largest_row(
-    const Weight& W, A* state, int K, double* shared) {
+    const InUnits& W, A* u, double* shared) {
   double most = -1;
   int row = 0;
   for (int i = 0; i < W.m; ++i) {
@@ -431,230 +422,266 @@ __device__ void start_from_largest_row(
     sum = block_sum(sum, shared);
     if (sum > most) { most = sum; row = i; }
   }
-  for (int i = threadIdx.x; i < W.m; i += blockDim.x)
-    state[N_STATE + 2 * K + i] = i == row;
-}
-
-// 1 / 2^(floor(log2(largest))), as the product of two factors.
-__device__ void inverse_of_scale(double largest, A* first, A* second) {
-  int e = 1;
-  if (largest > 0) frexp(largest, &e);
-  const int half = (e - 1) / 2;
-  *first = ldexp(1.0, -half);
-  *second = ldexp(1.0, half - (e - 1));
+  for (int i = threadIdx.x; i < W.m; i += blockDim.x) u[i] = i == row;
 }
 
 // iterate() for a W or a u of extreme size, for a u that is zero or not
 // finite, and for one that W^T makes zero.
 __device__ double rescue(
-    Weight& W, const U* u, A* state, int K, Start& start, double* shared) {
-  const double w_largest = largest(W.w, W.size(), shared);
-  const double u_largest = largest(u, W.m, shared);
-  A* us = state + N_STATE + 2 * K;
+    const Weight& plain, const U* u, double* numbers, A* vectors, int K,
+    double* shared) {
+  const Size m = plain.m, n = plain.n();
+  const double w_largest = largest(plain.w, plain.size(), shared);
+  const double u_largest = largest(u, m, shared);
   if (isinf(w_largest)) {
     const double nan = infinity() - infinity();
-    const Size end = static_cast<Size>(K + 1) * W.m + K * W.n();
-    for (Size j = -2 * K + static_cast<Size>(threadIdx.x); j < end;
-         j += blockDim.x)
-      if (j < 0 || j >= W.m) us[j] = nan;  // u_0 stays: it may be good
+    for (int k = threadIdx.x; k < 2 * K; k += blockDim.x)
+      numbers[N_NUMBERS + k] = nan;
+    // u_0 stays: it may be good.
+    for (Size j = m + threadIdx.x; j < (K + 1) * m + K * n; j += blockDim.x)
+      vectors[j] = nan;
     return nan;
   }
-  inverse_of_scale(w_largest, &W.w1, &W.w2);
-  start.restarted = !(u_largest > 0 && u_largest < infinity());
-  if (start.restarted) {
-    start_from_largest_row(W, state, K, shared);
+  const double unit = w_largest > 0 ? w_largest : 1;
+  const InUnits W(plain, unit);
+  double u_norm = 1;
+  bool restarted = !(u_largest > 0 && u_largest < infinity());
+  if (restarted) {
+    start_from_largest_row(W, vectors, shared);
   } else {
-    inverse_of_scale(u_largest, &start.u1, &start.u2);
-    for (int i = threadIdx.x; i < W.m; i += blockDim.x)
-      us[i] = static_cast<A>(u[i]) * start.u1 * start.u2;
+    for (int i = threadIdx.x; i < m; i += blockDim.x)
+      vectors[i] = static_cast<A>(static_cast<double>(u[i]) / u_largest);
+    u_norm = normalize(vectors, m, shared) * u_largest;
   }
   bool ordinary = true;  // nobody asks here
-  double sigma = iterate(W, state, K, &ordinary, shared);
-  if (sigma == 0 && w_largest > 0 && !start.restarted) {
-    start.restarted = true;
-    start_from_largest_row(W, state, K, shared);
-    sigma = iterate(W, state, K, &ordinary, shared);
+  double sigma = iterate(W, unit, numbers, vectors, K, &ordinary, shared);
+  if (sigma == 0 && w_largest > 0 && !restarted) {
+    restarted = true;
+    start_from_largest_row(W, vectors, shared);
+    sigma = iterate(W, unit, numbers, vectors, K, &ordinary, shared);
+  }
+  if (threadIdx.x == 0) {
+    numbers[UNIT] = unit;
+    numbers[U_NORM] = u_norm;
+    numbers[RESTARTED] = restarted;
   }
   return sigma;
 }
 
-// The scalars of the state, x = u_K W1, and u <- u_K where that is good.
-__device__ void finish(
-    const Weight& W, const Start& start, double sigma, U* u, A* state,
-    A* sigma_out, const A* gamma, int K, double factor, double eps,
-    int update) {
-  const Size m = W.m;
-  const A* last = state + N_STATE + 2 * K + K * m;
-  A* x = state + N_STATE + 2 * K + (K + 1) * m + K * W.n();
-  const bool is_good = sigma > 0 && isfinite(sigma);
-  for (int i = threadIdx.x; i < W.m; i += blockDim.x) {
-    x[i] = last[i] * W.w1;
-    if (update && is_good) u[i] = static_cast<U>(last[i]);
-  }
-  if (threadIdx.x != 0) return;
-  const double in_full = sigma / W.w1 / W.w2;
-  if (sigma_out) *sigma_out = in_full;
-  const bool above = !(in_full < eps || sigma == 0);
-  // With eps 0, a sigma of 0 means that W is 0.
-  const double divisor = above ? sigma : eps > 0 ? eps : 1;
-  state[W1] = W.w1;
-  state[W2] = W.w2;
-  state[U1] = start.u1;
-  state[U2] = start.u2;
-  state[RESTARTED] = start.restarted;
-  state[COEF] = (gamma ? static_cast<double>(*gamma) : 1) * factor / divisor;
-  state[Y1] = above ? W.w1 : A(1);
-  state[Y2] = above ? W.w2 : A(1);
-  state[DIVISOR] = divisor;
-  state[ABOVE] = above;
+// The numbers of an ordinary weight, which rescue() changes.  By one thread.
+__device__ void start(double* numbers) {
+  numbers[UNIT] = 1;
+  numbers[U_NORM] = 1;
+  numbers[RESTARTED] = 0;
 }
 
-// c = gsigma - above coef <gY, W> / sigma, and ggamma = f <gY, W> / sigma, of
-// dot = <gY, W / scale>.  By one thread.
+// The numbers that follow from sigma, and u <- u_K where that is good.
+__device__ void finish(
+    const Weight& W, double sigma, U* u, double* numbers, const A* vectors,
+    A* sigma_out, const A* gamma, int K, double factor, double eps,
+    int update) {
+  const A* last = vectors + static_cast<Size>(K) * W.m;
+  if (update && sigma > 0 && isfinite(sigma))
+    for (int i = threadIdx.x; i < W.m; i += blockDim.x)
+      u[i] = static_cast<U>(last[i]);
+  if (threadIdx.x != 0) return;
+  if (sigma_out) *sigma_out = sigma;
+  const bool above = !(sigma < eps || sigma == 0);
+  // With eps 0, a sigma of 0 means that W is 0.
+  const double divisor = above ? sigma : eps > 0 ? eps : 1;
+  numbers[SIGMA] = sigma;
+  numbers[DIVISOR] = divisor;
+  numbers[ABOVE] = above;
+  numbers[COEF] = (gamma ? static_cast<double>(*gamma) : 1) * factor / divisor;
+}
+
+// c = gsigma - above coef <gY, W> / sigma, and ggamma = f <gY, W> / divisor,
+// of dot = <gY, W>.  By one thread.
 __device__ void settle_gradients(
-    const A* state, A* adjoint, double dot, bool has_gy, const A* gsigma,
-    A* ggamma, double factor) {
+    const double* numbers, double* coefficients, double dot, bool has_gy,
+    const A* gsigma, A* ggamma, double factor) {
+  dot /= numbers[DIVISOR];
   double c = gsigma ? static_cast<double>(*gsigma) : 0;
-  if (state[ABOVE] == 0) dot = dot / state[W1] / state[W2];
-  dot /= state[DIVISOR];
-  if (has_gy && state[ABOVE] != 0)
-    c -= dot * state[COEF] * state[Y1] * state[Y2];
-  adjoint[GY] = has_gy ? state[COEF] : A(0);
-  adjoint[GY1] = state[Y1];
-  adjoint[GY2] = state[Y2];
-  adjoint[GSIGMA] = c;
+  if (has_gy && numbers[ABOVE] != 0) c -= dot * numbers[COEF];
+  coefficients[GY] = has_gy ? numbers[COEF] : 0;
+  coefficients[GSIGMA] = c;
   if (ggamma) *ggamma = factor * dot;
 }
 
-// y <- (y - e (e . y)) / norm, where y waits for the factor w2;  x <- y w1.
+// y <- (y - e (e . y)) / norm, or y / norm without e.
 __device__ void project(
-    A* y, const A* e, int n, A norm, A w1, A w2, A* x, double* shared) {
-  double dot = 0;
-  for (int j = threadIdx.x; j < n; j += blockDim.x)
-    dot += static_cast<double>(e[j]) * (y[j] * w2);
-  const A d = block_sum(dot, shared);
-  for (int j = threadIdx.x; j < n; j += blockDim.x) {
-    y[j] = (y[j] * w2 - e[j] * d) / norm;
-    if (x) x[j] = y[j] * w1;
+    A* y, const A* e, int n, double norm, double* shared) {
+  const A divisor = norm;
+  A d = 0;
+  if (e) {
+    double dot = 0;
+    for (int j = threadIdx.x; j < n; j += blockDim.x)
+      dot += static_cast<double>(e[j]) * y[j];
+    d = block_sum(dot, shared);
   }
+  for (int j = threadIdx.x; j < n; j += blockDim.x)
+    y[j] = (e ? y[j] - e[j] * d : y[j]) / divisor;
+}
+
+// gu = c ubar / |u|, or 0 where u_0 was not u.  By one thread.
+__device__ double gradient_of_u(
+    const double* numbers, const double* coefficients, A ubar) {
+  if (numbers[RESTARTED] != 0) return 0;
+  return ubar * (coefficients[GSIGMA] * numbers[UNIT]) / numbers[U_NORM];
+}
+
+// The bars of all iterations, and with need_u ubar where tbar_K would be.
+template <typename M>
+__device__ void go_back(
+    const M& W, const double* numbers, const A* vectors, A* bars, int K,
+    bool need_u, double* shared) {
+  const Size m = W.m, n = W.n();
+  const double* norms = numbers + N_NUMBERS;
+  const double unit = numbers[UNIT];
+  const A* vs = vectors + (K + 1) * m;
+  A* sbars = bars + K * m;
+  for (int k = K - 1; k >= 0; --k) {
+    const A* tbar = k == K - 1 ? vectors + K * m : bars + k * m;
+    transposed_product(W, tbar, sbars + k * n, shared);
+    project(sbars + k * n, vs + k * n, n, norms[k] / unit, shared);
+    if (k == 0) break;
+    A* next = bars + (k - 1) * m;
+    product(W, sbars + k * n, next, shared);
+    project(next, 0, m, norms[K + k - 1] / unit, shared);
+  }
+  if (need_u) product(W, sbars, bars + (K - 1) * m, shared);
 }
 """
 
 # Iteration k of K, 0 <= k < K, from its products s = W^T u_k in vs[k] and
 # W s in us[k+1]: v = s / |s|, u_{k+1} = W s / |W s|, sigma = |W s| / |s|.
-# The last one settles all scalars, and u.
+# The last one settles all numbers, and u.
 settle_fwd = Raw('sn_settle_fwd', """
 extern "C" __global__ void __launch_bounds__(512, 1) sn_settle_fwd(
-    const T* w, U* u, A* state, A* sigma_out, const A* gamma, int l, int m,
-    int r, int k, int K, double factor, double eps, int update) {
+    const T* w, U* u, double* numbers, A* vectors, A* sigma_out,
+    const A* gamma, int l, int m, int r, int k, int K, double factor,
+    double eps, int update) {
   __shared__ double shared[512];
-  Weight W = {w, l, m, r, 1, 1};
-  Start start = {1, 1, false};
-  A* norms = state + N_STATE;
-  A* us = norms + 2 * K;
+  const Weight W = {w, l, m, r};
+  double* norms = numbers + N_NUMBERS;
+  A* us = vectors;
   A* v = us + static_cast<Size>(K + 1) * m + k * W.n();
-  bool ordinary = k == 0 || state[ORDINARY] != 0;
+  bool ordinary = k == 0 || numbers[ORDINARY] != 0;
   if (k == 0)
     for (int i = threadIdx.x; i < m; i += blockDim.x)
       us[i] = static_cast<A>(u[i]);
   const double s = normalize(v, W.n(), shared);
   const double t = normalize(us + static_cast<Size>(k + 1) * m, m, shared);
-  ordinary = ordinary && is_ordinary(s) && is_ordinary(t);
+  double sigma = t / s;
+  ordinary = ordinary && is_ordinary(s) && is_ordinary(sigma);
   if (threadIdx.x == 0) {
     norms[k] = s;
-    norms[K + k] = t / s;
-    state[ORDINARY] = ordinary;
+    norms[K + k] = sigma;
+    numbers[ORDINARY] = ordinary;
+    start(numbers);
   }
   if (k + 1 < K) return;
-  double sigma = t / s;
-  if (!ordinary) sigma = rescue(W, u, state, K, start, shared);
   __syncthreads();
-  finish(W, start, sigma, u, state, sigma_out, gamma, K, factor, eps, update);
+  if (!ordinary) sigma = rescue(W, u, numbers, vectors, K, shared);
+  __syncthreads();
+  finish(W, sigma, u, numbers, vectors, sigma_out, gamma, K, factor, eps,
+         update);
 }
 """)
 
-# sum_i d_i, then c and ggamma (with first); and y <- (y - e (e . y)) / norm.
+# sum_i d_i, then c and ggamma (with first).  Then, of a product y of x:
+# sbar = (W^T x - v (v . W^T x)) / |s|, with e = v;  tbar = W x / |t|;  or
+# gu = c W x / |u|.  An extreme weight makes y again, in its units.
 project_bwd = Raw('sn_project_bwd', """
 extern "C" __global__ void __launch_bounds__(512, 1) sn_project_bwd(
-    const A* state, A* adjoint, int first, const A* dots, int n_dots,
-    const A* gsigma, A* ggamma, double factor, A* y, const A* e, int n,
-    int norm, A* x) {
+    const T* w, const double* numbers, double* coefficients, int l, int m,
+    int r, int first, const double* dots, int n_dots, const A* gsigma,
+    A* ggamma, double factor, const A* x, A* y, const A* e, int norm, U* gu) {
   __shared__ double shared[512];
+  const Weight plain = {w, l, m, r};
   if (first) {
     double dot = 0;
     for (int j = threadIdx.x; j < n_dots; j += blockDim.x) dot += dots[j];
     dot = block_sum(dot, shared);
     if (threadIdx.x == 0)
-      settle_gradients(
-          state, adjoint, dot, n_dots > 0, gsigma, ggamma, factor);
+      settle_gradients(numbers, coefficients, dot, n_dots > 0, gsigma, ggamma,
+                       factor);
   }
-  if (n > 0)
-    project(y, e, n, state[N_STATE + norm], state[W1], state[W2], x, shared);
+  if (!y) return;
+  const double unit = numbers[UNIT];
+  if (unit != 1) {
+    const InUnits W(plain, unit);
+    if (e)
+      transposed_product(W, x, y, shared);
+    else
+      product(W, x, y, shared);
+  }
+  if (gu) {
+    for (int i = threadIdx.x; i < m; i += blockDim.x)
+      gu[i] = static_cast<U>(
+          gradient_of_u(numbers, coefficients, y[i]));
+  } else {
+    project(y, e, e ? plain.n() : m, numbers[N_NUMBERS + norm] / unit, shared);
+  }
 }
 """)
 
 # The whole forward: K iterations, u, and Y unless it is not wanted.
 _FORWARD_OF_EACH = """
-    const T* w, U* u, A* state, A* sigma_out, const A* gamma, T* y, int l,
-    int m, int r, double factor"""
+    const T* w, U* u, double* numbers, A* vectors, A* sigma_out,
+    const A* gamma, T* y, int l, int m, int r, double factor"""
 _FORWARD_OF_ALL = 'int K, double eps, int update'
 fused_fwd = Fused('sn_fused_fwd', _FORWARD_OF_EACH, _FORWARD_OF_ALL, f"""
 __device__ void sn_fused_fwd_of({_FORWARD_OF_EACH}, {_FORWARD_OF_ALL}) {{
 """ + """  __shared__ double shared[512];
-  Weight W = {w, l, m, r, 1, 1};
-  Start start = {1, 1, false};
+  const Weight W = {w, l, m, r};
   bool ordinary = true;
   for (int i = threadIdx.x; i < m; i += blockDim.x)
-    state[N_STATE + 2 * K + i] = static_cast<A>(u[i]);
-  double sigma = iterate(W, state, K, &ordinary, shared);
-  if (!ordinary) sigma = rescue(W, u, state, K, start, shared);
+    vectors[i] = static_cast<A>(u[i]);
+  if (threadIdx.x == 0) start(numbers);
+  double sigma = iterate(W, 1, numbers, vectors, K, &ordinary, shared);
+  if (!ordinary) sigma = rescue(W, u, numbers, vectors, K, shared);
   __syncthreads();
-  finish(W, start, sigma, u, state, sigma_out, gamma, K, factor, eps, update);
+  finish(W, sigma, u, numbers, vectors, sigma_out, gamma, K, factor, eps,
+         update);
   if (!y) return;
   __syncthreads();
-  const A y1 = state[Y1], y2 = state[Y2], coef = state[COEF];
+  const double coef = numbers[COEF];
   for (Size i = threadIdx.x; i < W.size(); i += blockDim.x)
-    y[i] = static_cast<T>(static_cast<A>(w[i]) * y1 * y2 * coef);
+    y[i] = static_cast<T>(static_cast<double>(w[i]) * coef);
 }
 """)
 
 # The whole backward: the adjoint of K iterations, and those of gW and gu
 # that are wanted; gY and gsigma may be missing.
 _BACKWARD_OF_EACH = """
-    const T* w, const T* gy, const A* gsigma, const A* state, A* adjoint,
-    T* gw, U* gu, A* ggamma, int l, int m_, int r, double factor"""
+    const T* w, const T* gy, const A* gsigma, const double* numbers,
+    const A* vectors, double* coefficients, A* bars, T* gw, U* gu, A* ggamma,
+    int l, int m_, int r, double factor"""
 _BACKWARD_OF_ALL = 'int K, int detach'
 fused_bwd = Fused('sn_fused_bwd', _BACKWARD_OF_EACH, _BACKWARD_OF_ALL, f"""
 __device__ void sn_fused_bwd_of({_BACKWARD_OF_EACH}, {_BACKWARD_OF_ALL}) {{
 """ + """  __shared__ double shared[512];
-  const Weight W = {w, l, m_, r, state[W1], state[W2]};
+  const Weight W = {w, l, m_, r};
   const Size m = m_, n = W.n();
-  const A* norms = state + N_STATE;
-  const A* us = norms + 2 * K;
-  const A* vs = us + (K + 1) * m;
-  A* tbars = adjoint + N_ADJOINT;
-  A* sbars = tbars + K * m;
   double dot = 0;
   if (gy) {
     for (Size i = threadIdx.x; i < W.size(); i += blockDim.x)
-      dot += static_cast<A>(gy[i]) * W[i];
+      dot += static_cast<double>(gy[i]) * static_cast<double>(w[i]);
     dot = block_sum(dot, shared);
   }
   if (threadIdx.x == 0)
-    settle_gradients(state, adjoint, dot, gy, gsigma, ggamma, factor);
-  if (!detach && (gw || gu))
-    for (int k = K - 1; k >= 0; --k) {
-      const A* tbar = k == K - 1 ? us + K * m : tbars + k * m;
-      transposed_product(W, tbar, sbars + k * n, shared);
-      project(sbars + k * n, vs + k * n, n, norms[k], 1, 1, 0, shared);
-      if (k == 0) break;
-      product(W, sbars + k * n, tbars + (k - 1) * m, shared);
-      project(tbars + (k - 1) * m, us + k * m, m, norms[K + k - 1], 1, 1, 0,
+    settle_gradients(
+        numbers, coefficients, dot, gy, gsigma, ggamma, factor);
+  if (!detach && (gw || gu)) {
+    if (numbers[UNIT] == 1)
+      go_back(W, numbers, vectors, bars, K, gu, shared);
+    else
+      go_back(InUnits(W, numbers[UNIT]), numbers, vectors, bars, K, gu,
               shared);
-    }
+  }
   __syncthreads();
-  const A a = adjoint[GY], a1 = adjoint[GY1], a2 = adjoint[GY2];
-  const A c = adjoint[GSIGMA];
+  const double a = coefficients[GY], c = coefficients[GSIGMA];
   if (gw) {
     const int lane = threadIdx.x % 32;
     // A warp takes a row of r entries, or, where that is short, any 32.
@@ -667,19 +694,17 @@ __device__ void sn_fused_bwd_of({_BACKWARD_OF_EACH}, {_BACKWARD_OF_ALL}) {{
         const Size index = r >= 32 ? row : quotient(e, r);
         const Size block = quotient(index, m);
         const int i = index - block * m, j = block * r + (e - index * r);
-        const A g = gy ? static_cast<A>(gy[e]) * a1 * a2 * a : A(0);
+        const double g = gy ? static_cast<double>(gy[e]) * a : 0;
         gw[e] = static_cast<T>(g + c * gradient_of_sigma<A>(
-            state, adjoint, K, m, n, detach, i, j));
+            vectors, bars, K, m, n, detach, i, j));
       }
   }
-  if (gu) {
-    A* ubar = tbars;  // these have done their service
-    product(W, sbars, ubar, shared);
+  if (gu)
     for (int i = threadIdx.x; i < m; i += blockDim.x)
-      gu[i] = static_cast<U>(gradient_of_u<A>(state, ubar[i], c));
-  }
+      gu[i] = static_cast<U>(gradient_of_u(
+          numbers, coefficients, bars[(K - 1) * m + i]));
 }
 """)
 
-ALL = (scale_fwd, correct_bwd, vector_bwd, product, dot_bwd,
-       settle_fwd, project_bwd, fused_fwd, fused_bwd)
+ALL = (scale_fwd, correct_bwd, product, dot_bwd, settle_fwd, project_bwd,
+       fused_fwd, fused_bwd)

@@ -33,9 +33,53 @@ SMALL_SIZE = 1 << 14
 LARGE_SIZE = 1 << 22
 
 
+# Norms, by dtype, whose squares and cubes surely have all their digits.
+ORDINARY = {'f': (1e-12, 1e12), 'd': (1e-100, 1e100)}
+
+
+class ExtremeNormError(ArithmeticError):
+    """A norm is out of the range of :data:`ORDINARY`, or not a number."""
+
+
 def accumulator_dtype(dtype: Any) -> Any:
     """The dtype in which sums over entries of ``dtype`` are made."""
     return numpy.dtype(numpy.float32) if dtype.char == 'e' else dtype
+
+
+def as_matrix(W: Any, axis: int) -> Any:
+    """Returns a weight in the shape ``(m, n)``.
+
+    Args:
+        W: An array of NumPy or CuPy, or a Variable.
+        axis: Its output axis, from 0 to ``W.ndim - 1``.
+
+    """
+    if axis != 0:
+        W = W.transpose([axis, *(k for k in range(W.ndim) if k != axis)])
+    return W if W.ndim == 2 else W.reshape(W.shape[0], -1)
+
+
+def ordinary_norm(x: Any) -> float:
+    """Returns the norm of a vector.
+
+    Raises:
+        ExtremeNormError: Its square may have lost digits.
+
+    """
+    norm = math.sqrt(x.dot(x))
+    low, high = ORDINARY[x.dtype.char]
+    if not low < norm < high:
+        raise ExtremeNormError
+    return norm
+
+
+def careful_norm(x: Any) -> float:
+    """Returns the norm of any vector; NaN if an entry is not finite."""
+    largest = float(abs(x).max())
+    if largest == 0 or not math.isfinite(largest):
+        return 0 * largest
+    x = x / largest
+    return largest * math.sqrt(x.dot(x))
 
 
 def normalize_axis(axis: int, ndim: int) -> int:
@@ -86,14 +130,40 @@ class Matrix:
         else:
             self._blocks = W.reshape(l, m, r)
 
-    def scaled(self, scale: float) -> Matrix:
-        """Returns ``W / scale``."""
-        return Matrix(self.array / scale, self._axis)
+    def astype(self, dtype: Any) -> Matrix:
+        """Returns the matrix with entries of another dtype."""
+        return type(self)(self.array.astype(dtype, copy=False), self._axis)
 
-    def largest_row(self) -> int:
-        """Returns the index of the row with the largest norm."""
+    def is_zero(self) -> bool:
+        """Whether all entries are zero."""
+        return not self.array.any()
+
+    def start_at_largest_row(self, dtype: Any) -> Any:
+        """Returns the unit vector of the row with the largest norm.
+
+        If the matrix is not zero, that row is not orthogonal to itself, so
+        the transpose does not take the vector to zero.
+        """
+        u = numpy.zeros(self.m, dtype)
+        u[self.row_norms().argmax()] = 1
+        return u
+
+    def row_norms(self) -> Any:
+        """Returns the norms of the rows, shape ``(m,)``, of any size."""
         x = abs(self._blocks).reshape(self._l, self.m, self._r)
-        return int((x * x).sum(axis=(0, 2)).argmax())
+        largest = x.max() or 1.0
+        x = x / largest
+        return largest * numpy.sqrt((x * x).sum(axis=(0, 2)))
+
+    # For a matrix that is spread over processes these are not the same.
+
+    def norm_of_s(self, s: Any, careful: bool) -> float:
+        """Returns the norm of ``s = W^T u``, shape ``(n,)``."""
+        return careful_norm(s) if careful else ordinary_norm(s)
+
+    def norm_of_t(self, t: Any, careful: bool) -> float:
+        """Returns the norm of ``t = W v``, shape ``(m,)``."""
+        return careful_norm(t) if careful else ordinary_norm(t)
 
     def dot(self, v: Any) -> Any:
         """Returns ``W v``, shape ``(m,)``, of ``v``, shape ``(n,)``."""

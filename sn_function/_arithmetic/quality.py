@@ -21,9 +21,10 @@ from typing import Any
 import chainer
 import numpy
 
-from sn_function._arithmetic.matrix import accumulator_dtype
-from sn_function._arithmetic.power_iteration import Settings
-from sn_function._graph import normalize
+from sn_function._arithmetic import singular
+from sn_function._arithmetic.choose import arithmetic_of
+from sn_function._arithmetic.interface import Forward, Settings
+from sn_function._arithmetic.matrix import accumulator_dtype, as_matrix
 from sn_function.errors import VectorValueError
 
 
@@ -49,43 +50,24 @@ def measure(
     xp = chainer.backend.get_array_module(W)
     with numpy.errstate(all='ignore'):
         numbers = {'peak': xp.maximum(W.max(), -W.min())}
-        matrix = xp.moveaxis(W, axis, 0).reshape(W.shape[axis], -1)
         if u is not None:
             numbers['is_sound'] = xp.isfinite(u).all() & (u != 0).any()
             numbers['sigma'], numbers['residual'] = _estimate(
-                xp, W, matrix, u, Settings(n_power_iteration, axis, True))
+                W, u, Settings(n_power_iteration, axis, True))
         if true_sigma:
-            numbers['true_sigma'] = _true_sigma(xp, matrix, numbers['peak'])
+            numbers['true_sigma'] = singular.norm(W, axis)
         return {name: xp.asarray(x).astype(numpy.float64)
                 for name, x in numbers.items()}
 
 
-def _estimate(
-        xp: Any, W: Any, matrix: Any, u: Any, settings: Settings) -> Any:
+def _estimate(W: Any, u: Any, settings: Settings) -> tuple[Any, Any]:
     try:
-        ((sigma,), it), = normalize.arithmetic_of(W).normalize_all([{
-            'settings': settings, 'W': W, 'u': u, 'gamma': 1.0,
-            'output_names': ('sigma',), 'update_u': False}])
+        ((sigma,), iterations), = arithmetic_of(W).normalize_all([
+            Forward(settings, W, u, 1.0, ('sigma',))])
     except VectorValueError:  # a device replaces it without a word
         return math.nan, math.nan
-    dtype = accumulator_dtype(W.dtype)
+    matrix = as_matrix(W, settings.axis).astype(
+        accumulator_dtype(W.dtype), copy=False)
     # Divided first: then neither a large nor a small weight leaves the range.
-    difference = xp.dot(
-        it.u / sigma, matrix.astype(dtype, copy=False)) - it.v
-    return sigma, xp.sqrt((difference * difference).sum())
-
-
-def _true_sigma(xp: Any, matrix: Any, peak: Any) -> Any:
-    """The largest singular value, of the smaller one of the Gram matrices.
-
-    For the largest one that loses nothing, and it is several times as fast as
-    a singular value decomposition.
-    """
-    peak = peak.astype(numpy.float64)
-    scale = xp.where((peak > 0) & xp.isfinite(peak), peak, 1.)
-    # Of NaN there is no decomposition; it comes back at the end.
-    A = matrix.astype(numpy.float64) / scale
-    A = xp.where(xp.isfinite(A), A, 0.)
-    gram = A.dot(A.T) if len(A) <= A.shape[1] else A.T.dot(A)
-    largest = xp.linalg.eigvalsh(gram)[-1]
-    return xp.sqrt(xp.maximum(largest, 0.)) * scale + 0 * peak
+    difference = (iterations.u / sigma).dot(matrix) - iterations.v
+    return sigma, (difference * difference).sum() ** 0.5

@@ -4,8 +4,10 @@ from __future__ import annotations
 import math
 from typing import Any, Callable
 
+import chainer
 import numpy
 
+from sn_function._arithmetic import matrix
 from sn_function._arithmetic.matrix import Matrix
 from sn_function._arithmetic.power_iteration import power_iteration
 
@@ -18,9 +20,34 @@ MAX_STEPS = 512
 MAX_STARTS = 20
 
 
+def norm(W: Any, axis: int) -> Any:
+    """Returns the largest singular value of a weight, of NumPy or of CuPy.
+
+    It is that of the smaller one of the Gram matrices.  For the largest one
+    this loses nothing, and it is several times as fast as a singular value
+    decomposition.
+
+    Returns:
+        An array of shape ``()`` and dtype float64, on the device of ``W``;
+        nothing waits for it.  NaN where ``W`` holds NaN or Inf.
+
+    """
+    xp = chainer.backend.get_array_module(W)
+    A = matrix.as_matrix(W, axis).astype(numpy.float64)
+    with numpy.errstate(all='ignore'):
+        peak = abs(A).max()
+        scale = xp.where((peak > 0) & xp.isfinite(peak), peak, 1.)
+        # Of NaN there is no decomposition; it comes back at the end.
+        A = A / scale
+        A = xp.where(xp.isfinite(A), A, 0.)
+        gram = A.dot(A.T) if len(A) <= A.shape[1] else A.T.dot(A)
+        largest = xp.linalg.eigvalsh(gram)[-1]
+        return xp.sqrt(xp.maximum(largest, 0.)) * scale + 0 * peak
+
+
 def as_matrix(W: Any, axis: int) -> Any:
-    A = numpy.moveaxis(W, axis, 0).reshape(W.shape[axis], -1)
-    return A.astype(numpy.float64)
+    """Returns a weight as a matrix of float64."""
+    return matrix.as_matrix(W, axis).astype(numpy.float64)
 
 
 def singular_values(W: Any, axis: int) -> tuple[float, float | None]:
@@ -107,10 +134,8 @@ def fit(W: Any, u: Any, axis: int) -> float:
     A = Matrix(W.astype(numpy.float64), axis)
     u = u / numpy.linalg.norm(u.astype(numpy.float64))
     with numpy.errstate(all='ignore'):
-        it = power_iteration(A, u, 10)
-    # u was made a unit vector, so it.u_scale is at most 1.
+        sigma = power_iteration(A, u, 10).sigma
     first = float(numpy.linalg.norm(A.tdot(u)))
-    sigma = it.sigma * it.scale
     return first / sigma if sigma else 0.0
 
 

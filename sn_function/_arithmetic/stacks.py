@@ -16,8 +16,9 @@ from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy
 
+from sn_function._arithmetic.interface import Backward, Forward, Outputs
+from sn_function._arithmetic.matrix import ORDINARY
 from sn_function._arithmetic.power_iteration import (
-    ORDINARY,
     PowerIteration,
     as_float,
     coefficients,
@@ -29,8 +30,6 @@ MAX_SIZE = 1 << 12
 MAX_STACK_SIZE = 1 << 16
 # Fewer weights are done sooner one by one.
 MIN_LENGTH = 4
-
-Call = Any  # a dict: the arguments of a function, by name
 
 
 class Stack(NamedTuple):
@@ -54,17 +53,18 @@ class OneByOneError(Exception):
     """These weights cannot be done together."""
 
 
-def kind(call: Call) -> Any:
+def kind(call: Forward) -> Any:
     """What the weights of a stack have in common; ``None`` for no stack."""
-    W, settings = call['W'], call['settings']
+    settings, W = call.settings, call.W
     dtype = W.dtype
     if W.size > MAX_SIZE or settings.axis != 0 or not (
             dtype.char in 'fd' and dtype.isnative and W.flags.c_contiguous):
         return None
-    return W.shape, dtype.char, settings, call['output_names']
+    return W.shape, dtype.char, settings, call.output_names
 
 
-def normalize(calls: Sequence[Call]) -> list[Any]:
+def normalize(
+        calls: Sequence[Forward]) -> list[tuple[Outputs, PowerIteration]]:
     """:func:`.power_iteration.normalize` of weights of one kind.
 
     Raises:
@@ -73,27 +73,30 @@ def normalize(calls: Sequence[Call]) -> list[Any]:
     """
     if len(calls) < MIN_LENGTH:
         raise OneByOneError
-    step = MAX_STACK_SIZE // calls[0]['W'].size
+    step = MAX_STACK_SIZE // calls[0].W.size
     return [result for start in range(0, len(calls), step)
             for result in _normalize(calls[start:start + step])]
 
 
-def _normalize(calls: Sequence[Call]) -> Iterator[Any]:
-    settings, W = calls[0]['settings'], calls[0]['W']
-    A = _stacked(calls, 'W')
-    u = numpy.concatenate([call['u'] for call in calls])
-    its = _iterate(A, u, settings.n_power_iteration)
+def _normalize(calls: Sequence[Forward]) -> Iterator[Any]:
+    settings, W = calls[0].settings, calls[0].W
+    A = _stacked([call.W for call in calls])
+    u = numpy.concatenate([call.u for call in calls])
+    all_iterations = _iterate(A, u, settings.n_power_iteration)
     outputs: list[Any] = []
-    for name in calls[0]['output_names']:
+    for name in calls[0].output_names:
         if name == 'sigma':
-            outputs.append([numpy.array(it.sigma, A.dtype) for it in its])
+            outputs.append([numpy.array(iterations.sigma, A.dtype)
+                            for iterations in all_iterations])
         else:
             coefficients = [
-                as_float(call['gamma']) * settings.factor / it.floored(
-                    settings.eps)[0] for call, it in zip(calls, its)]
+                as_float(call.gamma) * settings.factor / iterations.floored(
+                    settings.eps)[0]
+                for call, iterations in zip(calls, all_iterations)]
             Y = A * _column(coefficients, A.dtype)
             outputs.append(list(Y.reshape(-1, *W.shape)))
-    return zip(zip(*outputs) if outputs else [()] * len(its), its)
+    return zip(zip(*outputs) if outputs else [()] * len(calls),
+               all_iterations)
 
 
 def _iterate(A: Any, u: Any, n: int) -> list[PowerIteration]:
@@ -127,54 +130,63 @@ def _unit(x: Any) -> tuple[Any, list[float], Any]:
     return x, norms, column
 
 
-def stack_of(call: Call) -> Any:
+def stack_of(call: Backward) -> Any:
     """What identifies the stack of a weight; ``None`` for no stack."""
-    stack = call['it'].stack
+    stack = call.iterations.stack
     return None if stack is None else id(stack)
 
 
-def gradients(calls: Sequence[Call]) -> list[Any]:
+def gradients(calls: Sequence[Backward]) -> list[Outputs]:
     """:func:`.power_iteration.gradients` of the weights of one stack.
 
     Raises:
         OneByOneError: Some are missing, or want what others do not want.
 
     """
-    settings, W, wanted, it = map(
-        calls[0].get, ('settings', 'W', 'wanted', 'it'))
-    stack, b = it.stack, len(it.stack.us[0])
-    kinds = {(tuple(call['wanted']), call.get('gY') is None,
-              call.get('gsigma') is None) for call in calls}
-    if len(calls) != b or len(kinds) > 1 or 'u' in wanted:
+    first = calls[0]
+    settings, stack, wanted = (
+        first.settings, first.iterations.stack, first.wanted)
+    kinds = {(tuple(call.wanted), call.gY is None, call.gsigma is None)
+             for call in calls}
+    if len(calls) != len(stack.us[0]) or len(kinds) > 1 or 'u' in wanted:
         raise OneByOneError
-    (_, lacks_gY, lacks_gsigma), = kinds
-    A = _stacked(calls, 'W')
+    A = _stacked([call.W for call in calls])
+    gY = None
+    if first.gY is not None:
+        gY = _stacked([call.gY for call in calls]).astype(A.dtype, copy=False)
+    a, c, dots = _coefficients(A, gY, calls)
     grads: dict[str, Any] = {}
-    a, c, dots = [0.0] * b, [0.0] * b, [0.0] * b
-    if not lacks_gsigma:
-        c = [call['gsigma'].item() for call in calls]
-    if not lacks_gY:
-        gY = _stacked(calls, 'gY').astype(A.dtype, copy=False)
-        dots = _inner(gY.reshape(b, 1, -1), A.reshape(b, 1, -1))
-        for i, call in enumerate(calls):
-            a[i], of_sigma, dots[i] = coefficients(
-                settings, call['it'], call['gamma'], dots[i])
-            c[i] += of_sigma
-        gY *= _column(a, A.dtype)
     if 'W' in wanted:
         P, Q = ((stack.us[-1], stack.vs[-1]) if settings.detach_uv
                 else _adjoint(A, stack))
         P = _transposed(P * _column(c, A.dtype))
         # BLAS is not called by matmul for one column and one row.
         gW = P * Q if settings.detach_uv else numpy.matmul(P, Q)
-        if not lacks_gY:
+        if gY is not None:
+            gY *= _column(a, A.dtype)
             gW += gY
-        grads['W'] = gW.reshape(b, *W.shape)
+        grads['W'] = gW.reshape(len(calls), *first.W.shape)
     if 'gamma' in wanted:
         grads['gamma'] = [
-            numpy.array(settings.factor * x, call['gamma'].dtype)
-            for x, call in zip(dots, calls)]
+            numpy.array(settings.factor * dot, call.gamma.dtype)
+            for dot, call in zip(dots, calls)]
     return list(zip(*[grads[name] for name in wanted]))
+
+
+def _coefficients(
+        A: Any, gY: Any, calls: Sequence[Backward],
+) -> tuple[list[float], list[float], list[float]]:
+    """``a`` and ``c`` in ``gW = a gY + c G``, and ``<gY, W> / divisor``."""
+    zeros = [0.0] * len(calls)
+    a, c, dots = zeros, zeros, zeros
+    if gY is not None:
+        inner = _inner(gY.reshape(len(A), 1, -1), A.reshape(len(A), 1, -1))
+        a, c, dots = map(list, zip(*[
+            coefficients(call.settings, call.iterations, call.gamma, dot)
+            for call, dot in zip(calls, inner)]))
+    if calls[0].gsigma is not None:
+        c = [x + call.gsigma.item() for x, call in zip(c, calls)]
+    return a, c, dots
 
 
 def _adjoint(A: Any, stack: Stack) -> tuple[Any, Any]:
@@ -191,15 +203,13 @@ def _adjoint(A: Any, stack: Stack) -> tuple[Any, Any]:
         P = [tbar, u, *P]
         Q = [v, sbar, *Q]
         if k > 0:
-            ubar = numpy.matmul(A, _transposed(sbar)).reshape(u.shape)
-            tbar = ubar - u * numpy.matmul(u, _transposed(ubar))
+            tbar = numpy.matmul(A, _transposed(sbar)).reshape(u.shape)
             tbar /= t_norms[k - 1]
     return numpy.concatenate(P, axis=1), numpy.concatenate(Q, axis=1)
 
 
-def _stacked(calls: Sequence[Call], name: str) -> Any:
+def _stacked(arrays: Sequence[Any]) -> Any:
     """A copy of the arrays, as matrices one after another."""
-    arrays = [call[name] for call in calls]
     return numpy.concatenate(arrays).reshape(len(arrays), len(arrays[0]), -1)
 
 

@@ -2,6 +2,11 @@
 
 The Grad node differentiates this, with all its small nodes, where the
 gradient of a gradient is asked for.  Nothing else uses it.
+
+The weight is divided by its sigma first, as a constant, so that the powers of
+sigma in higher orders do not leave the range: sigma of that is near 1, and
+``W / sigma`` is the same.  It is multiplied twice by ``root = sigma^(-1/2)``,
+as neither the inverse of sigma nor sigma itself need be in the range of W.
 """
 from __future__ import annotations
 
@@ -12,47 +17,59 @@ import chainer
 from chainer import backend
 from chainer import functions as F
 
-from sn_function._arithmetic.power_iteration import Settings
+from sn_function._arithmetic.interface import Iterations, Settings
 
 
 def compose(
-        settings: Settings, it: Any, W: chainer.Variable, u: Any, gamma: Any,
+        settings: Settings, iterations: Iterations, W: chainer.Variable,
+        u: Any, gamma: Any,
 ) -> tuple[chainer.Variable, chainer.Variable]:
     """``Y`` and ``sigma`` out of Chainer's functions, for higher orders."""
-    dtype = it.u.dtype
-    xp = backend.get_array_module(it.u)
+    dtype = iterations.u.dtype
+    xp = backend.get_array_module(iterations.u)
     in_full = F.cast(W, dtype)
-    scaled = _divide(in_full, it.scale)
-    sigma = _estimate(settings, it, scaled, u)
-    divisor, scale, is_above = it.floored(settings.eps)
+    root = _root(iterations.sigma, dtype)
+    scaled = _times(in_full, root, root)
+    sigma = _estimate(settings, iterations, scaled, u)
+    if isinstance(gamma, chainer.Variable):
+        gamma = F.cast(gamma, dtype)
+    floor, is_above = iterations.floored(settings.eps)
+    Y = in_full
     if is_above is True:
-        divisor = sigma
-    elif is_above is not False:  # a device knows, and does not tell
+        Y, divisor = scaled, sigma
+    elif is_above is False:
+        divisor = floor
+    else:  # a device knows, and does not tell
         # Where sigma is not used, its derivatives, which may overflow, must
         # not be there to be multiplied by zero.
         ones = chainer.as_variable(xp.ones_like(scaled.array))
+        Y = _where(is_above, scaled, in_full)
         divisor = _where(is_above, _estimate(
-            settings, it, _where(is_above, scaled, ones), u), divisor)
-    if isinstance(gamma, chainer.Variable):
-        gamma = F.cast(gamma, dtype)
+            settings, iterations, _where(is_above, scaled, ones), u),
+            xp.asarray(floor, dtype))
     coefficient = gamma * settings.factor / divisor
     if not isinstance(coefficient, chainer.Variable):
         coefficient = chainer.as_variable(xp.asarray(coefficient, dtype))
-    Y = _divide(in_full, scale)
-    Y *= F.broadcast_to(coefficient, Y.shape)
-    for factor in _factors(it.scale):
-        sigma /= factor
-    return F.cast(Y, W.dtype), sigma
+    Y = Y * F.broadcast_to(coefficient, Y.shape)
+    return F.cast(Y, W.dtype), sigma / root / root
+
+
+def _root(sigma: Any, dtype: Any) -> Any:
+    """``sigma^(-1/2)``, or 1 where sigma is zero."""
+    if isinstance(sigma, float):
+        return (sigma or 1.0) ** -0.5
+    xp = backend.get_array_module(sigma)
+    return (xp.where(sigma == 0, 1., sigma) ** -0.5).astype(dtype)
 
 
 def _estimate(
-        settings: Settings, it: Any, W: chainer.Variable, u: Any,
-) -> chainer.Variable:
-    """Sigma of a weight that is in its units, in these."""
+        settings: Settings, iterations: Iterations, W: chainer.Variable,
+        u: Any) -> chainer.Variable:
+    """Sigma of a multiple of the weight that the iterations were run on."""
     A = _Blocks(W, settings.axis)
     if settings.detach_uv:
-        return F.sum(it.u * A.dot(chainer.as_variable(it.v)))
-    u = _start(it, u)
+        return F.sum(iterations.u * A.dot(chainer.as_variable(iterations.v)))
+    u = _start(iterations, u)
     for _ in range(settings.n_power_iteration):
         t = A.dot(_unit(A.tdot(u)))
         u = _unit(t)
@@ -66,37 +83,23 @@ def _where(condition: Any, x: Any, y: Any) -> chainer.Variable:
         xp.broadcast_to(condition != 0, x.shape), x, chainer.as_variable(y))
 
 
-def _start(it: Any, u: Any) -> chainer.Variable:
-    """``u_0`` in its units, as a function of u if it is one."""
-    start = chainer.as_variable(it.start)
-    if not isinstance(u, chainer.Variable) or it.restarted is True:
+def _start(iterations: Iterations, u: Any) -> chainer.Variable:
+    """A multiple of ``u_0``, as a function of u if it is one."""
+    dtype = iterations.u.dtype
+    start = chainer.as_variable(iterations.start.astype(dtype, copy=False))
+    if not isinstance(u, chainer.Variable) or iterations.restarted is True:
         return start
-    u = _divide(F.cast(u, start.dtype), it.u_scale)
-    if it.restarted is False:
+    u = _unit(F.cast(u, dtype))
+    if iterations.restarted is False:
         return u
-    return _where(it.restarted, start, u)
+    return _where(iterations.restarted, start, u)
 
 
-def _factors(scale: Any) -> tuple[Any, ...]:
-    """Factors of the inverse of a power of two, which may overflow itself.
-
-    A device gives them as such.
-    """
-    if isinstance(scale, tuple):
-        return scale
-    if scale == 1.0:
-        return ()
-    exponent = math.frexp(scale)[1] - 1
-    half = exponent // 2
-    return 2.0 ** -half, 2.0 ** (half - exponent)
-
-
-def _divide(x: chainer.Variable, scale: Any) -> chainer.Variable:
-    """``x / scale``"""
-    for factor in _factors(scale):
+def _times(x: chainer.Variable, *factors: Any) -> chainer.Variable:
+    for factor in factors:
         if not isinstance(factor, float):
             factor = F.broadcast_to(chainer.as_variable(factor), x.shape)
-        x *= factor
+        x = x * factor
     return x
 
 
@@ -111,7 +114,7 @@ def _unit(x: chainer.Variable) -> chainer.Variable:
 
 
 class _Blocks:
-    """:class:`_matrix.Matrix` for Variables."""
+    """:class:`._arithmetic.matrix.Matrix` for Variables."""
 
     def __init__(self, W: chainer.Variable, axis: int) -> None:
         shape = W.shape

@@ -14,6 +14,7 @@ import numpy
 from chainer import function_node
 
 from sn_function._arithmetic import device, host
+from sn_function._arithmetic.interface import Arithmetic, Outputs
 
 
 def config(*names: str) -> list[Any]:
@@ -42,8 +43,7 @@ class Node(function_node.FunctionNode):
         return self.compute(device, inputs)
 
     def compute(
-            self, arithmetic: Any, inputs: tuple[Any, ...]
-    ) -> tuple[Any, ...]:
+            self, arithmetic: Arithmetic, inputs: Outputs) -> Outputs:
         """Returns the outputs, by the arithmetic of NumPy or of CuPy."""
         raise NotImplementedError
 

@@ -1,47 +1,48 @@
 """The nodes of the graph: normalization of weights, and its gradient.
 
-The arithmetic is in :mod:`sn_function._arithmetic.host` for NumPy, and in
-:mod:`sn_function._arithmetic.device` for CuPy.
+The arithmetic is in :mod:`sn_function._arithmetic`.
 """
 from __future__ import annotations
 
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Sequence, Union
 
 import chainer
 import numpy
 from chainer import functions as F
 
 from sn_function import _checks
-from sn_function._arithmetic import device, host
-from sn_function._arithmetic.power_iteration import Settings
-from sn_function._graph import higher_order
-from sn_function._graph import node as _graph
+from sn_function._arithmetic.choose import arithmetic_of
+from sn_function._arithmetic.interface import (
+    Arithmetic,
+    Array,
+    Backward,
+    Forward,
+    Outputs,
+    Settings,
+)
+from sn_function._graph import higher_order, node
 
-Array = Any  # numpy.ndarray or cupy.ndarray
 ArrayOrVariable = Any  # Array or chainer.Variable
+Number = Union[int, float]
+Grads = Sequence[Any]  # a Variable or None for each
 
 
-def arithmetic_of(array: Array) -> Any:
-    """Returns the module that computes on this kind of array."""
-    return device if _checks.is_on_device(array) else host
-
-
-class Weight:
-    """One weight of a node, and how to compute on it.
+class Normalization:
+    """The normalization of one weight in a node.
 
     Attributes:
         names (tuple of str): Names of its inputs, ``'W'`` first.
         settings (Settings): What the caller chose.
-        u, gamma: Those that are no inputs.  Leaving them out of the graph is
-            what makes it cheap.
+        u, gamma: Those that are no inputs.  Arrays outside of the graph take
+            less time than inputs.
         output_names (tuple of str): ``'Y'``, ``'sigma'`` or both.
         update_u (bool): Whether forward overwrites ``u``.
-        it: What forward computed.
+        iterations: What forward computed.
 
     """
 
-    __slots__ = ('gamma', 'it', 'names', 'output_names', 'settings', 'u',
-                 'update_u')
+    __slots__ = ('gamma', 'iterations', 'names', 'output_names', 'settings',
+                 'u', 'update_u')
 
     def __init__(
             self, names: tuple[str, ...], settings: Settings, u: Any,
@@ -52,30 +53,41 @@ class Weight:
         self.gamma = gamma
         self.output_names = output_names
         self.update_u = update_u
-        self.it: Any = None
+        self.iterations: Any = None
 
-    def call(self, inputs: Iterator[Array]) -> dict[str, Any]:
-        """Arguments, by name; takes its own from the inputs."""
+    def _arguments(self, inputs: Iterator[Any]) -> tuple[Any, Any, Any]:
+        """``W``, ``u`` and ``gamma``; takes its own from the inputs."""
         names = self.names
-        return {
-            'settings': self.settings,
-            'W': next(inputs),
-            'u': next(inputs) if 'u' in names else self.u,
-            'gamma': next(inputs) if 'gamma' in names else self.gamma}
+        return (next(inputs),
+                next(inputs) if 'u' in names else self.u,
+                next(inputs) if 'gamma' in names else self.gamma)
 
-    def keep(self, it: Any) -> None:
+    def forward(self, inputs: Iterator[Array], reuse: bool) -> Forward:
+        W, u, gamma = self._arguments(inputs)
+        return Forward(self.settings, W, u, gamma, self.output_names,
+                       self.update_u, reuse)
+
+    def keep(self, iterations: Any) -> None:
         """Keeps what forward computed, but nothing that others may change."""
-        self.it = it
+        self.iterations = iterations
         self.u = None
         if type(self.gamma) is not float and self.gamma is not None:
             self.gamma = self.gamma.copy()
 
+    def backward(
+            self, inputs: Iterator[Any], wanted: Sequence[str], gY: Any,
+            gsigma: Any, reuse: bool = False) -> Backward:
+        W, u, gamma = self._arguments(inputs)
+        return Backward(self.settings, self.iterations, wanted, W, u, gamma,
+                        gY, gsigma, reuse)
 
-class SpectralNormalize(_graph.Node):
+
+class SpectralNormalize(node.Node):
     """``(W[, u][, gamma]) -> (Y[, sigma])`` or ``sigma``, of each weight."""
 
     def __init__(
-            self, weights: Sequence[Weight], is_shared: bool = False) -> None:
+            self, weights: Sequence[Normalization],
+            is_shared: bool = False) -> None:
         super().__init__()
         self.weights = weights
         self.is_shared = is_shared
@@ -89,121 +101,142 @@ class SpectralNormalize(_graph.Node):
         if not self.is_shared:
             super().unchain()
 
-    def compute(
-            self, arithmetic: Any, inputs: tuple[Array, ...]
-    ) -> tuple[Array, ...]:
+    def compute(self, arithmetic: Arithmetic, inputs: Outputs) -> Outputs:
         arrays = iter(inputs)
         # Without a graph the normalized weights do not live side by side, so
         # that keeping the memory of each would take more than it did.
-        reuse, = _graph.config('enable_backprop')
-        calls = []
-        for weight in self.weights:
-            call = weight.call(arrays)
-            call['output_names'] = weight.output_names
-            call['update_u'] = weight.update_u
-            call['reuse'] = reuse
-            calls.append(call)
+        reuse, = node.config('enable_backprop')
         outputs: list[Array] = []
-        for weight, (of_weight, it) in zip(
-                self.weights, arithmetic.normalize_all(calls)):
-            weight.keep(it)
+        for weight, (of_weight, iterations) in zip(
+                self.weights, arithmetic.normalize_all([
+                    weight.forward(arrays, reuse)
+                    for weight in self.weights])):
+            weight.keep(iterations)
             outputs += of_weight
         return tuple(outputs)
 
     def backward(
-            self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]
+            self, indexes: tuple[int, ...], grad_outputs: Grads,
     ) -> tuple[Any, ...]:
-        with_graph, = _graph.config('enable_backprop')
+        with_graph, = node.config('enable_backprop')
         inputs = (self.get_retained_inputs() if with_graph
                   else [x.data for x in self.inputs])
-        arrays, grads = iter(inputs), iter(grad_outputs)
-        asked = set(indexes)
-        places: list[int] = []
-        calls: list[dict[str, Any]] = []
-        weights = []
-        i = 0
-        for weight in self.weights:
-            call = weight.call(arrays)
-            n_without = len(call)
-            for name in weight.output_names:
-                g = next(grads)
-                if g is not None:
-                    call['g' + name] = g if with_graph else g.array
-            has_gradient = len(call) > n_without
-            call['wanted'] = wanted = []
-            for name in weight.names:
-                if has_gradient and i in asked and not (
-                        name == 'u' and weight.settings.detach_uv):
-                    wanted.append(name)
-                    places.append(i)
-                i += 1
-            if wanted:
-                call['it'] = weight.it
-                call['reuse'] = True
+        arrays = iter(inputs)
+        wanted, places = self._wanted(indexes, grad_outputs)
+        grads = iter(grad_outputs)
+        calls, weights = [], []
+        for weight, names in zip(self.weights, wanted):
+            gY, gsigma = _upstream(weight, grads, with_graph)
+            call = weight.backward(arrays, names, gY, gsigma, reuse=True)
+            if names:
                 calls.append(call)
                 weights.append(weight)
         found: list[Any] = []
         if with_graph:
             for weight, call in zip(weights, calls):
-                names = [*weight.names, *(
-                    name for name in ('gY', 'gsigma') if name in call)]
-                found += SpectralNormalizeGrad(
-                    weight, names, call['wanted']).apply(
-                        tuple([call[name] for name in names]))
-        elif calls:
-            # Spare a small weight the cost of a node.
+                found += SpectralNormalizeGrad.of(weight, call)
+        elif calls:  # the cost of a node is spared
             arithmetic = arithmetic_of(inputs[0])
-            for arrays in arithmetic.gradients_all(calls):
-                found += map(_graph.variable, arrays)
+            for of_weight in arithmetic.gradients_all(calls):
+                found += map(node.variable, of_weight)
         if len(found) == len(indexes):
             return tuple(found)
         of_places = dict(zip(places, found))
         return tuple([of_places.get(i) for i in indexes])
 
+    def _wanted(
+            self, indexes: Sequence[int], grad_outputs: Grads,
+    ) -> tuple[list[list[str]], list[int]]:
+        """Which inputs of each weight get a gradient.
 
-class SpectralNormalizeGrad(_graph.Node):
+        Returns:
+            Their names, for each weight, and their places among the inputs.
+
+        """
+        asked = set(indexes)
+        all_names: list[list[str]] = []
+        places: list[int] = []
+        i = k = 0
+        for weight in self.weights:
+            end = k + len(weight.output_names)
+            has_gradient = any([g is not None for g in grad_outputs[k:end]])
+            k = end
+            names = []
+            for name in weight.names:
+                if has_gradient and i in asked and not (
+                        name == 'u' and weight.settings.detach_uv):
+                    names.append(name)
+                    places.append(i)
+                i += 1
+            all_names.append(names)
+        return all_names, places
+
+
+def _upstream(
+        weight: Normalization, grads: Iterator[Any], with_graph: bool,
+) -> tuple[Any, Any]:
+    """Takes the gradients of a weight's outputs; returns gY and gsigma."""
+    given: dict[str, Any] = {}
+    for name in weight.output_names:
+        g = next(grads)
+        given[name] = g if with_graph or g is None else g.array
+    return given.get('Y'), given.get('sigma')
+
+
+class SpectralNormalizeGrad(node.Node):
     """``(W[, u][, gamma][, gY][, gsigma]) -> (gW, gu, ggamma)``, as wanted."""
 
     def __init__(
-            self, weight: Weight, names: Sequence[str],
+            self, weight: Normalization, upstream: Sequence[str],
             wanted: Sequence[str]) -> None:
         super().__init__()
         self.weight = weight
-        self.names = names
+        self.upstream = upstream
         self.wanted = wanted
 
-    def compute(
-            self, arithmetic: Any, inputs: tuple[Array, ...]
-    ) -> tuple[Array, ...]:
-        arrays = iter(inputs)
-        call = self.weight.call(arrays)
-        call.update(zip(self.names[len(self.weight.names):], arrays),
-                    wanted=self.wanted, it=self.weight.it)
-        grads, = arithmetic.gradients_all([call])
+    @classmethod
+    def of(
+            cls, weight: Normalization, call: Backward,
+    ) -> tuple[chainer.Variable, ...]:
+        """Returns the gradients of a call whose arguments are Variables."""
+        upstream = [name for name in ('gY', 'gsigma')
+                    if getattr(call, name) is not None]
+        return cls(weight, upstream, call.wanted).apply(tuple([
+            getattr(call, name) for name in (*weight.names, *upstream)]))
+
+    def _call(self, inputs: Sequence[Any]) -> Backward:
+        n = len(self.weight.names)
+        given = dict(zip(self.upstream, inputs[n:]))
+        return self.weight.backward(
+            iter(inputs[:n]), self.wanted, given.get('gY'),
+            given.get('gsigma'))
+
+    def compute(self, arithmetic: Arithmetic, inputs: Outputs) -> Outputs:
+        grads, = arithmetic.gradients_all([self._call(inputs)])
         return grads
 
     def backward(
-            self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]
+            self, indexes: tuple[int, ...], grad_outputs: Grads,
     ) -> tuple[Any, ...]:
         # The gradients are written once more, as a graph of Chainer's
         # functions, and differentiated.  The inputs go through an identity:
         # chainer.grad must stop there, for gY may itself depend on W.
         with chainer.force_backprop_mode(), numpy.errstate(all='ignore'):
-            inputs = {name: F.identity(x) for name, x in
-                      zip(self.names, self.get_retained_inputs())}
-            x = dict(self.weight.call(iter(inputs.values())), **inputs)
-            outputs = dict(zip(('gY', 'gsigma'), higher_order.compose(
-                x['settings'], self.weight.it, x['W'], x['u'], x['gamma'])))
-            given = [name for name in outputs if name in x]
+            inputs = [F.identity(x) for x in self.get_retained_inputs()]
+            call = self._call(inputs)
+            Y, sigma = higher_order.compose(
+                call.settings, call.iterations, call.W, call.u, call.gamma)
+            pairs = [(y, gy) for y, gy in ((Y, call.gY), (sigma, call.gsigma))
+                     if gy is not None]
+            ys, gys = zip(*pairs)
             grads = chainer.grad(
-                [outputs[name] for name in given],
-                [x[name] for name in self.wanted],
-                [x[name] for name in given], enable_double_backprop=True)
+                ys, [getattr(call, name) for name in self.wanted], gys,
+                enable_double_backprop=True)
         pairs = [(g, gg) for g, gg in zip(grads, grad_outputs)
                  if g is not None and gg is not None]
         with numpy.errstate(all='ignore'):
             return tuple(chainer.grad(
-                [g for g, _ in pairs], [x[self.names[i]] for i in indexes],
+                [g for g, _ in pairs], [inputs[i] for i in indexes],
                 [gg for _, gg in pairs],
                 enable_double_backprop=chainer.config.enable_backprop))
 
@@ -219,8 +252,8 @@ def make_settings(
 def make_weight(
         W: ArrayOrVariable, u: ArrayOrVariable, gamma: Any,
         settings: Settings, output_names: tuple[str, ...], update_u: bool,
-) -> tuple[Weight, list[ArrayOrVariable]]:
-    """Checks the arguments; returns the weight of a node, and its inputs."""
+) -> tuple[Normalization, list[ArrayOrVariable]]:
+    """Checks the arguments; returns a weight for a node, and its inputs."""
     axis = _checks.check_arrays(W, u, settings.axis, update_u)
     if axis != settings.axis or type(settings.axis) is not int:
         settings = settings._replace(axis=axis)
@@ -235,17 +268,20 @@ def make_weight(
         names += 'gamma',
         inputs.append(gamma)
         gamma = None
-    return Weight(names, settings, u, gamma, output_names, update_u), inputs
+    return Normalization(
+        names, settings, u, gamma, output_names, update_u), inputs
 
 
 def normalize(
-        weights: Sequence[tuple[Weight, list[ArrayOrVariable]]],
+        weights: Sequence[tuple[Normalization, list[ArrayOrVariable]]],
         is_shared: bool = False,
 ) -> list[tuple[chainer.Variable, ...]]:
     """Normalizes weights in one node; returns the outputs of each."""
     if not weights:
         return []
-    node = SpectralNormalize([weight for weight, _ in weights], is_shared)
-    outputs = iter(node.apply([x for _, inputs in weights for x in inputs]))
+    function = SpectralNormalize(
+        [weight for weight, _ in weights], is_shared)
+    outputs = iter(function.apply(
+        [x for _, inputs in weights for x in inputs]))
     return [tuple([next(outputs) for _ in weight.output_names])
             for weight, _ in weights]

@@ -16,10 +16,7 @@ and of n numbers in each step of the adjoint of
     G_r += tbar_{k,r} v_k^T + u_{k-1,r} sbar_k^T
     tbar_{k-1,r} = W_r sbar_k / |t_{k-1}|
 
-``<gY, W>`` goes with the first of these.  That tbar_{k-1} is orthogonal to
-u_{k-1} needs no sum: with ubar = W sbar_k, and as s_k = W^T u_{k-1},
-
-    u_{k-1} . ubar = s_k . sbar_k = |s_k| (v_k . sbar_k) = 0.
+``<gY, W>`` goes with the first of these.
 
 No rank may take a branch, or raise, alone: the others would wait for it for
 ever.  So each decision is made from what ``MPI_Allreduce`` has returned, which
@@ -35,17 +32,19 @@ import chainer
 import numpy
 
 from sn_function import _checks, errors
-from sn_function._arithmetic import matrix, power_iteration
-from sn_function._arithmetic.power_iteration import (
+from sn_function._arithmetic import power_iteration
+from sn_function._arithmetic.choose import is_on_device
+from sn_function._arithmetic.interface import Arithmetic, Outputs, Settings
+from sn_function._arithmetic.matrix import (
     ORDINARY,
-    PowerIteration,
-    Settings,
+    ExtremeNormError,
+    Matrix,
+    accumulator_dtype,
+    careful_norm,
+    ordinary_norm,
 )
 from sn_function._graph import node
-from sn_function.functions import ArrayOrVariable, Number
-
-# Norms, as those of ORDINARY.
-ANY = (-1.0, math.inf)
+from sn_function._graph.normalize import ArrayOrVariable, Number
 
 # What all ranks have to call with: else they would send different things.
 FACTS = (
@@ -91,16 +90,13 @@ class Ranks:
 
     def agree(
             self, problem: errors.SpectralNormalizationError | None,
-            facts: Sequence[float], u_max: float) -> float:
+            facts: Sequence[float], u_max: float) -> None:
         """Raises on all ranks or on none.
 
         Args:
             problem: What this rank has to object, or ``None``.
             facts: Numbers that have to be equal, see ``FACTS``.
             u_max: The largest entry of this rank's part of u.
-
-        Returns:
-            The largest entry of u.
 
         """
         n = len(facts)
@@ -119,11 +115,6 @@ class Ranks:
                     name, facts[i], -limits[n + i], limits[i])
         if not 0 < u_max < math.inf:
             raise errors.ShardedVectorValueError(u_max)
-        return u_max
-
-
-class _ExtremeNorm(ArithmeticError):
-    """Raised on all ranks together."""
 
 
 def _size(x: Any) -> float:
@@ -133,101 +124,65 @@ def _size(x: Any) -> float:
     return size if size < math.inf else math.inf
 
 
-def _iterate(
-        ranks: Ranks, A: matrix.Matrix, u: Any, n: int,
-        norms: tuple[float, float]) -> PowerIteration:
-    """Runs ``n`` iterations.
+class ShardedMatrix(Matrix):
+    """The rows of a matrix that this rank holds, and what all ranks sum.
 
-    Raises:
-        _ExtremeNorm: A norm is not between these two.
-
+    :func:`.power_iteration.power_iteration` and its adjoint run on it as on a
+    whole matrix.  A vector of m entries is this rank's part of it; one of n
+    entries is whole.
     """
-    low, high = norms
-    us, vs, s_norms, t_norms = [u], [], [], []
-    sigma = 0.0
-    for _ in range(n):
-        s = ranks.sum(A.tdot(u))
-        s_norm = math.sqrt(s.dot(s))
-        v = s / (s_norm or 1.0)
-        t = A.dot(v)
-        # A rank that would stop at |s| tells the others by a NaN: its BLAS
+
+    __slots__ = ('_is_ordinary', 'ranks')
+    ranks: Ranks
+
+    @classmethod
+    def of(cls, ranks: Ranks, W: Any, dtype: Any) -> ShardedMatrix:
+        rows = cls(W.astype(dtype, copy=False), 0)
+        rows.ranks = ranks
+        return rows
+
+    def astype(self, dtype: Any) -> ShardedMatrix:
+        return self.of(self.ranks, self.array, dtype)
+
+    def tdot(self, u: Any) -> Any:
+        return self.ranks.sum(super().tdot(u))
+
+    def norm_of_s(self, s: Any, careful: bool) -> float:
+        if careful:
+            return careful_norm(s)
+        # A rank that would stop here tells the others in norm_of_t: its BLAS
         # may add in another order than theirs.
-        square = float(t.dot(t)) if low < s_norm < high else math.nan
-        sigma = math.sqrt(ranks.sum(numpy.array([square]))[0])
-        if not low < sigma < high:
-            raise _ExtremeNorm
-        u = t / (sigma or 1.0)
-        us.append(u)
-        vs.append(v)
-        s_norms.append(s_norm or 1.0)
-        t_norms.append(sigma or 1.0)
-    return PowerIteration(us, vs, s_norms, t_norms, sigma)
+        self._is_ordinary = True
+        try:
+            return ordinary_norm(s)
+        except ExtremeNormError:
+            self._is_ordinary = False
+            return 1.0
 
+    def norm_of_t(self, t: Any, careful: bool) -> float:
+        if careful:
+            largest, = self.ranks.max([_size(t)])
+            if largest in (0, math.inf):
+                return 0 * largest
+            return largest * self._norm(t / largest)
+        norm = self._norm(t if self._is_ordinary else numpy.array([math.nan]))
+        low, high = ORDINARY[t.dtype.char]
+        if not low < norm < high:
+            raise ExtremeNormError  # on all ranks together
+        return norm
 
-def _power_iterations(
-        ranks: Ranks, A: matrix.Matrix, u: Any, n: int, u_max: float,
-) -> PowerIteration:
-    """As :func:`sn_function._arithmetic.power_iteration.power_iteration`."""
-    try:
-        return _iterate(ranks, A, u, n, ORDINARY[u.dtype.char])
-    except _ExtremeNorm:
-        return _rescaled(ranks, A, u, n, u_max)
+    def _norm(self, t: Any) -> float:
+        square = numpy.array([float(t.dot(t))])
+        return math.sqrt(self.ranks.sum(square)[0])
 
+    def is_zero(self) -> bool:
+        return self.ranks.max([_size(self.array)]) == [0]
 
-def _rescaled(
-        ranks: Ranks, A: matrix.Matrix, u: Any, n: int, u_max: float,
-) -> PowerIteration:
-    """The same for a weight or a u of extreme size, or a zero product."""
-    scale, = ranks.max([_size(A.array)])
-    if scale == math.inf:
-        us, vs = ([numpy.full(length, numpy.nan, u.dtype)] * n
-                  for length in (A.m, A.n))
-        ones = [1.0] * n
-        return PowerIteration([u, *us], vs, ones, ones, math.nan)
-    if scale == 0:
-        return _iterate(ranks, A, u, n, ANY)
-    # Powers of two: dividing by them loses no digit.
-    scale = 2.0 ** (math.frexp(scale)[1] - 1)
-    u_scale = 2.0 ** (math.frexp(u_max)[1] - 1)
-    A = A.scaled(scale)
-    it = _iterate(ranks, A, u / u_scale, n, ANY)
-    if not it.sigma:
-        # W^T u_0 is zero and W is not.  The largest row is never orthogonal
-        # to itself.
-        e = numpy.zeros_like(u)
-        i = A.largest_row()
-        if ranks.has_largest(float(numpy.linalg.norm(A.array[i]))):
-            e[i] = 1
-        it = _iterate(ranks, A, e, n, ANY)._replace(restarted=True)
-    return it._replace(scale=scale, u_scale=u_scale)
-
-
-def _adjoint(
-        ranks: Ranks, A: matrix.Matrix, it: PowerIteration, vbar: Any,
-) -> tuple[Any, Any]:
-    """Returns P, of this rank, and Q: ``d sigma / d W_r = P^T Q``.
-
-    Args:
-        ranks: The ranks.
-        A: The rows that ``it`` was computed from.
-        it: The iterations.
-        vbar: ``W^T u_K``, summed over the ranks.
-
-    """
-    K = len(it.vs)
-    P = numpy.empty((2 * K, A.m), it.u.dtype)
-    Q = numpy.empty((2 * K, A.n), it.u.dtype)
-    tbar = it.u
-    for k in range(K - 1, -1, -1):
-        if k < K - 1:
-            vbar = ranks.sum(A.tdot(tbar))
-        v = it.vs[k]
-        sbar = (vbar - v * v.dot(vbar)) / it.s_norms[k]
-        P[2 * k], Q[2 * k] = tbar, v
-        P[2 * k + 1], Q[2 * k + 1] = it.us[k], sbar
-        if k > 0:
-            tbar = A.dot(sbar) / it.t_norms[k - 1]
-    return P, Q
+    def start_at_largest_row(self, dtype: Any) -> Any:
+        u = super().start_at_largest_row(dtype)
+        if not self.ranks.has_largest(float(self.row_norms().max())):
+            u[...] = 0
+        return u
 
 
 class ShardedNormalize(node.Node):
@@ -237,42 +192,40 @@ class ShardedNormalize(node.Node):
         ranks: The ranks.
         settings: What the caller chose.
         has_sigma: Whether sigma is an output.
-        it: What forward computed; u is this rank's part of it.
+        iterations: What forward computed; u is this rank's part of it.
 
     """
 
     def __init__(
-            self, ranks: Ranks, settings: Settings, u: Any, u_max: float,
-            update_u: bool, has_sigma: bool) -> None:
+            self, ranks: Ranks, settings: Settings, u: Any, update_u: bool,
+            has_sigma: bool) -> None:
         super().__init__()
         self.ranks = ranks
         self.settings = settings
         self.has_sigma = has_sigma
-        self._start: Any = u, u_max, update_u
-        self.it: Any = None
+        self._start: Any = u, update_u
+        self.iterations: Any = None
 
     def compute(
-            self, arithmetic: Any, inputs: tuple[Any, ...]
-    ) -> tuple[Any, ...]:
+            self, arithmetic: Arithmetic, inputs: Outputs) -> Outputs:
         W, = inputs
-        u, u_max, update_u = self._start
-        n = self.settings.n_power_iteration
+        u, update_u = self._start
+        dtype = accumulator_dtype(W.dtype)
         # NaN and overflow show in the outputs; they need no warning as well.
         with numpy.errstate(all='ignore'):
-            A = power_iteration.unfold(W, 0)
-            dtype = A.array.dtype
             # A copy: the owner of u is free to change it.
-            it = _power_iterations(
-                self.ranks, A, u.astype(dtype), n, u_max)
-            divisor, scale, _ = it.floored(self.settings.eps)
-            x = A.array if scale == 1.0 else A.array / scale
-            Y = x * (self.settings.factor / divisor)
-            outputs: tuple[Any, ...] = Y.astype(W.dtype, copy=False),
+            iterations = power_iteration.power_iteration(
+                ShardedMatrix.of(self.ranks, W, dtype), u.astype(dtype),
+                self.settings.n_power_iteration)
+            divisor, _ = iterations.floored(self.settings.eps)
+            Y = iterations.matrix.array * (self.settings.factor / divisor)
+            outputs: Outputs = Y.astype(W.dtype, copy=False),
             if self.has_sigma:
-                outputs += numpy.array(it.sigma * it.scale, dtype),
+                outputs += numpy.array(iterations.sigma, dtype),
             if update_u:
-                power_iteration.store(u, it)
-        self._start, self.it = None, it
+                power_iteration.store(u, iterations)
+        self.iterations = iterations._replace(matrix=None)
+        self._start = None
         return outputs
 
     def backward(
@@ -293,8 +246,7 @@ class ShardedNormalizeGrad(node.Node):
         self.names = names
 
     def compute(
-            self, arithmetic: Any, inputs: tuple[Any, ...]
-    ) -> tuple[Any, ...]:
+            self, arithmetic: Arithmetic, inputs: Outputs) -> Outputs:
         W, *grads = inputs
         given = dict(zip(self.names, grads))
         with numpy.errstate(all='ignore'):
@@ -302,40 +254,46 @@ class ShardedNormalizeGrad(node.Node):
         return gW.astype(W.dtype, copy=False),
 
     def _gradient(self, W: Any, gY: Any, gsigma: Any) -> Any:
-        ranks, settings, it = self.of.ranks, self.of.settings, self.of.it
-        A = power_iteration.unfold(W, 0)
+        settings, iterations = self.of.settings, self.of.iterations
+        dtype = iterations.u.dtype
+        A = ShardedMatrix.of(self.of.ranks, W, dtype)
         if gY is not None:
-            gY = gY.astype(A.array.dtype, copy=False)
-        divisor, scale, is_above = it.floored(settings.eps)
-        a = settings.factor / divisor / scale
+            gY = gY.astype(dtype, copy=False)
+        _, is_above = iterations.floored(settings.eps)
         if not (is_above or self.of.has_sigma):
-            return gY * a  # the divisor is a constant: there is nothing to sum
-        if it.scale != 1.0:
-            A = A.scaled(it.scale)
-        # On a rank that uses only one of its outputs the other adds nothing.
+            # The divisor is a constant: there is nothing to sum.
+            return gY * power_iteration.coefficients(
+                settings, iterations, 1.0, 0.0)[0]
+        dot, of_sigma, vbar = self._sums(A, gY, gsigma)
+        a, c, _ = power_iteration.coefficients(settings, iterations, 1.0, dot)
+        P, Q, _ = power_iteration.adjoint(
+            A, iterations, settings.detach_uv, False, vbar)
+        return A.combination(a, gY, c + of_sigma, P, Q)
+
+    def _sums(
+            self, A: ShardedMatrix, gY: Any, gsigma: Any,
+    ) -> tuple[float, float, Any]:
+        """``<gY, W>`` and gsigma of all ranks, and ``W^T u_K``; sent at once.
+
+        On a rank that uses only one of its outputs the other adds nothing.
+        ``W^T u_K`` is not needed where u and v are constants.
+        """
+        of = self.of
+        rows = Matrix(A.array, 0)  # of this rank alone
         numbers = [0.0, 0.0 if gsigma is None else gsigma.item()]
-        numbers = numbers[:1 + self.of.has_sigma]
-        if settings.detach_uv:
+        vbar: Any = numpy.empty(0)
+        if of.settings.detach_uv:
             if gY is not None:
-                numbers[0] = A.inner(gY)
-            sums = ranks.sum(numpy.array(numbers))
-            P, Q = it.u[None], it.v[None]
+                numbers[0] = rows.inner(gY)
+        elif gY is None:
+            vbar = rows.tdot(of.iterations.u)
         else:
-            if gY is None:
-                vbar = A.tdot(it.u)
-            else:
-                numbers[0], vbar = A.inner_and_tdot(gY, it.u)
-            message = numpy.empty(A.n + len(numbers), vbar.dtype)
-            message[:A.n], message[A.n:] = vbar, numbers
-            ranks.sum(message)
-            vbar, sums = message[:A.n], message[A.n:]
-            P, Q = _adjoint(ranks, A, it, vbar)
-        dot, *of_sigma = sums.tolist()
-        c = sum(of_sigma)
-        if is_above:
-            # Twice divided: sigma ** 2 could overflow.
-            c -= a * (dot / divisor)
-        return A.combination(a, gY, c, P, Q)
+            numbers[0], vbar = rows.inner_and_tdot(gY, of.iterations.u)
+        message = numpy.concatenate([
+            vbar, numpy.array(numbers[:1 + of.has_sigma], vbar.dtype)])
+        of.ranks.sum(message)
+        vbar, sums = message[:vbar.size], message[vbar.size:].tolist()
+        return sums[0], sum(sums[1:]), vbar
 
     def backward(
             self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]
@@ -439,17 +397,17 @@ def sharded_spectral_normalize(
         u_max = _size(u)
     except errors.SpectralNormalizationError as error:
         problem = error
-    u_max = ranks.agree(problem, facts, u_max)
+    ranks.agree(problem, facts, u_max)
     settings = Settings(
         int(n_power_iteration), 0, bool(detach_uv), factor, eps)
     outputs = ShardedNormalize(
-        ranks, settings, u, u_max, update_u, bool(return_sigma)).apply((W,))
+        ranks, settings, u, update_u, bool(return_sigma)).apply((W,))
     return outputs if return_sigma else outputs[0]
 
 
 def _check_shard(W: Any, u: Any, update_u: bool) -> None:
     array = W.array if isinstance(W, chainer.Variable) else W
-    if _checks.is_on_device(array) or _checks.is_on_device(u):
+    if is_on_device(array) or is_on_device(u):
         raise errors.ShardedDeviceError
     if isinstance(u, chainer.Variable):
         raise errors.ShardedVectorTypeError

@@ -1,4 +1,5 @@
 """The matrix view and its products, for any output axis."""
+import chainer
 import numpy as np
 import pytest
 
@@ -30,16 +31,41 @@ class TestMatrix:
         W = np.random.normal(size=shape)
         assert np.shares_memory(matrix.Matrix(W, axis)._blocks, W)
 
-    def test_scaled(self, shape, axis):
-        W = np.random.normal(size=shape)
-        v = np.random.normal(size=W.size // shape[axis])
-        A = matrix.Matrix(W, axis)
-        np.testing.assert_array_equal(A.scaled(4).dot(v), A.dot(v) / 4)
-
-    def test_largest_row(self, shape, axis):
+    @pytest.mark.parametrize('scale', [1, 1e-300, 1e300])
+    def test_row_norms(self, shape, axis, scale):
         W = np.random.normal(size=shape)
         rows = np.linalg.norm(reference.as_matrix(W, axis), axis=1)
-        assert matrix.Matrix(W, axis).largest_row() == rows.argmax()
+        A = matrix.Matrix(W * scale, axis)
+        np.testing.assert_allclose(A.row_norms(), rows * scale, rtol=1e-12)
+        u = A.start_at_largest_row('f')
+        assert u.dtype == np.float32
+        np.testing.assert_array_equal(
+            u, np.arange(len(rows)) == rows.argmax())
+
+    def test_as_matrix(self, shape, axis):
+        W = np.random.normal(size=shape)
+        expected = reference.as_matrix(W, axis)
+        np.testing.assert_array_equal(matrix.as_matrix(W, axis), expected)
+        of_variable = matrix.as_matrix(chainer.Variable(W), axis)
+        np.testing.assert_array_equal(of_variable.array, expected)
+
+
+@pytest.mark.parametrize('size', [1e-300, 1e-160, 1, 1e160, 1e300])
+def test_careful_norm(size):
+    x = np.random.normal(size=50)
+    norm = matrix.careful_norm(x * size)
+    assert norm / size == pytest.approx(np.linalg.norm(x), rel=1e-12)
+    if size == 1:
+        assert matrix.ordinary_norm(x) == pytest.approx(norm, rel=1e-12)
+    else:
+        with pytest.raises(matrix.ExtremeNormError), np.errstate(all='ignore'):
+            matrix.ordinary_norm(x * size)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_careful_norm_of_what_is_not_finite(bad):
+    assert np.isnan(matrix.careful_norm(np.array([1, bad, 2])))
+    assert matrix.careful_norm(np.zeros(3)) == 0
 
 
 @pytest.mark.parametrize('rank', [1, 2, 4])

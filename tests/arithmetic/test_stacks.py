@@ -8,6 +8,7 @@ from chainer import gradient_check
 from sn_function import errors
 from sn_function import functions as F
 from sn_function._arithmetic import host, stacks
+from sn_function._arithmetic.interface import Backward, Forward, Settings
 
 N = 6
 
@@ -225,27 +226,26 @@ def test_views_and_strides(shape, together):
 @pytest.mark.parametrize('n', [1, 2, N])
 def test_without_outputs(n):
     Ws, us, _ = example((4, 3))
-    results = host.normalize_all([{
-        'settings': host.Settings(1, 0, False), 'W': W, 'u': u, 'gamma': 1.,
-        'output_names': (), 'update_u': True} for W, u in zip(Ws[:n], us)])
-    for (outputs, it), u in zip(results, us):
+    settings = Settings(1, 0, False)
+    results = host.normalize_all([
+        Forward(settings, W, u, 1., (), update_u=True)
+        for W, u in zip(Ws[:n], us)])
+    for (outputs, iterations), u in zip(results, us):
         assert outputs == ()
-        np.testing.assert_array_equal(u, it.u)
+        np.testing.assert_array_equal(u, iterations.u)
 
 
 def test_a_gradient_in_another_dtype():
     Ws, us, gYs = example((4, 3))
-    calls = [{
-        'settings': host.Settings(1, 0, False), 'W': W, 'u': u, 'gamma': 1.,
-        'output_names': ('Y',), 'update_u': False} for W, u in zip(Ws, us)]
-    results = host.normalize_all(calls)
-    found = [host.gradients_all([
-        {'settings': call['settings'], 'W': call['W'], 'u': None, 'gamma': 1.,
-         'wanted': ['W'], 'it': it, 'gY': gY.astype('d')}
-        for call, (_, it), gY in part])
-        for part in [list(zip(calls, results, gYs))] + [
-            [x] for x in zip(calls, results, gYs)]]
-    assert_equal([x for x, in found[0]], [x for (x,), in found[1:]], 16)
+    settings = Settings(1, 0, False)
+    results = host.normalize_all([
+        Forward(settings, W, u, 1., ('Y',)) for W, u in zip(Ws, us)])
+    calls = [
+        Backward(settings, iterations, ['W'], W, None, 1., gY.astype('d'))
+        for W, gY, (_, iterations) in zip(Ws, gYs, results)]
+    together = host.gradients_all(calls)
+    apart = [host.gradients_all([call])[0] for call in calls]
+    assert_equal([x for x, in together], [x for x, in apart], 16)
 
 
 def test_gradients_of_any_order():

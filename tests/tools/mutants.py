@@ -28,7 +28,7 @@ from tests.cuda_on_host import array
 
 assert sn_function  # it is imported for what it does
 
-SHARED = ('_QUOTIENT', '_GRADIENT_OF_SIGMA', '_GRADIENT_OF_U', '_BLOCK')
+SHARED = ('_QUOTIENT', '_GRADIENT_OF_SIGMA', '_BLOCK')
 REPLACEMENTS = {
     '+': '-', '-': '+', '*': '/', '/': '*', '%': '/', '<': '>=', '>': '<=',
     '<=': '>', '>=': '<', '==': '!=', '!=': '==', '&&': '||', '||': '&&',
@@ -40,7 +40,8 @@ REPLACEMENTS = {
 _SKIP = re.compile(r"""
     //[^\n]* | \#[^\n]* | (?:static|reinterpret)_cast<[^>]*>
     | template\s*<[^>]*> | \w+<A> | \b(?:A|T|U|X|double|bool)\*
-    | \b(?:Weight|Start)& | operator\[\] | &(?=state|adjoint|e\b|ordinary|W\.)
+    | \b(?:Weight|InUnits|M)& | operator\[\]
+    | &(?=vectors|bars|e\b|ordinary|W\.)
     | \{[^{};]*\} (?=;) | enum[^;]*; | "C" | ->""", re.X)
 _OPERATOR = re.compile(
     r'__syncthreads\(\);|\+\+|--|&&|\|\||[-+*/<>=!]=|>>|[-+*/%<>!]')
@@ -52,8 +53,6 @@ EQUIVALENT = {
     ('_BLOCK', '__syncthreads();', 'strided_product: __syncthreads();'):
         'who reads an entry next is the thread that wrote it, so far',
     ('_BLOCK', '>=', 'contiguous_product: if (r >= 32) {'): _TUNING,
-    ('_BLOCK', '-', 'inverse_of_scale: const int half = (e - 1) / 2;'):
-        'the factors differ, and their product does not',
     ('sn_fused_bwd', '&&', 'sn_fused_bwd_of: if (!detach && (gw || gu))'):
         'what is computed is not used',
 }
@@ -138,9 +137,9 @@ def tests():
             yield t.test_as_on_the_host, (
                 shape, axis, K, *f, detach_uv, *names)
     yield t.test_quotient_of_large_numbers, ()
-    yield t.test_the_scale_of_an_ordinary_weight_is_one, ()
-    for size in (1e-36, 1e30):
-        yield t.test_the_scale_of_an_extreme_weight, (size,)
+    yield t.test_the_unit_of_an_ordinary_weight_is_one, ()
+    for dtype, size in (('f', 1e-36), ('f', 1e30), ('d', 1e150)):
+        yield t.test_the_unit_of_an_extreme_weight, (dtype, size)
     for bad in (0, np.nan, np.inf):
         yield t.test_a_bad_u_is_replaced, (bad, 'f')
     yield t.test_the_largest_row_takes_its_place, ((3, 40, 5), 1)
@@ -154,8 +153,10 @@ def tests():
     yield extremes.test_u_in_the_left_null_space_is_no_trap, ()
     yield extremes.test_below_the_floor_Y_is_W_over_eps, ()
     yield t.test_an_extreme_weight_below_the_floor, ()
-    for scale in (1e-30, 1e30):
-        yield extremes.test_gradients_at_extreme_scales, (scale, 3)
+    for scales in ((1e-30, 1), (1e30, 1), (1, 1e-35), (1, 1e33),
+                   (1e-9, 1e18)):
+        yield extremes.test_gradients_at_the_ends_of_the_range, (
+            'f', *scales, 3, False)
     for value in ('largest', 'tiny'):
         yield extremes.test_at_the_limits_of_a_dtype, ('f', value)
         yield extremes.test_at_the_limits_of_a_dtype, ('d', value)
@@ -165,7 +166,7 @@ def tests():
             yield update.test_a_bad_weight_does_not_reach_u, (value, where)
     yield update.test_a_live_graph_is_not_changed, (False,)
     for scale in (2e-38, 1e27):
-        yield t.test_a_far_u_is_scaled, (scale,)
+        yield t.test_a_far_u_is_normalized, (scale,)
     yield extremes.test_the_norm_is_one_at_any_scale, ('f',)
 
 
