@@ -1,4 +1,4 @@
-"""What of a model is normalized, parameter by parameter."""
+"""A report on which parameters of a model are normalized."""
 from __future__ import annotations
 
 from typing import Any, Callable, Iterator, NamedTuple
@@ -7,9 +7,10 @@ import chainer
 from chainer import link_hooks
 from chainer.links.rnn import n_step_rnn
 
+from sn_function import _models
 from sn_function._graph import normalize
 from sn_function._links import call
-from sn_function.chain import SUPPORTED, ChainSpectralNormalization
+from sn_function.chain import ChainSpectralNormalization
 from sn_function.link_hooks import HOOKS
 
 NORMALIZED = 'normalized'
@@ -25,7 +26,7 @@ class Row(NamedTuple):
     """One parameter.
 
     ``shape`` is ``None`` while it is not initialized; ``status`` is one of
-    those of :class:`Summary`, and ``note`` tells more, or is empty.
+    those of :class:`Summary`, and ``note`` explains it, or is empty.
     """
 
     path: str
@@ -37,7 +38,7 @@ class Row(NamedTuple):
 class Summary(NamedTuple):
     """The parameters of a model, in the order of their paths.
 
-    ``print(summary)`` prints a table; ``rows`` has the same as data.  A
+    ``print(summary)`` prints a table; ``rows`` holds the same as data.  A
     parameter is
 
     * ``'normalized'``: its link has a hook, this package's or Chainer's;
@@ -46,8 +47,8 @@ class Summary(NamedTuple):
     * ``'no hook'``: it could be normalized;
     * ``'unsupported'``: a matrix in a link of another kind, which is not
       normalized unless a hook is added to that link by itself;
-    * ``'never'``: it is used without a call of its link, and so without what
-      hooks do, whether there is one or not;
+    * ``'never'``: it is used without a call of its link, so a hook has no
+      effect on it;
     * ``'no matrix'``: a bias, or another parameter with fewer than 2
       dimensions;
     * ``'unknown'``: as ``'unsupported'`` or ``'no matrix'``, and not
@@ -74,12 +75,12 @@ class Summary(NamedTuple):
 def summary(
         model: chainer.Link, run: Callable[[chainer.Link], Any] | None = None,
 ) -> Summary:
-    """Tells of each parameter of a model whether it is normalized.
+    """Reports for each parameter of a model whether it is normalized.
 
     A hook acts when its link is called.  Some models use a weight without
-    that: :class:`~chainer.links.NStepLSTM` and its kin do, and so does
-    ``link.forward(x)``, or ``F.linear(x, link.W)``.  Those of Chainer are
-    known; with ``run`` those of the model itself are found as well.
+    calling its link: :class:`~chainer.links.NStepLSTM` and similar links do,
+    and so does ``link.forward(x)``, or ``F.linear(x, link.W)``.  Those of
+    Chainer are known; ``run`` finds those of the model itself as well.
 
     Args:
         model (~chainer.Link): A link or chain.
@@ -112,58 +113,76 @@ def summary(
 
     """
     usage = None if run is None else _Usage.of(model, run)
-    passed_over = _passed_over(model)
-    uncalled = {
-        id(child): type(link).__name__ for link in model.links()
-        if isinstance(link, n_step_rnn.NStepRNNBase)
-        for child in link.children()}
+    structure = _Structure(model)
     rows = []
     for path, link in model.namedlinks():
-        hooks = {hook.weight_name: (name, hook) for name, hook
-                 in link.local_link_hooks.items() if isinstance(hook, HOOKS)}
         for name in sorted(link._params):
-            parameter = link.__dict__[name]
-            shape = None if parameter.array is None else parameter.shape
             full = f'{path.rstrip("/")}/{name}'
-            if name in hooks:
-                status, note = NORMALIZED, hooks[name][0]
-            elif shape is not None and len(shape) < 2:
-                status, note = NO_MATRIX, ''
-            elif id(link) in uncalled:
-                status = NEVER
-                note = f'{uncalled[id(link)]} does not call this link'
-            elif isinstance(link, SUPPORTED) and name == 'W':
-                status, note = passed_over.get(id(link), NO_HOOK), ''
-            else:
-                status = UNKNOWN if shape is None else UNSUPPORTED
-                note = type(link).__name__
+            shape = _shape(link.__dict__[name])
+            status, note = structure.status(link, name, shape)
             if usage is not None and status == NORMALIZED:
                 status, note = usage.amend(full, note)
             rows.append(Row(full, shape, status, note))
     return Summary(tuple(rows))
 
 
+def _shape(parameter: chainer.Parameter) -> tuple[int, ...] | None:
+    return None if parameter.array is None else parameter.shape
+
+
 def _shape_text(shape: tuple[int, ...] | None) -> str:
     return 'lazy' if shape is None else 'x'.join(map(str, shape)) or 'scalar'
 
 
-def _passed_over(model: chainer.Link) -> dict[int, str]:
-    """Links, by their ids, that the hook of a chain filters out."""
-    return {
-        id(link): FILTERED_OUT for chain in model.links()
-        for hook in chain.local_link_hooks.values()
-        if isinstance(hook, ChainSpectralNormalization)
-        for path, link in chain.namedlinks()
-        if isinstance(link, SUPPORTED) and not hook.accepts(path, link)}
+class _Structure:
+    """What is known of a model's parameters without a run of it.
+
+    Attributes:
+        filtered_out (set): Ids of links that the hook of a chain leaves out.
+        users (dict): Classes, by name, that use the weights of their child
+            links without calling them, by the ids of the children.
+
+    """
+
+    def __init__(self, model: chainer.Link) -> None:
+        self.filtered_out = {
+            id(link) for chain in model.links()
+            for hook in chain.local_link_hooks.values()
+            if isinstance(hook, ChainSpectralNormalization)
+            for path, link in _models.supported_links(chain)
+            if not hook.accepts(path, link)}
+        self.users = {
+            id(child): type(link).__name__ for link in model.links()
+            if isinstance(link, n_step_rnn.NStepRNNBase)
+            for child in link.children()}
+
+    def status(
+            self, link: chainer.Link, name: str,
+            shape: tuple[int, ...] | None) -> tuple[str, str]:
+        """Returns the status of a parameter of the link, and the note."""
+        hook_names = {
+            hook.weight_name: key for key, hook
+            in link.local_link_hooks.items() if isinstance(hook, HOOKS)}
+        if name in hook_names:
+            return NORMALIZED, hook_names[name]
+        if shape is not None and len(shape) < 2:
+            return NO_MATRIX, ''
+        if id(link) in self.users:
+            return NEVER, f'{self.users[id(link)]} does not call this link'
+        if _models.is_supported(link) and name == 'W':
+            is_left_out = id(link) in self.filtered_out
+            return FILTERED_OUT if is_left_out else NO_HOOK, ''
+        return (UNKNOWN if shape is None else UNSUPPORTED,
+                type(link).__name__)
 
 
 class _Usage:
     """How a run of the model used its weights.
 
     Attributes:
-        called (set of str): Paths of links that were called.
+        called (set of str): Paths of the links that were called.
         raw (dict): Names of functions that used a parameter's own array, by
-            its path.
+            the path of the parameter.
 
     """
 
@@ -182,7 +201,7 @@ class _Usage:
         return usage
 
     def amend(self, path: str, note: str) -> tuple[str, str]:
-        """Status and note of a weight that has a hook."""
+        """Returns the status and the note of a weight that has a hook."""
         if path in self.raw:
             return NEVER, f'{self.raw[path]} uses it without calling the link'
         if path.rpartition('/')[0] not in self.called:
@@ -191,6 +210,7 @@ class _Usage:
 
 
 class _LinkRecorder(chainer.LinkHook):
+    """Records which links are called."""
 
     name = '_sn_link_recorder'
 
@@ -205,6 +225,7 @@ class _LinkRecorder(chainer.LinkHook):
 
 
 class _FunctionRecorder(chainer.FunctionHook):
+    """Records which functions use the array of a parameter."""
 
     name = '_sn_function_recorder'
 
@@ -213,14 +234,14 @@ class _FunctionRecorder(chainer.FunctionHook):
         self.model = model
 
     def _arrays(self) -> Iterator[tuple[str, Any]]:
-        # Anew each time: some are initialized in the run.
+        # Listed in each call, as the run initializes some.
         for path, link in self.model.namedlinks():
-            # Chainer's hook uses the weight itself.
+            # Chainer's hook passes the weight itself to functions.
             theirs = {hook.weight_name for hook
                       in link.local_link_hooks.values()
                       if isinstance(hook, link_hooks.SpectralNormalization)}
             for name in link._params - theirs:
-                # In a call, what the hook has put there.
+                # Not link.W, which is the normalized weight during a call.
                 array = call.original(link, name).array
                 if array is not None:
                     yield f'{path.rstrip("/")}/{name}', array

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import collections
 import copy
-from typing import Any, Iterator, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import chainer
 
 from sn_function import errors
-from sn_function.chain import ChainSpectralNormalization
-from sn_function.link_hooks import HOOKS, SpectralNormalization
+from sn_function._models import ALL_HOOKS, hooked_links
+from sn_function._models import OURS as OURS
+from sn_function._models import hooks_of as _hooks
+from sn_function.link_hooks import SpectralNormalization
 
 Model = TypeVar('Model', bound=chainer.Link)
-
-# Hooks of this package, and all that are baked.
-OURS = (SpectralNormalization, ChainSpectralNormalization)
-BAKED = (*HOOKS, ChainSpectralNormalization)
 
 
 def bake(model: Model, in_place: bool = False) -> Model:
@@ -89,25 +87,6 @@ def bake(model: Model, in_place: bool = False) -> Model:
     return model
 
 
-def hooked_links(
-        model: chainer.Link, kinds: tuple[type, ...] = BAKED,
-) -> Iterator[tuple[str, chainer.Link]]:
-    """Yields each link that has such a hook, once, with its first path."""
-    seen = set()
-    for path, link in model.namedlinks():
-        if id(link) not in seen and any(
-                isinstance(hook, kinds)
-                for hook in link.local_link_hooks.values()):
-            yield path, link
-        seen.add(id(link))
-
-
-def _hooks(link: chainer.Link) -> list[Any]:
-    """The hooks that normalize a weight of the link, in their order."""
-    return [hook for hook in link.local_link_hooks.values()
-            if isinstance(hook, HOOKS)]
-
-
 def _check(path: str, link: chainer.Link) -> None:
     where = f'{type(link).__name__} {path}'
     for hook in _hooks(link):
@@ -161,6 +140,6 @@ def _replace(link: chainer.Link, folded: list[_Folded]) -> None:
     # Not by delete_hook: copy('share') leaves two links with one dictionary.
     link._local_link_hooks = collections.OrderedDict(
         (name, hook) for name, hook in link.local_link_hooks.items()
-        if not isinstance(hook, BAKED))
+        if not isinstance(hook, ALL_HOOKS))
     for each in folded:
         vars(link)[each.name] = each.parameter

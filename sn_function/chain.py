@@ -6,28 +6,18 @@ notices, and each weight once, however often its link is called.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import uuid
 from typing import Any, Iterable, Iterator
 
 import chainer
-from chainer import links as L
 
-from sn_function import errors
+from sn_function import _models, errors
 from sn_function._graph import node
 from sn_function._graph import normalize as _nodes
 from sn_function._links import call
 from sn_function._links import scope as _scope
 from sn_function._links.state import LinkState
 from sn_function.link_hooks import LocalHook, SpectralNormalization
-
-# What has a W that its forward uses, and nothing else does.
-SUPPORTED = (
-    L.Linear, L.EmbedID, L.Convolution2D, L.ConvolutionND, L.Deconvolution2D,
-    L.DeconvolutionND, L.DilatedConvolution2D)
-
-# A pattern, a class, a function of a path and a link, or a list of these.
-Filter = Any
 
 
 @contextlib.contextmanager
@@ -134,9 +124,9 @@ class ChainSpectralNormalization(LocalHook):
     name = 'ChainSpectralNormalization'
 
     def __init__(
-            self, filter: Filter = None, name: str | None = None,
+            self, filter: _models.Filter = None, name: str | None = None,
             **settings: Any) -> None:
-        _check_filter(filter)
+        _models.check_filter(filter)
         self.filter = filter
         self.hook = _HookOfLink(**settings)
         if name is not None:
@@ -154,22 +144,22 @@ class ChainSpectralNormalization(LocalHook):
         except BaseException:
             for link in done:
                 link.delete_hook(self.hook.name)
-            # Link.add_hook has put the hook in before it calls this.
+            # Link.add_hook registers the hook before it calls this.
             del chain.local_link_hooks[self.name]
             raise
 
     def _links(self, chain: chainer.Link) -> list[chainer.Link]:
         weight_name = self.hook.weight_name
-        found = {  # a link may have several paths
-            id(link): link for path, link in chain.namedlinks()
-            if isinstance(link, SUPPORTED) and hasattr(link, weight_name)
-            and not LinkState.is_on(link, weight_name)
+        found = {  # once each: a link may have several paths
+            id(link): link for path, link
+            in _models.supported_links(chain, weight_name)
+            if not LinkState.is_on(link, weight_name)
             and self.accepts(path, link)}
         return list(found.values())
 
     def accepts(self, path: str, link: chainer.Link) -> bool:
         """Returns whether the filter takes the link at that path."""
-        return self.filter is None or _takes(self.filter, path, link)
+        return _models.takes(self.filter, path, link)
 
     def deleted(self, chain: chainer.Link) -> None:
         """Deletes the hook from the links."""
@@ -190,24 +180,6 @@ class ChainSpectralNormalization(LocalHook):
         scope = _scope.covering(cb_args.link)
         if isinstance(scope, _ScopeOfCall) and scope.link is cb_args.link:
             scope.restore_uncalled()
-
-
-def _check_filter(filter: Filter) -> None:
-    is_list = isinstance(filter, (list, tuple))
-    for one in filter if is_list else [filter]:
-        if not (isinstance(one, str) or callable(one)
-                or (one is None and not is_list)):
-            raise errors.FilterError(one)
-
-
-def _takes(filter: Any, path: str, link: chainer.Link) -> bool:
-    if isinstance(filter, (list, tuple)):
-        return any(_takes(one, path, link) for one in filter)
-    if isinstance(filter, str):
-        return fnmatch.fnmatchcase(path, filter)
-    if isinstance(filter, type):
-        return isinstance(link, filter)
-    return bool(filter(path, link))
 
 
 class _HookOfLink(SpectralNormalization):

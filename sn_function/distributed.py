@@ -1,10 +1,10 @@
 """ChainerMN: the same ``u`` on every rank of MPI, with one broadcast.
 
-``u`` is a function of the weights that it has seen and of its start.  Where
-the ranks have the same weights in each step, as in data-parallel training,
-they have the same ``u`` in each step if they had it once, and nothing needs
-to be sent.  ChainerMN sends parameters at the start, and leaves a ``u`` of its
-own to each rank.  What is here sends ``u`` along:
+``u`` depends on its start and on the weights since then.  In data-parallel
+training the ranks have the same weights in each step.  So they have the same
+``u`` in each step if they start with the same, and nothing needs to be sent.
+ChainerMN sends parameters at the start, but leaves each rank with a ``u`` of
+its own.  This module sends ``u`` along:
 
 .. code-block:: python
 
@@ -29,14 +29,14 @@ import numpy
 from chainer import serializers
 from chainer.backends import cuda
 
-from sn_function import errors
+from sn_function import _models, errors
 from sn_function._graph.sharded import (
     sharded_spectral_normalize as sharded_spectral_normalize,
 )
 from sn_function._links import call
 from sn_function._links.state import LinkState
 from sn_function.extensions import SpectralNormPenaltyState
-from sn_function.link_hooks import HOOKS, SpectralNormalization
+from sn_function.link_hooks import SpectralNormalization
 from sn_function.optimizer_hooks import VECTOR
 
 
@@ -45,16 +45,16 @@ def create_multi_node_optimizer(
         double_buffering: bool = False, zero_fill: bool = True) -> Any:
     """Returns ChainerMN's optimizer, which also makes ``u`` the same.
 
-    It takes the place of ``chainermn.create_multi_node_optimizer``, which
-    broadcasts the parameters of rank 0 in the first update, and in any that
-    finds new ones, of links that were lazy; that update does nothing else.
-    With them this one sends what decides of all further steps: the vectors of
-    spectral normalization, and the state of the optimizer, as ranks may have
-    loaded different snapshots.
+    It replaces ``chainermn.create_multi_node_optimizer``, which broadcasts
+    the parameters of rank 0 in the first update, and in any that finds new
+    ones, of links that were lazy; that update does nothing else.  This one
+    also sends what else determines all further steps: the vectors of spectral
+    normalization, and the state of the optimizer, as ranks may have loaded
+    different snapshots.
 
     It compares first.  Where all ranks have the same, bit by bit, nothing is
-    sent and the update is not lost: so a run that is resumed goes on with the
-    same numbers.  In all other steps nothing is added.
+    sent and the update is not lost: so a run that is resumed continues with
+    the same numbers.  In all other steps nothing is added.
 
     Args:
         actual_optimizer (~chainer.Optimizer): Optimizer of Chainer.
@@ -76,9 +76,9 @@ def create_multi_node_optimizer(
 def bcast_data(communicator: Any, model: chainer.Link) -> None:
     """Broadcasts the parameters and the vectors of rank 0.
 
-    It takes the place of ``communicator.bcast_data(model)``, where that is
-    called by hand.  Parameters that have no array yet are left out.  All ranks
-    have to call it.
+    It replaces ``communicator.bcast_data(model)``, where that is called
+    directly.  Parameters that have no array yet are left out.  All ranks have
+    to call it.
 
     Args:
         communicator: Communicator of ChainerMN.
@@ -94,8 +94,8 @@ def assert_synchronized(communicator: Any, model: chainer.Link) -> None:
 
     It compares parameters and the vectors of spectral normalization.  Other
     persistent values, such as the statistics of BatchNormalization, may
-    differ.  A rank sends 16 bytes, and the hash of each array only if
-    something is wrong.  All ranks have to call it, and all raise the same
+    differ.  A rank sends 16 bytes, and the hashes of all arrays only if
+    something differs.  All ranks have to call it, and all raise the same
     error.
 
     Args:
@@ -103,7 +103,7 @@ def assert_synchronized(communicator: Any, model: chainer.Link) -> None:
         model (~chainer.Link): A link or a chain.
 
     Raises:
-        NotSynchronizedError: It names what differs, and the ranks.
+        NotSynchronizedError: Its message names what differs, and the ranks.
 
     """
     digests = _digests(model)
@@ -113,21 +113,20 @@ def assert_synchronized(communicator: Any, model: chainer.Link) -> None:
 
 
 def vector_names(link: chainer.Link) -> list[str]:
-    """Names of the vectors that hooks of spectral normalization keep."""
-    return [hook.vector_name for hook in link.local_link_hooks.values()
-            if isinstance(hook, HOOKS)]
+    """Returns the names of the vectors that hooks keep on the link."""
+    return [hook.vector_name for hook in _models.hooks_of(link)]
 
 
 # The optimizer
 
 @functools.lru_cache(maxsize=None)
 def _synchronizing(kind: Any) -> Any:
-    """A class of ChainerMN, which is not imported before it is asked for."""
+    """Derives from a class of ChainerMN, which is imported on demand only."""
     return type(kind.__name__, (_Synchronizing, kind), {})
 
 
 class _Synchronizing:
-    """Sends more than parameters, and only where ranks differ."""
+    """Broadcasts more than parameters, and only where ranks differ."""
 
     communicator: Any
     actual_optimizer: Any
@@ -154,8 +153,8 @@ def _bcast_state(comm: Any, optimizer: chainer.Optimizer) -> None:
         if rule is None:
             continue
         if not is_root:
-            rule._state = None      # what rank 0 has none of, goes
-        # These are not in the state; each is made anew from the parameter.
+            rule._state = None      # what rank 0 lacks must go
+        # This is not in the state; the update makes it from the parameter.
         rule._fp32_param = None
     if not is_root:
         deserializer = serializers.NpzDeserializer(state, strict=False)
@@ -164,7 +163,7 @@ def _bcast_state(comm: Any, optimizer: chainer.Optimizer) -> None:
 
 
 def _state(optimizer: chainer.Optimizer) -> dict[str, numpy.ndarray]:
-    """What snapshots have of the optimizer, and of a penalty's vectors."""
+    """Returns what snapshots hold of an optimizer and a penalty's vectors."""
     serializer = serializers.DictionarySerializer()
     serializer.save(optimizer)
     SpectralNormPenaltyState(optimizer).serialize(serializer[VECTOR])
@@ -174,16 +173,17 @@ def _state(optimizer: chainer.Optimizer) -> dict[str, numpy.ndarray]:
 # The vectors
 
 def _vectors(model: chainer.Link) -> Iterator[tuple[str, chainer.Link, str]]:
-    for path, link in model.namedlinks():
-        for name in vector_names(link):
-            yield f'{path.rstrip("/")}/{name}', link, name
+    """Yields the path of each vector, its link and its name."""
+    for path, link, _, hook in _models.hooked_weights(model):
+        name = hook.vector_name
+        yield f'{path.rstrip("/")}/{name}', link, name
 
 
 def _bcast_vectors(comm: Any, model: chainer.Link) -> None:
-    for link in model.links():
-        for hook in link.local_link_hooks.values():
-            if isinstance(hook, SpectralNormalization):
-                _settle(link, hook)
+    """Gives all ranks the vectors of rank 0."""
+    for _, link, _, hook in _models.hooked_weights(model):
+        if isinstance(hook, SpectralNormalization):
+            _settle(link, hook)
     vectors = list(_vectors(model))
     us = comm.bcast_obj({
         path: cuda.to_cpu(getattr(link, name, None))
@@ -194,10 +194,10 @@ def _bcast_vectors(comm: Any, model: chainer.Link) -> None:
 
 
 def _settle(link: chainer.Link, hook: SpectralNormalization) -> None:
-    """Does now what the hook would do to u in the next call, and once.
+    """Does to u now what the hook would do once, in the next call.
 
-    That is to make u where there is none, or where it is zero or not finite,
-    and to warm up one whose weight was initialized anew.
+    The hook makes u where there is none, or where it is zero or not finite,
+    and warms it up where the weight was initialized again.
     """
     W = call.original(link, hook.weight_name)
     if W.array is None:
@@ -211,10 +211,11 @@ def _settle(link: chainer.Link, hook: SpectralNormalization) -> None:
 
 
 def _put(link: chainer.Link, name: str, u: Any) -> None:
+    """Stores a vector, in place where its shape and dtype fit."""
     old = getattr(link, name, None)
     if u is None or old is None or old.shape != u.shape or (
             old.dtype != u.dtype):
-        # Chainer's hook has no such attribute before the first call.
+        # Chainer's hook adds the attribute in the first call.
         if hasattr(link, name):
             setattr(link, name, None if u is None else link.device.send(u))
     else:
@@ -226,6 +227,7 @@ def _put(link: chainer.Link, name: str, u: Any) -> None:
 def _digests(
         model: chainer.Link, optimizer: chainer.Optimizer | None = None,
 ) -> dict[str, bytes]:
+    """Returns hashes of all that has to be the same, by paths."""
     digests = {path: _digest(p.array) for path, p in model.namedparams()}
     for path, link, name in _vectors(model):
         digests[path] = _digest(getattr(link, name, None))
@@ -245,14 +247,14 @@ def _digest(x: Any) -> bytes:
 
 
 def _agree(comm: Any, digests: dict[str, bytes]) -> bool:
-    """Whether all ranks have the same, which each of them is told."""
+    """Whether all ranks have the same; each of them gets the answer."""
     every = hashlib.blake2b(
         repr(sorted(digests.items())).encode(), digest_size=16).digest()
     return _from_root(comm, comm.gather_obj(every), _are_same)
 
 
 def _from_root(comm: Any, gathered: Any, decide: Any) -> Any:
-    """What rank 0 decides, so that no rank takes another branch."""
+    """Returns the decision of rank 0, so that all take the same branch."""
     return comm.bcast_obj(decide(gathered) if comm.rank == 0 else None)
 
 
@@ -261,7 +263,7 @@ def _are_same(digests: list[bytes]) -> bool:
 
 
 def _compare(ranks: list[dict[str, bytes]]) -> dict[str, list[int]]:
-    """What differs from rank 0, and on which ranks."""
+    """Returns what differs from rank 0, and on which ranks."""
     first = ranks[0]
     found = {
         path: [rank for rank, digests in enumerate(ranks)

@@ -2,20 +2,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable
+from typing import Any
 
 import chainer
 import numpy
 
-from sn_function import _checks, errors
+from sn_function import _checks, _models, errors
 from sn_function._arithmetic.choose import arithmetic_of, is_on_device
 from sn_function._arithmetic.interface import Backward, Forward, Settings
 from sn_function._arithmetic.matrix import accumulator_dtype
-from sn_function.chain import SUPPORTED
-from sn_function.link_hooks import HOOKS, output_axis
+from sn_function.link_hooks import output_axis
 
-# An attribute of the update rule of a parameter, which is copied and pickled
-# with it.
+# An attribute of a parameter's update rule, which is copied and pickled with
+# the parameter.
 VECTOR = '_sn_penalty_u'
 N_WARMUP = 15
 
@@ -31,35 +30,38 @@ class SpectralNormPenalty:
 
     or rather its gradient :math:`\\lambda \\sigma u v^T` to that of each
     weight, before the update.  The vectors come from power iterations, and
-    are constants in the gradient, as in the paper.  Once they have converged
-    that is exact.  Before, a second iteration brings it nearer to the
-    gradient of the true norm than going back through the first would.
+    are constants in the gradient, as in the paper.  The gradient is exact
+    once they have converged.  Before that, a second iteration brings it
+    closer to the gradient of the true norm than differentiating the first
+    iteration would.
 
     The weights are those of the links of the target that
     :class:`~sn_function.ChainSpectralNormalization` takes: linear layers,
-    embeddings, convolutions and deconvolutions, without those that a link
+    embeddings, convolutions and deconvolutions, except for those that a link
     hook normalizes already.  As with :class:`chainer.optimizer_hooks.\
-WeightDecay`, a weight without a gradient is left alone, and the rate is
-    scaled where the loss is.  So is one whose update rule is disabled.
+WeightDecay`, a weight without a gradient is left alone, as is one whose
+    update rule is disabled, and the rate is scaled where the loss is.
 
     The value of the penalty is reported as ``spectral_norm_penalty``, by
     :func:`chainer.report` with the target as the observer: as
-    ``main/spectral_norm_penalty`` by a trainer.  On a device nothing is
-    waited for.
+    ``main/spectral_norm_penalty`` by a trainer.  The host does not wait for
+    the device.
 
-    Each weight has a vector ``u``, which is made at the first update, from
-    the largest row of the weight and some iterations on, and moves on in each
-    update.  It is not in Chainer's snapshots, so a resumed run makes it
-    anew, and goes on with nearly the same numbers; add
-    ``trainer.extend(extensions.SpectralNormPenaltyState(optimizer))`` to go
-    on with the same.
+    Each weight has a vector ``u``.  The first update makes it, from the
+    largest row of the weight by some iterations, and each update advances it.
+    It is not in Chainer's snapshots, so a resumed run makes a new one and
+    continues with nearly the same numbers; add
+    ``trainer.extend(extensions.SpectralNormPenaltyState(optimizer))`` to
+    continue with the same.
 
     Args:
         rate (float): Coefficient :math:`\\lambda` of the penalty, at least 0.
         n_power_iteration (int): Number of iterations in each update.
-        filter (callable or None): Called with the path of a link in the
-            target, such as ``'/block1/conv'``, and the link; tells whether
-            its weight is penalized.  ``None`` takes all.
+        filter (str, type, callable, list or None): Which links, as in
+            :class:`~sn_function.ChainSpectralNormalization`: a pattern of
+            their paths in the target, such as ``'/block*/conv?'``; a class; a
+            function that is called with the path and the link; or a list of
+            these, for links that any of them takes.  ``None`` takes all.
 
     Attributes:
         rate (float): Coefficient of the penalty, which may be changed.
@@ -95,10 +97,10 @@ WeightDecay`, a weight without a gradient is left alone, and the rate is
 
     def __init__(
             self, rate: float, n_power_iteration: int = 1,
-            filter: Callable[[str, chainer.Link], bool] | None = None,
-    ) -> None:
+            filter: _models.Filter = None) -> None:
         _check_rate(rate)
         _checks.check_count('n_power_iteration', n_power_iteration, 1)
+        _models.check_filter(filter)
         self.rate = rate
         self.n_power_iteration = n_power_iteration
         self.filter = filter
@@ -124,14 +126,13 @@ WeightDecay`, a weight without a gradient is left alone, and the rate is
 
     def _links(self, target: chainer.Link) -> list[chainer.Link]:
         found = {  # a weight may be shared
-            id(link.W): link for path, link in target.namedlinks()
-            if isinstance(link, SUPPORTED) and hasattr(link, 'W')
-            and not _is_normalized(link)
-            and (self.filter is None or self.filter(path, link))}
+            id(link.W): link for path, link in _models.supported_links(target)
+            if not _models.is_hooked(link)
+            and _models.takes(self.filter, path, link)}
         return list(found.values())
 
     def _add_gradients(self, links: list[chainer.Link]) -> Any:
-        """Adds them, for weights on one device; returns the penalty."""
+        """Adds the gradients for one device; returns the penalty of these."""
         forwards = [
             Forward(Settings(self.n_power_iteration, output_axis(link), True),
                     link.W.array, vector_of(link), 1., ('sigma',),
@@ -155,10 +156,7 @@ WeightDecay`, a weight without a gradient is left alone, and the rate is
 
 
 def vector_of(link: chainer.Link) -> Any:
-    """Returns the vector of the penalty on the link's weight.
-
-    It is kept by the update rule of the weight.
-    """
+    """Returns the penalty's vector, which the weight's update rule keeps."""
     W = link.W.array
     rule = link.W.update_rule
     axis = output_axis(link)
@@ -166,7 +164,8 @@ def vector_of(link: chainer.Link) -> Any:
     u = getattr(rule, VECTOR, None)
     if u is not None and u.shape == (W.shape[axis],):
         u = link.W.device.send(u).astype(dtype, copy=False)
-        # On a device a bad vector is replaced without anyone waiting for it.
+        # On a device the iteration replaces a bad vector itself, and the
+        # host need not wait for its values.
         if is_on_device(u) or (numpy.isfinite(u).all() and u.any()):
             setattr(rule, VECTOR, u)
             return u
@@ -177,17 +176,15 @@ def vector_of(link: chainer.Link) -> Any:
 
 
 def _unit_vector_of_largest_row(W: Any, axis: int, dtype: Any) -> Any:
-    """The same for the same weight, and not orthogonal to what matters."""
+    """Returns a start vector that depends on nothing but the weight.
+
+    It is hardly ever orthogonal to the leading singular vector.
+    """
     xp = chainer.backend.get_array_module(W)
     axes = tuple(k for k in range(W.ndim) if k != axis)
-    with numpy.errstate(all='ignore'):  # the largest may well overflow
+    with numpy.errstate(all='ignore'):  # squares may overflow
         norms = (W.astype(dtype, copy=False) ** 2).sum(axis=axes)
     return (xp.arange(len(norms)) == norms.argmax()).astype(dtype)
-
-
-def _is_normalized(link: chainer.Link) -> bool:
-    return any(isinstance(hook, HOOKS) and hook.weight_name == 'W'
-               for hook in link.local_link_hooks.values())
 
 
 def _is_updated(W: chainer.Parameter) -> bool:

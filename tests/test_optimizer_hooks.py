@@ -190,6 +190,22 @@ class TestWhichWeights:
             self.penalized(model, SpectralNormPenalty(
                 0.1, filter=lambda path, link: False))
 
+    @pytest.mark.parametrize(('filter', 'expected'), [
+        ('/1', ['/1/W']), ('/*', ['/0/W', '/1/W']), (L.EmbedID, ['/0/W']),
+        (['/2', L.Linear], ['/1/W']),
+        ('/2', ['/1/W'])])  # another path of a link
+    def test_kinds_of_filters(self, filter, expected):
+        model = chainer.ChainList(L.EmbedID(3, 3), L.Linear(3, 3))
+        model.add_link(model[1])
+        paths, _ = self.penalized(
+            model, SpectralNormPenalty(0.1, filter=filter))
+        assert [path for path in paths if path != '/2/W'] == expected
+
+    @pytest.mark.parametrize('filter', [3, [None]])
+    def test_not_a_filter(self, filter):
+        with pytest.raises(errors.FilterError, match='pattern'):
+            SpectralNormPenalty(0.1, filter=filter)
+
     def test_disabled_lazy_and_without_gradient(self):
         model = chainer.ChainList(L.Linear(3, 3), L.Linear(None, 3))
         optimizer = optimizers.SGD(1).setup(model)

@@ -1,1 +1,1 @@
-"""What is seen of a model while it is trained."""
+"""Seeing sigma while a model is trained: numbers, faults and a picture."""

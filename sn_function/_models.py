@@ -1,0 +1,120 @@
+"""Which weights of a model are normalized, and which ones could be."""
+from __future__ import annotations
+
+import fnmatch
+from typing import Any, Iterator, NamedTuple
+
+import chainer
+from chainer import links as L
+
+from sn_function import errors
+from sn_function.link_hooks import HOOKS, LocalHook
+
+# Links whose forward uses W, and that nothing else uses the W of.
+SUPPORTED = (
+    L.Linear, L.EmbedID, L.Convolution2D, L.ConvolutionND, L.Deconvolution2D,
+    L.DeconvolutionND, L.DilatedConvolution2D)
+
+# The hooks of this package, on links and on chains; and Chainer's as well.
+OURS = (LocalHook,)
+ALL_HOOKS = (*OURS, *HOOKS)
+
+# A pattern, a class, a function of a path and a link, or a list of these.
+Filter = Any
+
+
+# Links
+
+def is_supported(link: chainer.Link, weight_name: str = 'W') -> bool:
+    """Whether the link's weight is one that a chain's hook normalizes."""
+    return isinstance(link, SUPPORTED) and hasattr(link, weight_name)
+
+
+def hooks_of(link: chainer.Link) -> list[Any]:
+    """Returns the hooks that normalize a weight of the link, in order."""
+    return [hook for hook in link.local_link_hooks.values()
+            if isinstance(hook, HOOKS)]
+
+
+def is_hooked(link: chainer.Link, weight_name: str = 'W') -> bool:
+    """Whether a hook normalizes that weight of the link."""
+    return any(hook.weight_name == weight_name for hook in hooks_of(link))
+
+
+# Models
+
+class LinkWeight(NamedTuple):
+    """A weight of a link, and the hook that normalizes it, or ``None``."""
+
+    path: str
+    link: chainer.Link
+    weight_name: str
+    hook: Any
+
+
+def weights(model: chainer.Link) -> Iterator[LinkWeight]:
+    """Yields what hooks normalize, and the W of supported links without one.
+
+    Each link counts once, with the first of its paths.
+    """
+    for path, link in _unique_links(model):
+        hooks = hooks_of(link)
+        for hook in hooks:
+            yield LinkWeight(path, link, hook.weight_name, hook)
+        if not hooks and is_supported(link):
+            yield LinkWeight(path, link, 'W', None)
+
+
+def hooked_weights(model: chainer.Link) -> Iterator[LinkWeight]:
+    """Yields the weights that hooks normalize, as :func:`weights` does."""
+    return (weight for weight in weights(model) if weight.hook is not None)
+
+
+def hooked_links(
+        model: chainer.Link, kinds: tuple[type, ...] = ALL_HOOKS,
+) -> Iterator[tuple[str, chainer.Link]]:
+    """Yields each link that has such a hook, once, with its first path."""
+    return ((path, link) for path, link in _unique_links(model)
+            if any(isinstance(hook, kinds)
+                   for hook in link.local_link_hooks.values()))
+
+
+def supported_links(
+        model: chainer.Link, weight_name: str = 'W',
+) -> Iterator[tuple[str, chainer.Link]]:
+    """Yields each supported link under each of its paths, as filters do."""
+    return ((path, link) for path, link in model.namedlinks()
+            if is_supported(link, weight_name))
+
+
+def _unique_links(
+        model: chainer.Link) -> Iterator[tuple[str, chainer.Link]]:
+    seen = set()
+    for path, link in model.namedlinks():
+        if id(link) not in seen:
+            seen.add(id(link))
+            yield path, link
+
+
+# Filters
+
+def check_filter(filter: Filter) -> None:
+    """Raises an error unless :func:`takes` can use the filter."""
+    is_list = isinstance(filter, (list, tuple))
+    for one in filter if is_list else [filter]:
+        if not (isinstance(one, str) or callable(one)
+                or (one is None and not is_list)):
+            raise errors.FilterError(one)
+
+
+def takes(filter: Filter, path: str, link: chainer.Link) -> bool:
+    """Whether the filter takes the link at that path; ``None`` takes all."""
+    if filter is None:
+        return True
+    if isinstance(filter, (list, tuple)):
+        return any(takes(one, path, link) for one in filter)
+    if isinstance(filter, str):
+        return fnmatch.fnmatchcase(path, filter)
+    if isinstance(filter, type):
+        return isinstance(link, filter)
+    return bool(filter(path, link))

@@ -1,0 +1,140 @@
+"""Numbers on the layers of a model, measured with one wait per device."""
+from __future__ import annotations
+
+from typing import Any, Iterable, NamedTuple
+
+import chainer
+import numpy
+from chainer import link_hooks
+
+from sn_function import _checks
+from sn_function._arithmetic import quality
+from sn_function._links import call
+from sn_function._links.state import LinkState
+from sn_function._models import LinkWeight
+from sn_function.link_hooks import output_axis
+
+
+class Layer(NamedTuple):
+    """What :meth:`~sn_function.extensions.SpectralNormReport.measure` finds.
+
+    Attributes:
+        name (str): Path of the link in the model, without the first slash,
+            and the name of the weight if that is not ``'W'``.
+        shape (tuple of int): Shape of the weight.
+        sigma (float or None): The hook's estimate of the largest singular
+            value of the raw weight; ``None`` without a hook.
+        residual (float or None): How far the estimate is from a singular
+            value, relative to it; ``None`` without a hook.
+        true_sigma (float or None): The largest singular value of the raw
+            weight; ``None`` unless asked for.
+        norm (float or None): The largest singular value of the weight as the
+            layer uses it; ``None`` unless ``true_sigma`` was asked for.
+
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sigma: float | None
+    residual: float | None
+    true_sigma: float | None
+    norm: float | None
+
+
+class MonitoredWeight:
+    """The raw weight of a layer and, if it has a hook, the hook's vector."""
+
+    def __init__(self, weight: LinkWeight) -> None:
+        path, self.link, weight_name, self.hook = weight
+        parts = [path.strip('/')]
+        if weight_name != 'W' or path == '/':
+            parts.append(weight_name)
+        self.name = '/'.join(filter(None, parts))
+        self.array = call.original(self.link, weight_name).array
+        self.vector = self.hook and getattr(
+            self.link, self.hook.vector_name, None)
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.array is not None and (
+            self.hook is None or self.vector is not None)
+
+    def measure(self, true_sigma: bool) -> dict[str, Any]:
+        """Returns numbers on it, arrays of shape () on its device."""
+        W, u, hook, link = self.array, self.vector, self.hook, self.link
+        if hook is None:
+            return quality.measure(W, None, output_axis(link), 1, true_sigma)
+        # A snapshot that was loaded before the first call leaves its own
+        # dtype and device.
+        u = link.device.send(u).astype(W.dtype, copy=False)
+        numbers = quality.measure(
+            W, u, hook.axis if _is_of_chainer(hook) else output_axis(link),
+            hook.n_power_iteration, true_sigma)
+        gamma = self._gamma()
+        if gamma is not None and gamma.array is not None:
+            numbers['gamma'] = gamma.array.astype(numpy.float64)
+        return numbers
+
+    def _gamma(self) -> Any:
+        if not self.hook.use_gamma:
+            return None
+        if _is_of_chainer(self.hook):
+            return self.link.gamma
+        state = LinkState.of(self.link, self.hook.weight_name)
+        return state.gamma_name and getattr(self.link, state.gamma_name)
+
+    def layer(self, numbers: dict[str, float]) -> Layer:
+        """Returns what users see of the numbers."""
+        true_sigma = norm = numbers.get('true_sigma')
+        sigma = numbers.get('sigma')
+        if norm is not None and sigma is not None:
+            factor, eps = _factor_and_eps(self.hook)
+            norm *= abs(numbers.get('gamma', 1.)) * factor / (
+                max(sigma, eps) or 1.)
+        return Layer(self.name, self.array.shape, sigma,
+                     numbers.get('residual'), true_sigma, norm)
+
+
+def _is_of_chainer(hook: Any) -> bool:
+    return isinstance(hook, link_hooks.SpectralNormalization)
+
+
+def _factor_and_eps(hook: Any) -> tuple[float, float]:
+    """Returns what the hook multiplies by, and its floor on sigma."""
+    if _is_of_chainer(hook):
+        # Chainer adds eps to the norms of the vectors.  Relative to sigma,
+        # that changes sigma by no more than eps / sigma.
+        return hook.factor or 1., 0.
+    return _checks.check_settings(
+        hook.n_power_iteration, hook.factor, hook.eps, hook.cap)
+
+
+def measure(
+        weights: Iterable[MonitoredWeight], true_sigma: bool,
+) -> list[tuple[MonitoredWeight, dict[str, float]]]:
+    """Measures the weights that are initialized, and returns them, too."""
+    measured = []
+    by_device: dict[str, list[dict[str, Any]]] = {}
+    for weight in weights:
+        if weight.is_initialized:
+            device = weight.link.device
+            with chainer.using_device(device):
+                numbers = weight.measure(true_sigma)
+            measured.append((weight, numbers))
+            by_device.setdefault(str(device), []).append(numbers)
+    for name, group in by_device.items():
+        _bring_to_host(name, group)
+    return measured
+
+
+def _bring_to_host(device_name: str, group: list[dict[str, Any]]) -> None:
+    """Replaces the arrays, all on one device, by floats."""
+    device = chainer.get_device(device_name)
+    arrays = [x for numbers in group for x in numbers.values()]
+    with chainer.using_device(device):
+        stacked = device.xp.stack(arrays)
+    # The one place where the host waits for the device.
+    values = iter(chainer.get_device('@numpy').send(stacked).tolist())
+    for numbers in group:
+        for key in numbers:
+            numbers[key] = next(values)

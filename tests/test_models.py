@@ -1,0 +1,185 @@
+"""Which weights of a model are normalized, and which could be."""
+import sn_function  # isort: skip  # before chainer, which it repairs
+
+import chainer
+import chainer.links as L
+import pytest
+from chainer import link_hooks
+
+from sn_function import (
+    ChainSpectralNormalization,
+    SpectralNormalization,
+    _models,
+    distributed,
+    errors,
+    extensions,
+)
+
+
+class Two(chainer.Link):
+    """A link of another kind, with two weights."""
+
+    def __init__(self):
+        super().__init__()
+        with self.init_scope():
+            self.A = chainer.Parameter(1., (3, 2))
+            self.B = chainer.Parameter(1., (2, 4))
+
+
+class Model(chainer.Chain):
+
+    def __init__(self):
+        super().__init__()
+        with self.init_scope():
+            self.blocks = chainer.ChainList(
+                chainer.Sequential(L.Linear(2, 2)), L.Linear(2, 2))
+            self.conv = L.Convolution2D(1, 2, 3)
+            self.again = self.conv
+            self.theirs = L.Linear(2, 2).add_hook(
+                link_hooks.SpectralNormalization())
+            self.two = Two()
+            self.bn = L.BatchNormalization(2)
+        self.conv.add_hook(SpectralNormalization())
+        self.blocks[1].add_hook(SpectralNormalization())
+        self.two.add_hook(SpectralNormalization(weight_name='B', name='B'))
+        self.two.add_hook(SpectralNormalization(weight_name='A', name='A'))
+
+
+def names(found):
+    return [(path, weight_name) for path, _, weight_name, _ in found]
+
+
+class TestWeights:
+
+    def test_each_once_with_the_first_path(self):
+        """In the order of the paths; hooks of a link in their own order."""
+        model = Model()
+        assert [path for path, link in model.namedlinks()
+                if link is model.conv] == ['/again', '/conv']
+        assert names(_models.hooked_weights(model)) == [
+            ('/again', 'W'), ('/blocks/1', 'W'), ('/theirs', 'W'),
+            ('/two', 'B'), ('/two', 'A')]
+
+    def test_link_and_hook_belong_to_the_path(self):
+        model = Model()
+        links = dict(model.namedlinks())
+        for path, link, weight_name, hook in _models.weights(model):
+            assert links[path] is link
+            assert hook is None or (
+                hook in link.local_link_hooks.values()
+                and hook.weight_name == weight_name)
+
+    def test_supported_links_without_a_hook(self):
+        found = list(_models.weights(Model()))
+        assert names(weight for weight in found if weight.hook is None) == [
+            ('/blocks/0/0', 'W')]
+        assert names(found)[1] == ('/blocks/0/0', 'W')  # in its place
+
+    @pytest.mark.parametrize('make_hook', [
+        SpectralNormalization, link_hooks.SpectralNormalization])
+    def test_a_single_link(self, make_hook):
+        link = L.Linear(2, 2)
+        assert list(_models.hooked_weights(link)) == []
+        assert list(_models.weights(link)) == [('/', link, 'W', None)]
+        hook = make_hook()
+        link.add_hook(hook)
+        assert list(_models.hooked_weights(link)) == [('/', link, 'W', hook)]
+        assert list(_models.weights(link)) == [('/', link, 'W', hook)]
+
+    def test_other_hooks_do_not_count(self):
+        link = L.Linear(2, 2).add_hook(link_hooks.TimerHook())
+        assert list(_models.hooked_weights(link)) == []
+        assert not _models.is_hooked(link)
+
+    def test_a_link_has_a_hook_for_a_weight(self):
+        two = Model().two
+        two.delete_hook('A')
+        assert _models.is_hooked(two, 'B')
+        assert not _models.is_hooked(two, 'A')
+
+
+class TestLinks:
+
+    def test_each_once_with_the_first_path(self):
+        model = Model()
+        found = list(_models.hooked_links(model))
+        assert found == [
+            ('/again', model.conv), ('/blocks/1', model.blocks[1]),
+            ('/theirs', model.theirs), ('/two', model.two)]
+        assert [path for path, _ in _models.hooked_links(
+            model, _models.OURS)] == ['/again', '/blocks/1', '/two']
+
+    def test_a_hook_of_a_chain_is_one_of_ours(self):
+        model = chainer.Sequential(chainer.Sequential(L.Linear(2, 2)))
+        model.add_hook(ChainSpectralNormalization())
+        for kinds in (_models.OURS, _models.ALL_HOOKS):
+            assert [path for path, _ in _models.hooked_links(
+                model, kinds)] == ['/', '/0/0']
+        assert names(_models.hooked_weights(model)) == [('/0/0', 'W')]
+
+    def test_supported_ones_under_each_path(self):
+        """A filter may take one of them and not the other."""
+        model = Model()
+        paths = [path for path, _ in _models.supported_links(model)]
+        assert paths == ['/again', '/blocks/0/0', '/blocks/1', '/conv',
+                         '/theirs']
+        assert list(_models.supported_links(model, 'V')) == []
+
+    def test_kinds_of_links(self):
+        supported = [
+            L.Linear(2, 2), L.Linear(None, 2), L.EmbedID(2, 2),
+            L.Convolution1D(1, 1, 1), L.Convolution2D(1, 1, 1),
+            L.Convolution3D(1, 1, 1), L.Deconvolution1D(1, 1, 1),
+            L.Deconvolution2D(1, 1, 1), L.Deconvolution3D(1, 1, 1),
+            L.DilatedConvolution2D(1, 1, 1)]
+        assert all(map(_models.is_supported, supported))
+        others = [L.Bilinear(2, 2, 2), L.Scale(W_shape=(2, 2)),
+                  L.StatefulGRU(2, 2), chainer.Chain(), Two()]
+        assert not any(map(_models.is_supported, others))
+
+
+class TestFilters:
+
+    LINK = L.Linear(2, 2)
+
+    @pytest.mark.parametrize(('filter', 'expected'), [
+        (None, True),
+        ('/a/b', True), ('/*', True), ('*b', True), ('/b', False),
+        ('/A/*', False),
+        (L.Linear, True), (chainer.Link, True), (L.EmbedID, False),
+        (lambda path, link: path == '/a/b', True),
+        (lambda path, link: link.W is None, False),
+        (lambda path, link: [], False),
+        ([], False), (['/b', L.Linear], True), (('/b', L.EmbedID), False),
+        (['/b', ['/a/*']], True)])
+    def test_what_they_take(self, filter, expected):
+        assert _models.takes(filter, '/a/b', self.LINK) is expected
+
+    @pytest.mark.parametrize('filter', [
+        None, '*', L.Linear, lambda path, link: True, [], ['*', L.Linear],
+        ('*',)])
+    def test_what_is_one(self, filter):
+        _models.check_filter(filter)
+
+    @pytest.mark.parametrize('filter', [
+        3, True, {'*'}, [None], ['*', 3], b'*'])
+    def test_what_is_none(self, filter):
+        with pytest.raises(errors.FilterError, match='pattern'):
+            _models.check_filter(filter)
+
+
+def test_all_tools_see_the_same():
+    """The report, the summary, and what is broadcast."""
+    model = Model()
+    weights = list(_models.hooked_weights(model))
+    assert [name for _, _, name in distributed._vectors(model)] == [
+        f'{weight.weight_name}_u' for weight in weights]
+    assert [layer.shape for layer in extensions.SpectralNormReport(
+        model).measure()] == [
+            getattr(weight.link, weight.weight_name).shape
+            for weight in weights]
+    paths = {f'{weight.path}/{weight.weight_name}' for weight in weights}
+    assert paths | {'/conv/W'} == {
+        row.path for row in sn_function.summary(model).rows
+        if row.status == 'normalized'}
+    assert list(_models.hooked_weights(sn_function.bake(model))) == []
