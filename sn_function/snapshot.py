@@ -35,8 +35,7 @@ from sn_function._snapshots.readers import Path, Reader
 from sn_function._snapshots.vectors import WeightArrays
 
 LAYOUTS = layouts.LAYOUTS
-# An estimate of sigma that is lower than sigma by more than this part of it
-# is reported.
+# The largest relative error of an estimate of sigma that is not reported.
 LAG = 0.1
 
 
@@ -58,7 +57,7 @@ class WeightReport(NamedTuple):
         healthy: Whether the vector can be used: ``'ok'`` or ``'lags'``.
         note: What else there is to say.
 
-    What cannot be told is ``None``.
+    What is not known is ``None``.
     """
 
     key: str
@@ -119,7 +118,7 @@ class Outcome(NamedTuple):
 def inspect(
         path: Path, *, model: str | None = None, axes: Axes | None = None,
         progress: Progress = iter) -> list[WeightReport]:
-    """Tells of each weight its norm, and whether its vector can be used.
+    """Reports the norm of each weight, and whether its vector can be used.
 
     Args:
         path (path): A snapshot.
@@ -205,7 +204,7 @@ def bake(
 
     Args:
         src (path): A snapshot.
-        dst (path): The output.  Its extension tells its kind.
+        dst (path): The output, of the kind that its extension names.
         n_power_iteration (int): That of the hook, which a snapshot does not
             hold.  PyTorch has the sigma of its vectors instead.
         factor (float or None): That of the hook.
@@ -290,11 +289,11 @@ def convert(
     PyTorch with none, are equal but for rounding.  For that, PyTorch gets the
     vectors that the iterations end with, and Chainer a vector from which one
     iteration comes to the sigma of PyTorch, if there is one; :class:`Outcome`
-    tells what is left of a difference.
+    has the difference that is left.
 
     Args:
         src (path): A snapshot, or a state dict.
-        dst (path): The output.  Its extension tells its kind.
+        dst (path): The output, of the kind that its extension names.
         layout (str): One of :data:`LAYOUTS`.
         converge (bool): Give each weight the converged vectors instead.
         n_power_iteration (int): That of the hook in Chainer, where that is
@@ -375,15 +374,15 @@ def _check_target(
 def _plan_gamma_state(
         plan: Plan, reader: Reader, weight: WeightKeys, new: WeightKeys,
 ) -> None:
-    """Has a trainer's optimizer keep arrays of the shape of the gamma."""
-    if not plan.prefix:  # with one there is no optimizer in the output
+    """Gives the state of a trainer's optimizer the shape of the gamma."""
+    if not plan.prefix:  # otherwise no optimizer is in the output
         for key in layouts.gamma_state(reader, weight):
             plan.replace(
                 key, entries.gamma_state, reader, key, weight, new)
 
 
 def _rename_others(plan: Plan, reader: Reader, to_torch: bool) -> list[str]:
-    """Renames what is of no weight; returns what has no known name there."""
+    """Renames all other entries; returns those with no known name there."""
     known = set(reader.keys)
     unknown = []
     for key in reader.keys:
@@ -409,7 +408,7 @@ def repair(
 
     Args:
         src (path): A snapshot.
-        dst (path): The output.  Its extension tells its kind.
+        dst (path): The output, of the kind that its extension names.
         all (bool): Replace the other vectors, too.
         axes (dict or None): Output axes of weights, by their entry or by a
             pattern; see :doc:`cli`.
@@ -431,9 +430,9 @@ def repair(
     with readers.open_snapshot(src) as reader:
         plan = Plan()
         for weight in progress(entries.find(reader, '', axes)):
+            # Without a weight its link makes both in the first call.
             if reader.entry(weight.W).is_plain:
                 changes.append(_repair_weight(plan, reader, weight, axes, all))
-            # Else its link makes both in the first call.
         left_out = plan.write(reader, path, compress, iter)
     return Outcome(os.fspath(dst), changes, left_out, [])
 
@@ -453,5 +452,5 @@ def _repair_weight(
         plan.put(weight.v, v.astype(dtype))
     note = f'its vector was {arrays.fault or "usable"}'
     if entries.axis_is_guessed(reader, weight, arrays, axes):
-        note += '; taken as a convolution, --axis tells otherwise'
+        note += '; taken as a convolution, unless --axis says otherwise'
     return WeightChange(weight.W, 'repaired', sigma, None, note)

@@ -149,7 +149,7 @@ def check_finite(reader: Reader, key: str, array: Any) -> None:
 # Axes
 
 def find(reader: Reader, prefix: str, axes: Axes) -> list[WeightKeys]:
-    """Returns the weights below a path; each of the axes is that of one."""
+    """Returns the weights below a path; each pattern must fit one."""
     weights = layouts.find(reader, prefix)
     for pattern, axis in axes.items():
         if all(given_axis(weight, {pattern: axis}) is None
@@ -219,7 +219,7 @@ def check_axis(
 def axis_is_guessed(
         reader: Reader, weight: WeightKeys, arrays: WeightArrays, axes: Axes,
 ) -> bool:
-    """Whether the axis is 0 only as nothing says which it is."""
+    """Whether the axis is 0 only because nothing says which it is."""
     if arrays.W.ndim == 2 or weight.layout == layouts.SNGAN or (
             arrays.fault is None) or given_axis(weight, axes) is not None:
         return False

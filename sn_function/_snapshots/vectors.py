@@ -56,16 +56,16 @@ def normalized(
 
 
 def angle(A: Any, u: Any, v: Any) -> float:
-    """The cosine of the angle between ``u`` and ``A v``."""
+    """Returns the cosine of the angle between ``u`` and ``A v``."""
     t = A @ v
     lengths = numpy.linalg.norm(t) * numpy.linalg.norm(u)
     return float(u @ t / lengths) if lengths else 0.0
 
 
 def fit(A: Any, u: Any) -> float:
-    """How near ``u`` is to the singular vector of ``A``: 1 where it is that.
+    """How near ``u`` is to a singular vector of ``A``: 1 where it is one.
 
-    ``|A^T u| / sigma`` for a unit vector ``u``.
+    This is ``|A^T u|`` over the sigma of 10 iterations, for a unit vector.
     """
     u = u.astype(A.dtype)
     u /= numpy.linalg.norm(u)
@@ -165,7 +165,7 @@ def _unit(x: Any) -> Any:
 
 
 def _between(A: Any, low: Any, high: Any, sigma: float) -> Any:
-    """Returns the y between two vectors with ``|A y| / |y|`` = sigma."""
+    """Returns the y between two vectors where ``|A y| / |y|`` is sigma."""
     left, right = 0.0, 1.0
     for _ in range(50):
         t = (left + right) / 2

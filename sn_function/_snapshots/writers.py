@@ -1,7 +1,7 @@
 """Writes files of named arrays, of the kinds of :mod:`.readers`.
 
-A writer takes one entry at a time, into a temporary file beside the output,
-which takes its name once all is on the disk.
+A writer takes one entry at a time.  It writes to a temporary file beside the
+output, which takes its name once everything is on the disk.
 """
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class HDF5Writer(Writer):
 
 
 class _Forgiving(io.FileIO):
-    """Keeps the first error of writing: HDF5 crashes if it sees one."""
+    """Stores the first error of writing, as HDF5 crashes if it sees one."""
 
     error: OSError | None = None
 
