@@ -238,22 +238,7 @@ class TorchReader(Reader):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         torch = import_package('torch', self.path)
-        version = tuple(map(int, torch.__version__.split('.')[:2]))
-        if version < (2, 10):
-            # CVE-2025-32434, CVE-2026-24747: there weights_only is not safe.
-            raise errors.SnapshotFileError(
-                self.path, f'PyTorch {torch.__version__} may run code that '
-                f'is in a .pt file', 'Install PyTorch 2.10 or newer.')
-        options = {}
-        if zipfile.is_zipfile(self.path):
-            # PyTorch does not look at the checksums of what it maps.
-            with zipfile.ZipFile(self.path) as file:
-                damaged = file.testzip()
-            if damaged:
-                raise ValueError(f'its part {damaged} is damaged')
-            options['mmap'] = True
-        found = torch.load(
-            self.path, map_location='cpu', weights_only=True, **options)
+        found = self._load(torch)
         self._tensors = {
             key: value for key, value in found.items()
             if isinstance(key, str) and isinstance(value, torch.Tensor)
@@ -267,6 +252,23 @@ class TorchReader(Reader):
                 'torch.save(model.state_dict(), path)')
         self.keys = list(self._tensors)
         self.ignored = [str(key) for key in found if key not in self._tensors]
+
+    def _load(self, torch: Any) -> Any:
+        version = tuple(map(int, torch.__version__.split('.')[:2]))
+        if version < (2, 10):
+            # CVE-2025-32434, CVE-2026-24747: there weights_only is not safe.
+            raise errors.SnapshotFileError(
+                self.path, f'PyTorch {torch.__version__} may run code that '
+                f'is in a .pt file', 'Install PyTorch 2.10 or newer.')
+        is_zip = zipfile.is_zipfile(self.path)
+        if is_zip:
+            # PyTorch does not compare the checksums of what it maps.
+            with zipfile.ZipFile(self.path) as file:
+                damaged = file.testzip()
+            if damaged:
+                raise ValueError(f'its part {damaged} is damaged')
+        return torch.load(self.path, map_location='cpu', weights_only=True,
+                          **({'mmap': True} if is_zip else {}))
 
     def _entry(self, key: str) -> Entry:
         x = self._tensors[key]
