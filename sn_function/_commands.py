@@ -1,4 +1,4 @@
-"""The commands of :mod:`sn_function.cli`, by click, and their tables.
+"""The commands of :mod:`sn_function.cli`, by click.
 
 Exit codes: 0, all is well; 1, an error, and nothing was written; 2, wrong
 arguments; 3, ``inspect`` found something that ``repair`` is for.
@@ -6,26 +6,16 @@ arguments; 3, ``inspect`` found something that ``repair`` is for.
 from __future__ import annotations
 
 import functools
-import json
-import math
 import sys
-import time
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Sequence
 
 import click
-from rich import box
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from rich.text import Text
 
 from sn_function import doctor, errors, snapshot
+from sn_function._terminal import print_outcome, print_reports, progress
 from sn_function._version import __version__
 
 UNHEALTHY = 3
-# Where there is no terminal to ask for its width, wide enough.
-_WIDTH = 100
-_LAYOUT_HELP = ', '.join(snapshot.LAYOUTS)
 
 
 @click.group(context_settings={'help_option_names': ['-h', '--help']})
@@ -86,17 +76,16 @@ _json = click.option(
 
 
 def _output_options(command: Callable) -> Callable:
-    for option in (
-            click.option('--overwrite', is_flag=True,
-                         help='Allow OUT to exist, or to be SNAPSHOT.'),
-            click.option('--compress/--no-compress', default=None,
-                         help='Of a .npz or HDF5 file.  [default: as '
-                              'SNAPSHOT is]')):
-        command = option(command)
-    return command
+    overwrite = click.option(
+        '--overwrite', is_flag=True,
+        help='Allow OUT to exist, or to be SNAPSHOT.')
+    compress = click.option(
+        '--compress/--no-compress', default=None,
+        help='Of a .npz or HDF5 file.  [default: as SNAPSHOT is]')
+    return compress(overwrite(command))
 
 
-def _tells_errors(command: Callable) -> Callable:
+def _reports_errors(command: Callable) -> Callable:
     """Turns an error of this package into a message and exit code 1."""
     @functools.wraps(command)
     def wrapper(**kwargs: Any) -> Any:
@@ -111,24 +100,6 @@ def _tells_errors(command: Callable) -> Callable:
     return wrapper
 
 
-def _progress(what: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
-    """A bar, on a terminal, if it takes longer than a second."""
-    def progress(items: Iterable[Any]) -> Iterator[Any]:
-        items, started = list(items), time.monotonic()
-        bar = Progress(console=Console(stderr=True), transient=True,
-                       disable=not sys.stderr.isatty())
-        task = bar.add_task(f'{what} ...', total=len(items))
-        try:
-            for item in items:
-                if time.monotonic() - started > 1:
-                    bar.start()
-                yield item
-                bar.advance(task)
-        finally:
-            bar.stop()
-    return progress
-
-
 # Commands
 
 @cli.command()
@@ -136,11 +107,11 @@ def _progress(what: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
 @_model
 @_axis
 @_json
-@_tells_errors
+@_reports_errors
 def inspect(
         snapshot_: str, model: str | None, axes: dict[str, int],
         as_json: bool) -> None:
-    """Tell the norm of each weight, and if its vector can be used.
+    """Report the norm of each weight and whether its vector can be used.
 
     sigma is the largest singular value of the weight, in float64; estimate is
     what its vector u gives for it, which is what the weight is divided by.
@@ -161,12 +132,8 @@ def inspect(
       sn-function inspect dis.npz --json | jq '.[].sigma'
     """
     reports = snapshot.inspect(
-        snapshot_, model=model, axes=axes, progress=_progress('Inspecting'))
-    if as_json:
-        _print_json([{**report._asdict(), 'healthy': report.healthy}
-                     for report in reports])
-    else:
-        _print_reports(snapshot_, reports)
+        snapshot_, model=model, axes=axes, progress=progress('Inspecting'))
+    print_reports(snapshot_, reports, as_json)
     if not all(report.healthy for report in reports):
         sys.exit(UNHEALTHY)
 
@@ -185,7 +152,7 @@ def inspect(
 @_axis
 @_output_options
 @_json
-@_tells_errors
+@_reports_errors
 def bake(
         snapshot_: str, out: str, as_json: bool, **settings: Any) -> None:
     """Write the normalized weights, for a model without hooks.
@@ -200,8 +167,8 @@ def bake(
       sn-function bake snapshot_iter_2000 gen.npz --model gen
       sn-function bake gen.npz plain.npz --axis 'deconvs/*/W=1'
     """
-    _print_outcome(snapshot.bake(
-        snapshot_, out, progress=_progress('Baking'), **settings), as_json)
+    print_outcome(snapshot.bake(
+        snapshot_, out, progress=progress('Baking'), **settings), as_json)
 
 
 @cli.command()
@@ -218,7 +185,7 @@ def bake(
 @_axis
 @_output_options
 @_json
-@_tells_errors
+@_reports_errors
 def convert(
         snapshot_: str, out: str, layout: str, as_json: bool,
         **settings: Any) -> None:
@@ -226,7 +193,7 @@ def convert(
 
     The kind of OUT is that of its extension: .npz, .h5, .safetensors or .pt;
     without one, that of SNAPSHOT. The other entries of a layer are renamed
-    as well; those whose name is not known are told.
+    as well; those whose name is not known are listed.
 
     \b
     Examples:
@@ -235,8 +202,8 @@ def convert(
       sn-function convert ResNetDiscriminator_450000.npz dis.npz --to chainer
       sn-function convert dis.npz dis.h5 --to chainer
     """
-    _print_outcome(snapshot.convert(
-        snapshot_, out, layout, progress=_progress('Converting'),
+    print_outcome(snapshot.convert(
+        snapshot_, out, layout, progress=progress('Converting'),
         **settings), as_json)
 
 
@@ -248,7 +215,7 @@ def convert(
 @_axis
 @_output_options
 @_json
-@_tells_errors
+@_reports_errors
 def repair(
         snapshot_: str, out: str, as_json: bool, all_: bool,
         **settings: Any) -> None:
@@ -262,120 +229,13 @@ def repair(
       sn-function repair broken.npz mended.npz
       sn-function repair snapshot_iter_2000 snapshot_iter_2000 --overwrite
     """
-    _print_outcome(snapshot.repair(
-        snapshot_, out, all=all_, progress=_progress('Repairing'),
+    print_outcome(snapshot.repair(
+        snapshot_, out, all=all_, progress=progress('Repairing'),
         **settings), as_json)
 
 
 @cli.command('doctor')
 @_json
 def doctor_(as_json: bool) -> None:
-    """Tell what this machine has, and what will not work."""
+    """Report what this machine has and what will not work."""
     sys.exit(doctor.main(['doctor', *['--json'] * as_json]))
-
-
-# Output
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(_strict(value), indent=2))
-
-
-def _strict(value: Any) -> Any:
-    """JSON has no infinity and no NaN."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else 'inf'
-    if isinstance(value, dict):
-        return {key: _strict(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(each) for each in value]
-    return value
-
-
-def make_console(**kwargs: Any) -> Console:
-    is_terminal = sys.stdout.isatty()
-    return Console(width=None if is_terminal else _WIDTH, highlight=False,
-                   emoji=False, markup=False, **kwargs)
-
-
-def _table(title: str, columns: str) -> Table:
-    """A table with the columns named; ``>`` aligns to the right."""
-    table = Table(title=Text(title), title_justify='left', box=box.SIMPLE)
-    for name in columns.split(', '):
-        if name.startswith('>'):
-            table.add_column(name[1:], justify='right', no_wrap=True)
-        else:
-            table.add_column(name, overflow='fold')
-    return table
-
-
-def _number(x: float | None, form: str = '#.6g') -> str:
-    return '-' if x is None else format(x, form)
-
-
-def _printable(text: str, style: str = '') -> Text:
-    return Text(errors.printable(text), style)
-
-
-def reports_table(
-        title: str, reports: Sequence[snapshot.WeightReport]) -> Table:
-    table = _table(
-        title, 'weight, shape, >sigma, >estimate, >condition, vector')
-    for report in reports:
-        style = {'ok': 'green', 'lags': 'yellow'}.get(report.status, 'red')
-        shape = '-' if report.shape is None else ' x '.join(
-            map(str, report.shape))
-        table.add_row(
-            _printable(report.key), shape, _number(report.sigma),
-            _number(report.estimate), _number(report.condition, '#.3g'),
-            _printable('; '.join(filter(None, (
-                report.status, report.note))), style))
-    return table
-
-
-def reports_summary(reports: Sequence[snapshot.WeightReport]) -> Text:
-    layouts = ', '.join(sorted({report.layout for report in reports}))
-    ill = sum(not report.healthy for report in reports)
-    if ill:
-        return Text(f'{ill} of {len(reports)} not healthy ({layouts}). '
-                    f'sn-function repair makes vectors anew.', 'red')
-    return Text(f'All {len(reports)} vectors can be used ({layouts}).')
-
-
-def _print_reports(
-        path: str, reports: Sequence[snapshot.WeightReport]) -> None:
-    console = make_console()
-    console.print(reports_table(errors.printable(path), reports))
-    console.print(reports_summary(reports), soft_wrap=True)
-
-
-def outcome_table(outcome: snapshot.Outcome) -> Table:
-    table = _table('', 'weight, done, >sigma, >difference, note')
-    table.title = None
-    for change in outcome.weights:
-        style = '' if change.action == 'kept' else 'green'
-        table.add_row(
-            _printable(change.key), Text(change.action, style),
-            _number(change.sigma), _number(change.difference, '.1e'),
-            _printable(change.note))
-    for column, values in (('difference', 'difference'), ('note', 'note')):
-        if not any(getattr(change, values) for change in outcome.weights):
-            index = [each.header for each in table.columns].index(column)
-            del table.columns[index]
-    return table
-
-
-def _print_outcome(outcome: snapshot.Outcome, as_json: bool) -> None:
-    if as_json:
-        _print_json({**outcome._asdict(), 'weights': [
-            change._asdict() for change in outcome.weights]})
-        return
-    console = make_console()
-    console.print(outcome_table(outcome))
-    for what, keys in (
-            ('Left out, as a file of this kind cannot hold them',
-             outcome.left_out),
-            ('Kept, though their names may differ there', outcome.unknown)):
-        if keys:
-            console.print(_printable(f'{what}: {", ".join(keys)}'),
-                          soft_wrap=True)
-    console.print(_printable(f'Written: {outcome.path}'), soft_wrap=True)

@@ -1,9 +1,9 @@
 """Snapshots of models with spectral normalization, without their models.
 
-:func:`inspect` tells the norm of each weight and how good its vector is,
+:func:`inspect` reports the norm of each weight and how good its vector is,
 :func:`bake` puts the normalized weights in the place of the raw ones,
-:func:`convert` goes between Chainer, sngan_projection and PyTorch, and
-:func:`repair` makes vectors anew that are zero or not finite.  The files may
+:func:`convert` converts between Chainer, sngan_projection and PyTorch, and
+:func:`repair` replaces vectors that are zero or not finite.  The files may
 be those of :func:`chainer.serializers.save_npz` and ``save_hdf5``, of a model
 or of a trainer, or state dicts of PyTorch in .npz, .safetensors or .pt.
 
@@ -14,24 +14,29 @@ written to a temporary file, which takes its name when it is complete.
 from __future__ import annotations
 
 import os
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
+from typing import NamedTuple
 
 import numpy
 
-from sn_function import _checks, errors, functions
+from sn_function import _checks, errors
 from sn_function._arithmetic import singular
-from sn_function._arithmetic.power_iteration import power_iteration, unfold
-from sn_function._snapshots import entries as _entries
-from sn_function._snapshots import layouts, readers, writers
-from sn_function._snapshots.entries import Arrays, Axes
-from sn_function._snapshots.layouts import Weight
+from sn_function._snapshots import (
+    entries,
+    layouts,
+    readers,
+    renaming,
+    vectors,
+    writers,
+)
+from sn_function._snapshots.entries import Axes
+from sn_function._snapshots.layouts import WeightKeys
+from sn_function._snapshots.plan import Entries, Plan, Progress
 from sn_function._snapshots.readers import Path, Reader
+from sn_function._snapshots.vectors import WeightArrays
 
 LAYOUTS = layouts.LAYOUTS
-# An estimate of sigma that is further below it than that is told.
+# The largest relative error of an estimate of sigma that is not reported.
 LAG = 0.1
-
-Progress = Callable[[Iterable[Any]], Iterable[Any]]  # passes them on
 
 
 class WeightReport(NamedTuple):
@@ -52,7 +57,7 @@ class WeightReport(NamedTuple):
         healthy: Whether the vector can be used: ``'ok'`` or ``'lags'``.
         note: What else there is to say.
 
-    What cannot be told is ``None``.
+    What is not known is ``None``.
     """
 
     key: str
@@ -113,7 +118,7 @@ class Outcome(NamedTuple):
 def inspect(
         path: Path, *, model: str | None = None, axes: Axes | None = None,
         progress: Progress = iter) -> list[WeightReport]:
-    """Tells of each weight its norm, and whether its vector can be used.
+    """Reports the norm of each weight, and whether its vector can be used.
 
     Args:
         path (path): A snapshot.
@@ -148,10 +153,10 @@ def inspect(
         True
 
     """
+    axes = axes or {}
     with readers.open_snapshot(path) as reader:
-        prefix = '' if model is None else layouts.prefix_of(reader, model)
-        weights = _entries.find(reader, prefix, axes or {})
-        reports = [_report(reader, weight, axes or {})
+        weights = entries.find(reader, layouts.prefix_of(reader, model), axes)
+        reports = [_report(reader, weight, axes)
                    for weight in progress(weights)]
         were_read = {each.key for each in reports if each.shape is not None}
         for key in reader.keys:
@@ -160,90 +165,30 @@ def inspect(
     return reports
 
 
-def _report(reader: Reader, weight: Weight, axes: Axes) -> WeightReport:
-    entry = reader.entry(weight.weight)
+def _report(reader: Reader, weight: WeightKeys, axes: Axes) -> WeightReport:
+    if not reader.entry(weight.W).is_plain:
+        return WeightReport(weight.W, weight.layout)
+    arrays = entries.read(reader, weight, axes)
+    W = arrays.W
     report = WeightReport(
-        weight.weight, weight.layout, entry.shape, entry.dtype)
-    if not entry.is_plain:
-        return report._replace(dtype='')
-    arrays = _entries.read_all(reader, weight, axes)
-    W, axis = arrays.W, arrays.axis
-    report = report._replace(axis=axis, dtype=str(W.dtype))
+        weight.W, weight.layout, W.shape, str(W.dtype), arrays.axis)
     if arrays.axis_is_unclear:
         report = report._replace(
-            note=f'axis 0 or 1; u fits 1: give --axis {weight.weight}=1')
+            note=f'axis 0 or 1; u fits 1: give --axis {weight.W}=1')
     if not numpy.isfinite(W).all():
         return report._replace(status='the weight holds NaN or Inf')
     with numpy.errstate(all='ignore'):
-        sigma, condition = singular.singular_values(W, axis)
+        sigma, condition = singular.singular_values(W, arrays.axis)
     report = report._replace(sigma=sigma, condition=condition)
     if arrays.fault is not None:
         return report._replace(status=arrays.fault)
-    estimate = _entries.estimate(weight, arrays)
+    estimate = vectors.estimate(arrays)
     lags = abs(estimate - sigma) > LAG * sigma
     return report._replace(
         estimate=estimate, status='lags' if lags else 'ok')
 
 
-# Writing
-
-_Make = Callable[[], 'list[tuple[str, Any]]']
-
-
-def _write(
-        reader: Reader, path: str, compress: bool | None,
-        makes: Mapping[str, _Make | None],
-        name_of: Callable[[str], str | None], progress: Progress,
-) -> list[str]:
-    """Writes all entries, in their order; returns those left out.
-
-    Args:
-        reader: The input.
-        path: The output.
-        compress: Whether a .npz or HDF5 file is compressed.
-        makes: What makes the entries that take the place of one.
-        name_of: The name of any other entry, ``None`` to drop it.
-        progress: Given the entries, passes them on.
-
-    """
-    written: set[str] = set()
-    left_out = list(reader.ignored)
-
-    def check_name(key: str) -> None:
-        if key in written:
-            raise errors.SnapshotTargetError(
-                reader.path, key, 'two entries would get this name')
-        written.add(key)
-
-    with writers.create(path, reader, compress) as writer:
-        for key in progress(reader.keys):
-            make = makes.get(key)
-            if make is not None:
-                for new_key, array in make():
-                    check_name(new_key)
-                    writer.write(new_key, array)
-            elif key not in makes:
-                name = name_of(key)
-                if name is not None:
-                    check_name(name)
-                    if not writer.copy(reader, key, name):
-                        left_out.append(key)
-    return left_out
-
-
-def _without(prefix: str) -> Callable[[str], str | None]:
-    return lambda key: (
-        key[len(prefix):] if key.startswith(prefix) else None)
-
-
-def _gamma_state(reader: Reader, weight: Weight) -> Iterator[str]:
-    """The optimizer's entries for the gamma of a weight."""
-    prefix = layouts.optimizer_prefix(weight)
-    if prefix is not None:
-        for key in reader.keys:
-            if key.startswith(prefix):
-                yield key
-
+# Baking
 
 def bake(
         src: Path, dst: Path, *, n_power_iteration: int = 1,
@@ -259,7 +204,7 @@ def bake(
 
     Args:
         src (path): A snapshot.
-        dst (path): The output.  Its extension tells its kind.
+        dst (path): The output, of the kind that its extension names.
         n_power_iteration (int): That of the hook, which a snapshot does not
             hold.  PyTorch has the sigma of its vectors instead.
         factor (float or None): That of the hook.
@@ -304,46 +249,30 @@ def bake(
         1.000
 
     """
+    axes, changes = axes or {}, []
     factor_, eps_ = _checks.check_settings(
         n_power_iteration, 1.0 if factor is None else factor, eps, cap)
     path = writers.check_output(dst, src, overwrite)
-    changes = []
     with readers.open_snapshot(src) as reader:
-        prefix = '' if model is None else layouts.prefix_of(reader, model)
+        plan = Plan(layouts.prefix_of(reader, model))
 
-        def make(weight: Weight) -> list[tuple[str, Any]]:
+        def bake_weight(weight: WeightKeys) -> Entries:
             if weight.gamma is not None and cap is not None:
                 raise errors.SnapshotGammaError(
                     reader.path, weight.gamma,
                     'a weight that is capped has no gamma')
-            arrays = _entries.require_vectors(reader, weight, axes or {})
-            sigma = _entries.estimate(weight, arrays, n_power_iteration)
-            if weight.is_torch:
-                Y = arrays.W * arrays.W.dtype.type(
-                    factor_ / max(sigma, eps_))
-            else:
-                out: Any = functions.spectral_normalize(
-                    arrays.W, arrays.u.astype(arrays.W.dtype),
-                    n_power_iteration, arrays.gamma, factor_, eps_,
-                    arrays.axis)
-                Y = out.array
-            key = layouts.plain_name(weight)[len(prefix):]
-            changes.append(WeightChange(key, 'baked', sigma))
-            return [(key, Y)]
+            Y, sigma = vectors.normalized(
+                entries.read_usable(reader, weight, axes),
+                n_power_iteration, factor_, eps_)
+            changes.append(WeightChange(
+                plan.name_of(weight.plain), 'baked', sigma))
+            yield weight.plain, Y
 
-        makes: dict[str, _Make | None] = {}
-        weights = _entries.find(reader, prefix, axes or {})
-        for weight in weights:
-            makes.update(dict.fromkeys(weight.entries))
-            makes.update(dict.fromkeys(_gamma_state(reader, weight)))
-            makes[weight.weight] = _bind(make, weight)
-        left_out = _write(
-            reader, path, compress, makes, _without(prefix), progress)
+        for weight in entries.find(reader, plan.prefix, axes):
+            plan.drop([*weight.keys, *layouts.gamma_state(reader, weight)])
+            plan.replace(weight.W, bake_weight, weight)
+        left_out = plan.write(reader, path, compress, progress)
     return Outcome(os.fspath(dst), changes, left_out, [])
-
-
-def _bind(make: Callable[[Weight], Any], weight: Weight) -> _Make:
-    return lambda: make(weight)
 
 
 # Converting
@@ -360,11 +289,11 @@ def convert(
     PyTorch with none, are equal but for rounding.  For that, PyTorch gets the
     vectors that the iterations end with, and Chainer a vector from which one
     iteration comes to the sigma of PyTorch, if there is one; :class:`Outcome`
-    tells what is left of a difference.
+    has the difference that is left.
 
     Args:
         src (path): A snapshot, or a state dict.
-        dst (path): The output.  Its extension tells its kind.
+        dst (path): The output, of the kind that its extension names.
         layout (str): One of :data:`LAYOUTS`.
         converge (bool): Give each weight the converged vectors instead.
         n_power_iteration (int): That of the hook in Chainer, where that is
@@ -391,83 +320,41 @@ def convert(
     if layout not in LAYOUTS:
         raise errors.LayoutNameError(layout, LAYOUTS)
     _checks.check_count('n_power_iteration', n_power_iteration, 1)
+    axes, changes = axes or {}, []
     path = writers.check_output(dst, src, overwrite)
-    to_torch = layout in (layouts.TORCH, layouts.PARAMETRIZED)
-    changes, unknown = [], []
+    to_torch = layout in layouts.OF_TORCH
     with readers.open_snapshot(src) as reader:
-        prefix = _prefix_of_model(reader, model, to_torch)
-        weights = _entries.find(reader, prefix, axes or {})
-        is_same_library = weights[0].is_torch == to_torch
-        known = set(reader.keys)
+        plan = Plan(layouts.prefix_for(reader, model, layout))
 
-        def name_of(key: str) -> str | None:
-            if not key.startswith(prefix):
-                return None
-            if is_same_library:
-                return key[len(prefix):]
-            name, is_known = layouts.other_name(key, to_torch, reader, known)
-            if not is_known:
-                unknown.append(key)
-            return name[len(prefix):]
-
-        def make(weight: Weight) -> list[tuple[str, Any]]:
-            new = layouts.renamed(weight, layout)
-            arrays = _entries.require_vectors(reader, weight, axes or {})
+        def convert_weight(weight: WeightKeys, new: WeightKeys) -> Entries:
+            arrays = entries.read_usable(reader, weight, axes)
             _check_target(reader, weight, new, arrays)
-            u, v = _vectors(
-                weight, new, arrays, converge, n_power_iteration)
-            dtype = arrays.u.dtype
-            arrays_of_new = arrays._replace(
-                u=u.astype(dtype), v=None if v is None else v.astype(dtype))
-            n = 1 if weight.is_torch else n_power_iteration
-            sigma = _entries.estimate(new, arrays_of_new, n)
-            before = _entries.estimate(weight, arrays, n)
+            converted = vectors.converted(
+                arrays, to_torch, n_power_iteration, converge)
+            sigma, difference = vectors.compare(
+                converted, arrays, n_power_iteration)
             changes.append(WeightChange(
-                new.weight[len(prefix):], 'converted', sigma,
-                abs(sigma - before) / (abs(before) or 1.0)))
-            entries = [(new.weight, arrays.W),
-                       (new.u, arrays_of_new.u[None] if layout
-                        == layouts.SNGAN else arrays_of_new.u)]
-            if new.v is not None:
-                entries.append((new.v, arrays_of_new.v))
-            if new.gamma is not None:
-                entries.append((new.gamma, arrays.gamma.reshape(
-                    _gamma_shape(layout, arrays.W))))
-            return [(key[len(prefix):], array) for key, array in entries]
+                plan.name_of(new.W), 'converted', sigma, difference))
+            return entries.named(new, converted)
 
-        makes: dict[str, _Make | None] = {}
+        weights = entries.find(reader, plan.prefix, axes)
         for weight in weights:
-            if weight.layout == layout and not converge:
-                continue  # as it is
-            makes.update(dict.fromkeys(weight.entries))
-            makes[weight.weight] = _bind(make, weight)
-            for key in _gamma_state(reader, weight):
-                if not prefix:
-                    makes[key] = _reshape_state(reader, weight, key, layout)
-        left_out = _write(reader, path, compress, makes, name_of, progress)
-    for weight in weights:
-        if weight.weight not in makes:
-            changes.append(WeightChange(
-                weight.weight[len(prefix):], 'kept'))
+            if converge or weight.layout != layout:
+                new = renaming.renamed(weight, layout)
+                plan.drop(weight.keys)
+                plan.replace(weight.W, convert_weight, weight, new)
+                _plan_gamma_state(plan, reader, weight, new)
+        unknown = [] if weights[0].is_torch == to_torch else (
+            _rename_others(plan, reader, to_torch))
+        left_out = plan.write(reader, path, compress, progress)
+    changes += [WeightChange(plan.name_of(weight.W), 'kept')
+                for weight in weights if weight.W not in plan]
     return Outcome(os.fspath(dst), changes, left_out, unknown)
 
 
-def _prefix_of_model(
-        reader: Reader, model: str | None, to_torch: bool) -> str:
-    if model is not None:
-        return layouts.prefix_of(reader, model)
-    models = layouts.models(reader.keys)
-    if not (to_torch and models):
-        return ''
-    with_weights = set(layouts.models(
-        each.weight for each in layouts.find(reader, 'updater/model:')))
-    if len(with_weights) > 1:
-        raise errors.SnapshotModelError(reader.path, None, models)
-    return layouts.prefix_of(reader, with_weights.pop())
-
-
 def _check_target(
-        reader: Reader, weight: Weight, new: Weight, arrays: Arrays) -> None:
+        reader: Reader, weight: WeightKeys, new: WeightKeys,
+        arrays: WeightArrays) -> None:
     if new.is_torch and weight.gamma is not None:
         raise errors.SnapshotGammaError(
             reader.path, weight.gamma,
@@ -475,58 +362,36 @@ def _check_target(
     if new.layout == layouts.SNGAN and (
             arrays.axis != 0 or new.name != 'W'):
         raise errors.SnapshotTargetError(
-            reader.path, weight.weight,
+            reader.path, weight.W,
             'sngan_projection has no deconvolutions, and normalizes no '
             'other weight of a link than W')
     if not new.is_torch and arrays.axis != 0 and arrays.W.ndim == 2:
         raise errors.SnapshotTargetError(
-            reader.path, weight.weight,
+            reader.path, weight.W,
             'Chainer normalizes a matrix along axis 0 only')
 
 
-def _gamma_shape(layout: str, W: Any) -> tuple[int, ...]:
-    return (1,) * W.ndim if layout == layouts.SNGAN else ()
+def _plan_gamma_state(
+        plan: Plan, reader: Reader, weight: WeightKeys, new: WeightKeys,
+) -> None:
+    """Gives the state of a trainer's optimizer the shape of the gamma."""
+    if not plan.prefix:  # otherwise no optimizer is in the output
+        for key in layouts.gamma_state(reader, weight):
+            plan.replace(
+                key, entries.gamma_state, reader, key, weight, new)
 
 
-def _reshape_state(
-        reader: Reader, weight: Weight, key: str, layout: str) -> _Make:
-    """An optimizer keeps arrays of the shape of the gamma."""
-    def make() -> list[tuple[str, Any]]:
-        state = reader.read(key)
-        old = reader.entry(weight.gamma or '').shape
-        shape = reader.entry(weight.weight).shape or ()
-        if state.shape == old and key.rsplit('/', 1)[1] != 't':
-            state = state.reshape(
-                (1,) * len(shape) if layout == layouts.SNGAN else ())
-        return [(key, state)]
-
-    return make
-
-
-def _vectors(
-        weight: Weight, new: Weight, arrays: Arrays, converge: bool,
-        n_power_iteration: int) -> tuple[Any, Any]:
-    """Returns u and v, or ``None``, for the new layout."""
-    if converge:
-        _, u, v = singular.largest(
-            singular.as_matrix(arrays.W, arrays.axis))
-        return u, v if new.is_torch else None
-    if weight.is_torch and not new.is_torch:
-        return singular.start_vector(
-            singular.as_matrix(arrays.W, arrays.axis), arrays.u,
-            arrays.v), None
-    if weight.is_torch or not new.is_torch:
-        return arrays.u, arrays.v
-    # As the hook does it: also for a u that W takes to zero.
-    with numpy.errstate(all='ignore'):
-        it = power_iteration(
-            unfold(arrays.W.astype(numpy.float64), arrays.axis), arrays.u,
-            n_power_iteration)
-    if not it.sigma:
-        _, u, v = singular.largest(
-            singular.as_matrix(arrays.W, arrays.axis))
-        return u, v
-    return it.u, it.v
+def _rename_others(plan: Plan, reader: Reader, to_torch: bool) -> list[str]:
+    """Renames all other entries; returns those with no known name there."""
+    known = set(reader.keys)
+    unknown = []
+    for key in reader.keys:
+        if key.startswith(plan.prefix) and key not in plan:
+            name, is_known = renaming.other_name(reader, key, to_torch, known)
+            plan.rename(key, name)
+            if not is_known:
+                unknown.append(key)
+    return unknown
 
 
 # Repairing
@@ -543,7 +408,7 @@ def repair(
 
     Args:
         src (path): A snapshot.
-        dst (path): The output.  Its extension tells its kind.
+        dst (path): The output, of the kind that its extension names.
         all (bool): Replace the other vectors, too.
         axes (dict or None): Output axes of weights, by their entry or by a
             pattern; see :doc:`cli`.
@@ -560,53 +425,32 @@ def repair(
             holds NaN or Inf, which is lost.  Nothing is written.
 
     """
+    axes, changes = axes or {}, []
     path = writers.check_output(dst, src, overwrite)
-    changes = []
     with readers.open_snapshot(src) as reader:
-        makes: dict[str, _Make | None] = {}
-        weights = _entries.find(reader, '', axes or {})
-        for weight in progress(weights):
-            if not reader.entry(weight.weight).is_plain:
-                continue  # its link makes both in the first call
-            arrays = _entries.read_all(reader, weight, axes or {})
-            _entries.check_finite(reader, weight.weight, arrays.W)
-            if arrays.fault is None and not all:
-                changes.append(WeightChange(
-                    weight.weight, 'kept', _entries.estimate(weight, arrays)))
-                continue
-            if arrays.axis_is_unclear:
-                _entries.require_vectors(reader, weight, axes or {})
-            sigma, u, v = singular.largest(
-                singular.as_matrix(arrays.W, arrays.axis))
-            dtype = _vector_dtype(reader, weight, arrays.W)
-            u = u[None] if weight.layout == layouts.SNGAN else u
-            makes[weight.u] = _constant(weight.u, u.astype(dtype))
-            if weight.v is not None:
-                makes[weight.v] = _constant(weight.v, v.astype(dtype))
-            is_guess = (arrays.W.ndim > 2 and weight.layout != layouts.SNGAN
-                        and arrays.fault is not None
-                        and (arrays.W.shape[0] == arrays.W.shape[1]
-                             or reader.entry(weight.u).shape not in (
-                                 arrays.W.shape[:1], arrays.W.shape[1:2]))
-                        and _entries.given_axis(weight, axes or {}) is None)
-            changes.append(WeightChange(
-                weight.weight, 'repaired', sigma, None,
-                ('its vector was ' + (arrays.fault or 'usable')) + (
-                    '; taken as a convolution, --axis tells otherwise'
-                    if is_guess else '')))
-        left_out = _write(
-            reader, path, compress, makes, lambda key: key, iter)
+        plan = Plan()
+        for weight in progress(entries.find(reader, '', axes)):
+            # Without a weight its link makes both in the first call.
+            if reader.entry(weight.W).is_plain:
+                changes.append(_repair_weight(plan, reader, weight, axes, all))
+        left_out = plan.write(reader, path, compress, iter)
     return Outcome(os.fspath(dst), changes, left_out, [])
 
 
-def _constant(key: str, array: Any) -> _Make:
-    return lambda: [(key, array)]
-
-
-def _vector_dtype(reader: Reader, weight: Weight, W: Any) -> Any:
-    """Returns the dtype of the old vector, else that of the weight."""
-    entry = reader.entry(weight.u)
-    if entry.dtype in ('float16', 'float32', 'float64'):
-        return numpy.dtype(entry.dtype)
-    return W.dtype
-
+def _repair_weight(
+        plan: Plan, reader: Reader, weight: WeightKeys, axes: Axes,
+        always: bool) -> WeightChange:
+    arrays = entries.read(reader, weight, axes)
+    entries.check_finite(reader, weight.W, arrays.W)
+    if arrays.fault is None and not always:
+        return WeightChange(weight.W, 'kept', vectors.estimate(arrays))
+    entries.check_axis(reader, weight, arrays)
+    sigma, u, v = vectors.converged(arrays)
+    dtype = entries.vector_dtype(reader, weight, arrays.W)
+    plan.put(weight.u, u.astype(dtype).reshape(weight.u_shape(u.size)))
+    if weight.v is not None:
+        plan.put(weight.v, v.astype(dtype))
+    note = f'its vector was {arrays.fault or "usable"}'
+    if entries.axis_is_guessed(reader, weight, arrays, axes):
+        note += '; taken as a convolution, unless --axis says otherwise'
+    return WeightChange(weight.W, 'repaired', sigma, None, note)

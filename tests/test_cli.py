@@ -18,7 +18,7 @@ pytest.importorskip('rich')
 
 from click.testing import CliRunner
 
-from sn_function import SpectralNormalization, _commands, cli
+from sn_function import SpectralNormalization, _commands, _terminal, cli
 from tests.test_doctor import WITHOUT, run_python
 from tests.test_doctor import write as write_modules
 
@@ -237,12 +237,12 @@ class TestProgress:
             times['now'] += seconds
             return times['now']
 
-        monkeypatch.setattr(_commands.time, 'monotonic', clock)
+        monkeypatch.setattr(_terminal.time, 'monotonic', clock)
         monkeypatch.setattr(sys.stderr, 'isatty', lambda: is_terminal,
                             raising=False)
         monkeypatch.setenv('FORCE_COLOR', '1')
         monkeypatch.setenv('TERM', 'xterm')
-        assert list(_commands._progress('Baking')('abc')) == list('abc')
+        assert list(_terminal.progress('Baking')('abc')) == list('abc')
         assert ('Baking' in capsys.readouterr().err) == shown
 
 

@@ -2,14 +2,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable
+from typing import Any
 
 import chainer
 import numpy
 
 from sn_function._arithmetic import matrix
-from sn_function._arithmetic.matrix import Matrix
-from sn_function._arithmetic.power_iteration import power_iteration
 
 # From so many rows and columns on, only the largest singular value is found.
 LARGE = 4096
@@ -120,76 +118,3 @@ def _extend(basis: Any, k: int, x: Any) -> float:
         return 0.0
     basis[k] = x / norm
     return float(norm)
-
-
-def angle(W: Any, u: Any, v: Any, axis: int) -> float:
-    """The cosine between ``u`` and ``W v``."""
-    t = as_matrix(W, axis) @ v
-    lengths = numpy.linalg.norm(t) * numpy.linalg.norm(u)
-    return float(u @ t / lengths) if lengths else 0.0
-
-
-def fit(W: Any, u: Any, axis: int) -> float:
-    """How near ``u`` is to the singular vector, 1 where it is that."""
-    A = Matrix(W.astype(numpy.float64), axis)
-    u = u / numpy.linalg.norm(u.astype(numpy.float64))
-    with numpy.errstate(all='ignore'):
-        sigma = power_iteration(A, u, 10).sigma
-    first = float(numpy.linalg.norm(A.tdot(u)))
-    return first / sigma if sigma else 0.0
-
-
-def start_vector(A: Any, u: Any, v: Any) -> Any:
-    """Returns a start of one iteration that ends with PyTorch's sigma.
-
-    PyTorch has ``sigma = u^T W v`` of vectors that follow from one another:
-    ``u = W v / |W v|`` with the older function, and ``v = W^T u / |W^T u|``
-    with the newer one.  One iteration of Chainer's from ``x`` has
-    ``|W y|, y = W^T x / |W^T x|``.  That is sigma at ``y = v`` for the older;
-    for the newer somewhere between the ``y`` that W takes to u, and ``v``.
-    The weight may have moved since, and digits were lost: if ``x = u`` comes
-    nearer, that is taken.
-    """
-    dtype = u.dtype
-    u, v = u.astype(A.dtype), v.astype(A.dtype)
-    sigma = float(u @ (A @ v))
-    if min(A.shape) > LARGE or not A.any():
-        return u
-    solve, solve_transposed = _pseudo_inverses(A)
-    low = solve(u)
-    low /= numpy.linalg.norm(low) or 1.0
-    left, right = 0.0, 1.0
-    for _ in range(50):
-        t = (left + right) / 2
-        y = (1 - t) * low + t * v
-        if numpy.linalg.norm(A @ y) < sigma * numpy.linalg.norm(y):
-            left = t
-        else:
-            right = t
-    x = solve_transposed(y)
-    x /= numpy.linalg.norm(x) or 1.0
-
-    def error(x: Any) -> float:
-        s = A.T @ x.astype(dtype)
-        return abs(float(numpy.linalg.norm(A @ s)) - sigma * float(
-            numpy.linalg.norm(s))) / float(numpy.linalg.norm(s) or 1.0)
-
-    return min((x, u) if x.any() else (u,), key=error)
-
-
-def _pseudo_inverses(
-        A: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """Returns what solves ``A x = b`` and ``A^T x = b``, by the smaller of
-    ``A A^T`` and ``A^T A``."""
-    m, n = A.shape
-    values, Q = numpy.linalg.eigh(A @ A.T if m <= n else A.T @ A)
-    inverse = numpy.zeros_like(values)
-    good = values > 1e-13 * values[-1]
-    inverse[good] = 1 / values[good]
-
-    def gram(b: Any) -> Any:
-        return Q @ (inverse * (Q.T @ b))
-
-    if m <= n:
-        return lambda b: A.T @ gram(b), lambda b: gram(A @ b)
-    return lambda b: gram(A.T @ b), lambda b: A @ gram(b)

@@ -1,1 +1,1 @@
-"""Files: the entries of snapshots, and what becomes of them."""
+"""Files: the entries of snapshots, and what becomes of each."""

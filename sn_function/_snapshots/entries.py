@@ -1,4 +1,4 @@
-"""Reads a weight, its vectors and its gamma out of a snapshot.
+"""Reads a weight, its vectors and its gamma from a snapshot.
 
 A snapshot does not say which link had a weight, and so not which axis is that
 of its outputs: :func:`_output_axis` finds out.
@@ -6,46 +6,111 @@ of its outputs: :func:`_output_axis` finds out.
 from __future__ import annotations
 
 import fnmatch
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Iterator, Mapping
 
 import numpy
 
-from sn_function import errors, functions
+from sn_function import errors
 from sn_function._arithmetic import singular
 from sn_function._arithmetic.matrix import normalize_axis
-from sn_function._snapshots import layouts
-from sn_function._snapshots.layouts import Weight
+from sn_function._snapshots import layouts, vectors
+from sn_function._snapshots.layouts import WeightKeys
 from sn_function._snapshots.readers import Reader
+from sn_function._snapshots.vectors import WeightArrays
 
 Axes = Mapping[str, int]  # of patterns of weights
 
 
-class Arrays(NamedTuple):
-    """The arrays of a weight, and what is wrong with its vectors, if so."""
+# Arrays
 
-    W: Any
-    axis: int
-    u: Any = None     # (m,)
-    v: Any = None     # (n,), of PyTorch
-    gamma: Any = None  # ()
-    fault: str | None = None
-    axis_is_unclear: bool = False
+def read(reader: Reader, weight: WeightKeys, axes: Axes) -> WeightArrays:
+    """Reads a weight with all that it has.
+
+    Raises:
+        SnapshotError: An entry is damaged, or the weight or its gamma is no
+            such array.  That of a vector is returned as a ``fault``.
+
+    """
+    W = _read_weight(reader, weight)
+    gamma = None if weight.gamma is None else _read_gamma(
+        reader, weight.gamma)
+    axis, is_unclear = _output_axis(reader, weight, W, axes)
+    m = W.shape[axis]
+    u, fault = _read_vector(reader, weight.u, weight.u_shape(m))
+    v = None
+    if weight.v is not None:
+        v, fault_of_v = _read_vector(reader, weight.v, (W.size // m,))
+        fault = fault or fault_of_v
+    arrays = WeightArrays(W, axis, u, v, gamma, fault, is_unclear)
+    if v is not None and fault is None and vectors.estimate(arrays) < 0:
+        return arrays._replace(fault='opposite to v')
+    return arrays
 
 
-def _read_weight(reader: Reader, weight: Weight) -> Any:
-    W = reader.read(weight.weight)
+def read_usable(
+        reader: Reader, weight: WeightKeys, axes: Axes) -> WeightArrays:
+    """Reads a weight that can be used as it is.
+
+    Raises:
+        SnapshotError: It cannot.
+
+    """
+    arrays = read(reader, weight, axes)
+    check_finite(reader, weight.W, arrays.W)
+    check_axis(reader, weight, arrays)
+    if arrays.fault is not None:
+        raise errors.SnapshotVectorError(
+            reader.path, weight.u,
+            f'the vector of {weight.W!r} is {arrays.fault}')
+    if weight.gamma is not None:
+        check_finite(reader, weight.gamma, arrays.gamma)
+    return arrays
+
+
+def named(
+        weight: WeightKeys, arrays: WeightArrays) -> Iterator[tuple[str, Any]]:
+    """Yields the entries of a weight, in the shapes of its layout."""
+    yield weight.W, arrays.W
+    yield weight.u, arrays.u.reshape(weight.u_shape(arrays.u.size))
+    if weight.v is not None:
+        yield weight.v, arrays.v
+    if weight.gamma is not None:
+        yield weight.gamma, arrays.gamma.reshape(
+            weight.gamma_shape(arrays.W.ndim))
+
+
+def gamma_state(
+        reader: Reader, key: str, weight: WeightKeys, new: WeightKeys,
+) -> Iterator[tuple[str, Any]]:
+    """Yields an optimizer's entry for a gamma, for another layout.
+
+    What it keeps is of the shape of the gamma, but for the number of updates.
+    """
+    state = reader.read(key)
+    shape = reader.entry(weight.gamma or '').shape
+    if state.shape == shape and not key.endswith('/t'):
+        ndim = len(reader.entry(weight.W).shape or ())
+        state = state.reshape(new.gamma_shape(ndim))
+    yield key, state
+
+
+def _read_weight(reader: Reader, weight: WeightKeys) -> Any:
+    W = reader.read(weight.W)
     if W.dtype.char not in 'efd' or W.ndim < 2 or W.size == 0:
         raise errors.SnapshotWeightError(
-            reader.path, weight.weight, f'a weight is an array of float16, '
+            reader.path, weight.W, f'a weight is an array of float16, '
             f'float32 or float64 with 2 or more dimensions, none of them '
             f'empty, and this has shape {W.shape} and dtype {W.dtype}')
     return W
 
 
-def check_finite(reader: Reader, key: str, array: Any) -> None:
-    if not numpy.isfinite(array).all():
+def _read_gamma(reader: Reader, key: str) -> Any:
+    gamma = reader.read(key)
+    if gamma.dtype.char not in 'efd' or gamma.size != 1:
         raise errors.SnapshotWeightError(
-            reader.path, key, 'it holds NaN or Inf')
+            reader.path, key, f'a gamma is one number, a float, and this has '
+            f'shape {gamma.shape} and dtype {gamma.dtype}')
+    return gamma.reshape(())
 
 
 def _read_vector(
@@ -67,107 +132,97 @@ def _read_vector(
     return x.reshape(-1), None
 
 
-def read_all(reader: Reader, weight: Weight, axes: Axes) -> Arrays:
-    W = _read_weight(reader, weight)
-    gamma = None
-    if weight.gamma is not None:
-        gamma = reader.read(weight.gamma)
-        if gamma.dtype.char not in 'efd' or gamma.size != 1:
-            raise errors.SnapshotWeightError(
-                reader.path, weight.gamma, f'a gamma is one number, a float, '
-                f'and this has shape {gamma.shape} and dtype {gamma.dtype}')
-        gamma = gamma.reshape(())
-    axis, is_unclear = _output_axis(reader, weight, W, axes)
-    m = W.shape[axis]
-    u, fault = _read_vector(
-        reader, weight.u,
-        (1, m) if weight.layout == layouts.SNGAN else (m,))
-    v = None
-    if weight.v is not None:
-        v, fault_of_v = _read_vector(reader, weight.v, (W.size // m,))
-        fault = fault or fault_of_v
-    arrays = Arrays(W, axis, u, v, gamma, fault, is_unclear)
-    if v is not None and fault is None and estimate(weight, arrays) < 0:
-        return arrays._replace(fault='opposite to v')
-    return arrays
+def vector_dtype(reader: Reader, weight: WeightKeys, W: Any) -> Any:
+    """Returns the dtype of the vector in the file, else that of ``W``."""
+    dtype = reader.entry(weight.u).dtype
+    if dtype in ('float16', 'float32', 'float64'):
+        return numpy.dtype(dtype)
+    return W.dtype
 
 
-def require_vectors(
-        reader: Reader, weight: Weight, axes: Axes) -> Arrays:
-    """Reads a weight that has all it needs."""
-    arrays = read_all(reader, weight, axes)
-    check_finite(reader, weight.weight, arrays.W)
-    if arrays.axis_is_unclear:
-        raise errors.SnapshotAxisError(
-            reader.path, weight.weight, f'its shape {arrays.W.shape} leaves '
-            f'open which axis is that of its outputs, and its vector fits '
-            f'axis 1 better')
-    if arrays.fault is not None:
-        raise errors.SnapshotVectorError(
-            reader.path, weight.u, f'the vector of {weight.weight!r} is '
-            f'{arrays.fault}')
-    if arrays.gamma is not None:
-        check_finite(reader, weight.gamma or '', arrays.gamma)
-    return arrays
+def check_finite(reader: Reader, key: str, array: Any) -> None:
+    if not numpy.isfinite(array).all():
+        raise errors.SnapshotWeightError(
+            reader.path, key, 'it holds NaN or Inf')
 
 
-def given_axis(weight: Weight, axes: Axes) -> int | None:
-    """Returns the axis of the first pattern that fits, if there is one."""
-    for pattern, axis in axes.items():
-        if weight.weight == pattern or fnmatch.fnmatchcase(
-                weight.weight, pattern):
-            return axis
-    return None
+# Axes
 
-
-def find(reader: Reader, prefix: str, axes: Axes) -> list[Weight]:
-    """Returns the weights below a path; each of the axes is that of one."""
+def find(reader: Reader, prefix: str, axes: Axes) -> list[WeightKeys]:
+    """Returns the weights below a path; each pattern must fit one."""
     weights = layouts.find(reader, prefix)
     for pattern, axis in axes.items():
         if all(given_axis(weight, {pattern: axis}) is None
                for weight in weights):
             raise errors.SnapshotLayoutError(
                 reader.path, f'no weight fits the pattern {pattern!r} of an '
-                f'axis', [weight.weight for weight in weights])
+                f'axis', [weight.W for weight in weights])
     return weights
 
 
+def given_axis(weight: WeightKeys, axes: Axes) -> int | None:
+    """Returns the axis of the first pattern that fits, if there is one."""
+    for pattern, axis in axes.items():
+        if pattern == weight.W or fnmatch.fnmatchcase(weight.W, pattern):
+            return axis
+    return None
+
+
 def _output_axis(
-        reader: Reader, weight: Weight, W: Any, axes: Axes,
+        reader: Reader, weight: WeightKeys, W: Any, axes: Axes,
 ) -> tuple[int, bool]:
     """Returns the output axis, and whether it is doubtful."""
     given = given_axis(weight, axes)
     if given is not None:
         return normalize_axis(given, W.ndim), False
-    entry = reader.entry(weight.u)
     # PyTorch may have dim=1 for a matrix; Chainer has 0.
-    if (W.ndim == 2 and not weight.is_torch) or (
-            weight.layout == layouts.SNGAN) or (
-            entry.shape is None or len(entry.shape) != 1):
+    if weight.layout == layouts.SNGAN or (
+            W.ndim == 2 and not weight.is_torch):
         return 0, False
-    if entry.shape[0] != W.shape[0]:
-        return int(entry.shape[0] == W.shape[1]), False
-    if W.shape[0] != W.shape[1] or not numpy.isfinite(W).all():
+    shape = reader.entry(weight.u).shape
+    if shape is None or len(shape) != 1:
         return 0, False
-    u, fault = _read_vector(reader, weight.u, entry.shape)
+    if W.shape[0] != W.shape[1]:
+        return int(shape[0] == W.shape[1]), False
+    if shape[0] != W.shape[0] or not numpy.isfinite(W).all():
+        return 0, False
+    return _axis_by_vectors(reader, weight, W)
+
+
+def _axis_by_vectors(
+        reader: Reader, weight: WeightKeys, W: Any) -> tuple[int, bool]:
+    """The same where the lengths of the first two axes are equal."""
+    m = W.shape[0]
+    u, fault = _read_vector(reader, weight.u, (m,))
     if fault is not None:
         return 0, False
     if weight.v is not None:
-        v, fault = _read_vector(reader, weight.v, (W.size // W.shape[0],))
+        v, fault = _read_vector(reader, weight.v, (W.size // m,))
         if fault is None:  # PyTorch has u = W v / |W v|, which decides
-            angles = [singular.angle(W, u, v, axis) for axis in (0, 1)]
+            angles = [vectors.angle(singular.as_matrix(W, axis), u, v)
+                      for axis in (0, 1)]
             return int(angles[1] > angles[0]), False
-    is_unclear = singular.fit(W, u, 1) > singular.fit(W, u, 0) + 0.1
+    fits = [vectors.fit(singular.as_matrix(W, axis), u) for axis in (0, 1)]
+    is_unclear = fits[1] > fits[0] + 0.1
     return int(is_unclear), is_unclear
 
 
-def estimate(
-        weight: Weight, arrays: Arrays, n_power_iteration: int = 1) -> float:
-    """What the vectors give for sigma in test mode."""
-    if weight.is_torch:
-        A = singular.as_matrix(arrays.W, arrays.axis)
-        return float(arrays.u @ (A @ arrays.v))
-    sigma = functions.spectral_norm(
-        arrays.W, arrays.u.astype(arrays.W.dtype), n_power_iteration,
-        arrays.axis)
-    return float(sigma.array)
+def check_axis(
+        reader: Reader, weight: WeightKeys, arrays: WeightArrays) -> None:
+    if arrays.axis_is_unclear:
+        raise errors.SnapshotAxisError(
+            reader.path, weight.W, f'its shape {arrays.W.shape} leaves '
+            f'open which axis is that of its outputs, and its vector fits '
+            f'axis 1 better')
+
+
+def axis_is_guessed(
+        reader: Reader, weight: WeightKeys, arrays: WeightArrays, axes: Axes,
+) -> bool:
+    """Whether the axis is 0 only because nothing says which it is."""
+    if arrays.W.ndim == 2 or weight.layout == layouts.SNGAN or (
+            arrays.fault is None) or given_axis(weight, axes) is not None:
+        return False
+    first, second = arrays.W.shape[:2]
+    return first == second or reader.entry(weight.u).shape not in (
+        (first,), (second,))

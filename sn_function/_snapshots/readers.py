@@ -1,9 +1,9 @@
 """Files of named arrays: .npz, HDF5, safetensors and PyTorch's .pt.
 
-A reader tells the shape of an entry without its data, and reads one entry at
-a time.  Nothing is unpickled: what a .npz holds as a pickle is copied without
-a look, and a .pt is left to PyTorch, with ``weights_only=True``.
-:mod:`.writers` writes them.
+A reader gives the shape of an entry without reading its data, and reads one
+entry at a time.  Nothing is unpickled: a pickle in a .npz is copied as bytes,
+and a .pt is read by PyTorch, with ``weights_only=True``.  :mod:`.writers`
+writes such files.
 """
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Entry(NamedTuple):
 
 
 class Reader:
-    """A file of named arrays; its methods raise SnapshotError only."""
+    """A file of named arrays; its methods raise SnapshotError alone."""
 
     kind = ''
 
     def __init__(self, path: Path) -> None:
         self.path = os.fspath(path)
         self.keys: list[str] = []
-        self.ignored: list[str] = []  # what is no array
+        self.ignored: list[str] = []  # keys of what is no array
 
     def close(self) -> None:
         pass
@@ -65,14 +65,14 @@ class Reader:
             array.dtype.newbyteorder('='), order='C', copy=False)
 
     def verify(self, key: str) -> None:
-        """Reads an entry through where that shows whether it is damaged."""
+        """Reads an entry to its end, if that shows whether it is damaged."""
 
     def guarded(self, key: str, function: Callable[[str], Any]) -> Any:
         try:
             return function(key)
         except (errors.SnapshotError, MemoryError):
             raise
-        except Exception as e:  # a damaged file raises whatever it likes
+        except Exception as e:  # a damaged file may raise anything
             raise errors.SnapshotEntryError(
                 self.path, key, first_line(e)) from e
 
@@ -151,7 +151,7 @@ def _header(file: Any, size: int) -> Entry:
     if dtype.hasobject:
         return Entry(None, 'object', size)
     nbytes = math.prod(shape) * dtype.itemsize
-    # Before memory is taken for what a damaged header says.
+    # Checked before memory is allocated for what a damaged header says.
     if any(n < 0 for n in shape) or nbytes != size - file.tell():
         raise ValueError(f'its header says shape {shape} and dtype {dtype}, '
                          f'which is not the size of the data')
@@ -167,11 +167,11 @@ class HDF5Reader(Reader):
         h5py = import_package('h5py', self.path)
         self._file = h5py.File(self.path, 'r')
 
-        def see(name: str, item: Any) -> None:
+        def add(name: str, item: Any) -> None:
             if isinstance(item, h5py.Dataset):
                 self.keys.append(name)
 
-        self._file.visititems(see)
+        self._file.visititems(add)
 
     def close(self) -> None:
         self._file.close()
@@ -238,22 +238,7 @@ class TorchReader(Reader):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         torch = import_package('torch', self.path)
-        version = tuple(map(int, torch.__version__.split('.')[:2]))
-        if version < (2, 10):
-            # CVE-2025-32434, CVE-2026-24747: there weights_only is not safe.
-            raise errors.SnapshotFileError(
-                self.path, f'PyTorch {torch.__version__} may run code that '
-                f'is in a .pt file', 'Install PyTorch 2.10 or newer.')
-        options = {}
-        if zipfile.is_zipfile(self.path):
-            # PyTorch does not look at the checksums of what it maps.
-            with zipfile.ZipFile(self.path) as file:
-                damaged = file.testzip()
-            if damaged:
-                raise ValueError(f'its part {damaged} is damaged')
-            options['mmap'] = True
-        found = torch.load(
-            self.path, map_location='cpu', weights_only=True, **options)
+        found = self._load(torch)
         self._tensors = {
             key: value for key, value in found.items()
             if isinstance(key, str) and isinstance(value, torch.Tensor)
@@ -267,6 +252,23 @@ class TorchReader(Reader):
                 'torch.save(model.state_dict(), path)')
         self.keys = list(self._tensors)
         self.ignored = [str(key) for key in found if key not in self._tensors]
+
+    def _load(self, torch: Any) -> Any:
+        version = tuple(map(int, torch.__version__.split('.')[:2]))
+        if version < (2, 10):
+            # CVE-2025-32434, CVE-2026-24747: there weights_only is not safe.
+            raise errors.SnapshotFileError(
+                self.path, f'PyTorch {torch.__version__} may run code that '
+                f'is in a .pt file', 'Install PyTorch 2.10 or newer.')
+        is_zip = zipfile.is_zipfile(self.path)
+        if is_zip:
+            # PyTorch does not compare the checksums of what it maps.
+            with zipfile.ZipFile(self.path) as file:
+                damaged = file.testzip()
+            if damaged:
+                raise ValueError(f'its part {damaged} is damaged')
+        return torch.load(self.path, map_location='cpu', weights_only=True,
+                          **({'mmap': True} if is_zip else {}))
 
     def _entry(self, key: str) -> Entry:
         x = self._tensors[key]
@@ -284,7 +286,7 @@ _READERS = {each.kind: each for each in (
 
 
 def _kind_of_content(path: str) -> str:
-    """What the first bytes of a file say that it is."""
+    """Returns the kind of a file, by its first bytes."""
     with open(path, 'rb') as file:
         head = file.read(16)
     if not head:
@@ -314,7 +316,7 @@ def _kind_of_content(path: str) -> str:
 
 @contextlib.contextmanager
 def open_snapshot(path: Path) -> Iterator[Reader]:
-    """Opens a file, of the kind that its first bytes tell.
+    """Opens a file, of the kind that its first bytes show.
 
     Raises:
         SnapshotFileError: It is not there, damaged, or nothing of this kind.
@@ -332,7 +334,7 @@ def open_snapshot(path: Path) -> Iterator[Reader]:
         raise errors.SnapshotFileError(
             path, f'it cannot be opened: {e.strerror}',
             'Give the path of a snapshot.') from e
-    except Exception as e:  # a damaged file raises whatever it likes
+    except Exception as e:  # a damaged file may raise anything
         raise _damaged(path, e) from e
     with contextlib.closing(reader):
         yield reader

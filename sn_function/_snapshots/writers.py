@@ -1,7 +1,7 @@
 """Writes files of named arrays, of the kinds of :mod:`.readers`.
 
-A writer takes one entry at a time, into a temporary file beside the output,
-which takes its name once all is on the disk.
+A writer takes one entry at a time.  It writes to a temporary file beside the
+output, which takes its name once everything is on the disk.
 """
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class HDF5Writer(Writer):
 
 
 class _Forgiving(io.FileIO):
-    """Keeps the first error of writing: HDF5 crashes if it sees one."""
+    """Stores the first error of writing, as HDF5 crashes if it sees one."""
 
     error: OSError | None = None
 
@@ -236,21 +236,31 @@ def create(path: str, reader: Reader, compress: bool | None
     kind = _KINDS.get(os.path.splitext(path)[1].lower(), reader.kind)
     if compress is None:
         compress = getattr(reader, 'is_compressed', True)
-    directory = os.path.dirname(path)
-    is_replaced = os.path.exists(path)
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(
-            prefix='.sn-function.', suffix='.tmp', dir=directory)
-        os.close(handle)
-        writer = _WRITERS[kind](temporary, compress)
-        try:
-            yield writer
-            writer.finish()
-        finally:
-            writer.close()
-        shutil.copymode(
-            path if os.path.exists(path) else reader.path, temporary)
+        with _replacement(path, reader.path) as temporary:
+            writer = _WRITERS[kind](temporary, compress)
+            with contextlib.closing(writer):
+                yield writer
+                writer.finish()
+    except OSError as e:
+        raise errors.SnapshotOutputError(
+            path, f'it cannot be written: {e.strerror or first_line(e)}',
+            'Nothing was written.') from e
+
+
+@contextlib.contextmanager
+def _replacement(path: str, source: str) -> Iterator[str]:
+    """Gives the path of a temporary file, which then takes the name ``path``.
+
+    Its mode is that of the file it replaces, else that of ``source``.
+    """
+    is_replaced = os.path.exists(path)
+    handle, temporary = tempfile.mkstemp(
+        prefix='.sn-function.', suffix='.tmp', dir=os.path.dirname(path))
+    os.close(handle)
+    try:
+        yield temporary
+        shutil.copymode(path if os.path.exists(path) else source, temporary)
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
         if os.path.exists(path) and not is_replaced:
@@ -258,11 +268,6 @@ def create(path: str, reader: Reader, compress: bool | None
                 path, 'another program has made it meanwhile',
                 'Give another path.')
         os.replace(temporary, path)
-    except OSError as e:
-        raise errors.SnapshotOutputError(
-            path, f'it cannot be written: {e.strerror or first_line(e)}',
-            'Nothing was written.') from e
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)

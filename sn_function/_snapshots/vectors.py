@@ -1,0 +1,195 @@
+"""The vectors of a weight: the sigma they stand for, and their conversion.
+
+Chainer keeps ``u`` alone, and sigma is what K power iterations from it come
+to.  PyTorch keeps ``u`` and ``v``, and in test mode sigma is ``u^T W v``.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, NamedTuple
+
+import numpy
+
+from sn_function import functions
+from sn_function._arithmetic import singular
+from sn_function._arithmetic.matrix import Matrix
+from sn_function._arithmetic.power_iteration import power_iteration
+
+
+class WeightArrays(NamedTuple):
+    """A weight and its vectors, and what is wrong with these, if so."""
+
+    W: Any
+    axis: int
+    u: Any = None      # (m,)
+    v: Any = None      # (n,), of PyTorch only
+    gamma: Any = None  # ()
+    fault: str | None = None
+    axis_is_unclear: bool = False
+
+
+# Sigma
+
+def estimate(arrays: WeightArrays, n_power_iteration: int = 1) -> float:
+    """Returns what the vectors give for sigma in test mode."""
+    if arrays.v is not None:
+        A = singular.as_matrix(arrays.W, arrays.axis)
+        return float(arrays.u @ (A @ arrays.v))
+    sigma = functions.spectral_norm(
+        arrays.W, arrays.u.astype(arrays.W.dtype), n_power_iteration,
+        arrays.axis)
+    return float(sigma.array)
+
+
+def normalized(
+        arrays: WeightArrays, n_power_iteration: int, factor: float,
+        eps: float) -> tuple[Any, float]:
+    """Returns the weight as test mode uses it, and the sigma in it."""
+    if arrays.v is not None:
+        sigma = estimate(arrays)
+        scale = arrays.W.dtype.type(factor / max(sigma, eps))
+        return arrays.W * scale, sigma
+    outputs: Any = functions.spectral_normalize(
+        arrays.W, arrays.u.astype(arrays.W.dtype), n_power_iteration,
+        arrays.gamma, factor, eps, arrays.axis, return_sigma=True)
+    Y, sigma = outputs
+    return Y.array, float(sigma.array)
+
+
+def angle(A: Any, u: Any, v: Any) -> float:
+    """Returns the cosine of the angle between ``u`` and ``A v``."""
+    t = A @ v
+    lengths = numpy.linalg.norm(t) * numpy.linalg.norm(u)
+    return float(u @ t / lengths) if lengths else 0.0
+
+
+def fit(A: Any, u: Any) -> float:
+    """How near ``u`` is to a singular vector of ``A``: 1 where it is one.
+
+    This is ``|A^T u|`` over the sigma of 10 iterations, for a unit vector.
+    """
+    u = u.astype(A.dtype)
+    u /= numpy.linalg.norm(u)
+    sigma = float(functions.spectral_norm(A, u, 10).array)
+    return float(numpy.linalg.norm(u @ A)) / sigma if sigma else 0.0
+
+
+# Conversion
+
+def converged(arrays: WeightArrays) -> tuple[float, Any, Any]:
+    """Returns the largest singular value and its vectors, in float64."""
+    return singular.largest(singular.as_matrix(arrays.W, arrays.axis))
+
+
+def converted(
+        arrays: WeightArrays, to_torch: bool, n_power_iteration: int,
+        converge: bool = False) -> WeightArrays:
+    """Returns the arrays with vectors that give the same sigma there.
+
+    Args:
+        arrays: A weight with its vectors, of either library.
+        to_torch: With vectors for PyTorch, otherwise for Chainer.
+        n_power_iteration: Number of iterations in Chainer, where the vectors
+            come from there.
+        converge: With converged vectors instead.
+
+    """
+    if converge:
+        _, u, v = converged(arrays)
+    elif to_torch == (arrays.v is not None):
+        return arrays
+    elif to_torch:
+        u, v = _iterated(arrays, n_power_iteration)
+    else:
+        A = singular.as_matrix(arrays.W, arrays.axis)
+        u = start_vector(A, arrays.u, arrays.v)
+    dtype = arrays.u.dtype
+    return arrays._replace(
+        u=u.astype(dtype), v=v.astype(dtype) if to_torch else None)
+
+
+def compare(
+        arrays: WeightArrays, before: WeightArrays, n_power_iteration: int,
+) -> tuple[float, float]:
+    """Returns the sigma of converted vectors, and how far off it is.
+
+    That is relative to what it was.  The vectors from PyTorch are for one
+    iteration.
+    """
+    n = 1 if before.v is not None else n_power_iteration
+    sigma, expected = estimate(arrays, n), estimate(before, n)
+    return sigma, abs(sigma - expected) / (abs(expected) or 1.0)
+
+
+def _iterated(arrays: WeightArrays, n: int) -> tuple[Any, Any]:
+    """Returns the u and v that ``n`` iterations end with."""
+    # As the hook makes them: also from a u that W takes to zero.
+    A = Matrix(arrays.W.astype(numpy.float64), arrays.axis)
+    with numpy.errstate(all='ignore'):
+        iterations = power_iteration(A, arrays.u, n)
+    if iterations.sigma:
+        return iterations.u, iterations.v
+    _, u, v = converged(arrays)
+    return u, v
+
+
+def start_vector(A: Any, u: Any, v: Any) -> Any:
+    """Returns a start of one iteration that ends with PyTorch's sigma.
+
+    PyTorch has ``sigma = u^T W v`` of vectors that follow from one another:
+    ``u = W v / |W v|`` with the older function, and ``v = W^T u / |W^T u|``
+    with the newer one.  One iteration of Chainer's from ``x`` has
+    ``|W y|, y = W^T x / |W^T x|``.  That is sigma at ``y = v`` for the older;
+    for the newer somewhere between the ``y`` that W takes to u, and ``v``.
+    The weight may have moved since, and digits were lost: if ``x = u`` comes
+    nearer, that is taken.
+    """
+    dtype = u.dtype
+    u, v = u.astype(A.dtype), v.astype(A.dtype)
+    sigma = float(u @ (A @ v))
+    if min(A.shape) > singular.LARGE or not A.any():
+        return u
+    solve, solve_transposed = _pseudo_inverses(A)
+    y = _between(A, _unit(solve(u)), v, sigma)
+    x = _unit(solve_transposed(y))
+
+    def error(x: Any) -> float:
+        s = A.T @ x.astype(dtype)
+        return abs(float(numpy.linalg.norm(A @ s)) - sigma * float(
+            numpy.linalg.norm(s))) / float(numpy.linalg.norm(s) or 1.0)
+
+    return min((x, u) if x.any() else (u,), key=error)
+
+
+def _unit(x: Any) -> Any:
+    return x / (numpy.linalg.norm(x) or 1.0)
+
+
+def _between(A: Any, low: Any, high: Any, sigma: float) -> Any:
+    """Returns the y between two vectors where ``|A y| / |y|`` is sigma."""
+    left, right = 0.0, 1.0
+    for _ in range(50):
+        t = (left + right) / 2
+        y = (1 - t) * low + t * high
+        if numpy.linalg.norm(A @ y) < sigma * numpy.linalg.norm(y):
+            left = t
+        else:
+            right = t
+    return y
+
+
+def _pseudo_inverses(
+        A: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Returns what solves ``A x = b`` and ``A^T x = b``, by the smaller of
+    ``A A^T`` and ``A^T A``."""
+    m, n = A.shape
+    values, Q = numpy.linalg.eigh(A @ A.T if m <= n else A.T @ A)
+    inverse = numpy.zeros_like(values)
+    good = values > 1e-13 * values[-1]
+    inverse[good] = 1 / values[good]
+
+    def gram(b: Any) -> Any:
+        return Q @ (inverse * (Q.T @ b))
+
+    if m <= n:
+        return lambda b: A.T @ gram(b), lambda b: gram(A @ b)
+    return lambda b: gram(A.T @ b), lambda b: A @ gram(b)
