@@ -181,7 +181,7 @@ class ChainSpectralNormalization(LocalHook):
         chain = cb_args.link
         if scopes.covering(chain) is None and (
                 not chainer.config.in_recomputing):
-            call.begin(cb_args, self.name, scopes.ScopeOfCall(
+            call.apply(cb_args, self.name, scopes.ScopeOfCall(
                 chain, SpectralNormalization))
 
     def forward_postprocess(self, cb_args: Any) -> None:
@@ -189,7 +189,7 @@ class ChainSpectralNormalization(LocalHook):
         scope = scopes.covering(cb_args.link)
         if isinstance(scope, scopes.ScopeOfCall) and (
                 scope.link is cb_args.link):
-            scope.restore_uncalled()
+            scope.restore_unless_called()
 
 
 def _check_filter(filter: Filter) -> None:

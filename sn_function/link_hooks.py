@@ -223,11 +223,12 @@ class SpectralNormalization(LocalHook):
         W = call.original(link, self.weight_name)
         if W.array is None:
             weight.initialize(cb_args, W, self.weight_name)
-        call.exchange(cb_args, self.weight_name, self.normalize_weight(link))
+        call.replace_weight(
+            cb_args, self.weight_name, self.normalize_weight(link))
 
     def forward_postprocess(self, cb_args: Any) -> None:
         """Ensures that the weight is the link's own parameter again."""
-        call.restore_uncalled(cb_args.link, self.weight_name)
+        call.restore_weight(cb_args.link, self.weight_name)
 
     def normalize_weight(self, link: chainer.Link) -> chainer.Variable:
         """Returns the link's weight, normalized, and moves its vector on.

@@ -79,10 +79,12 @@ class HookedWeight:
     ) -> tuple[_graph.Weight, list[Any]]:
         """Returns the weight for :func:`normalize`."""
         hook, state = self.hook, self.state
-        given = (hook.n_power_iteration, output_axis(self.link),
-                 hook.detach_uv, hook.factor, hook.eps, hook.cap)
+        given = (hook.n_power_iteration, hook.detach_uv, hook.factor,
+                 hook.eps, hook.cap)
         if state.settings[0] != given:
-            state.settings = given, _graph.make_settings(*given)
+            state.settings = given, _graph.make_settings(
+                hook.n_power_iteration, output_axis(self.link),
+                hook.detach_uv, hook.factor, hook.eps, hook.cap)
         return _graph.make_weight(
             self.W, u, gamma, state.settings[1], ('Y',), update_u)
 

@@ -127,11 +127,11 @@ def _key(hook: Hook, link: chainer.Link) -> tuple[int, str]:
     return id(link), hook.weight_name
 
 
-class ScopeOfCall(call.Call, Scope):
+class ScopeOfCall(call.TemporaryChange, Scope):
     """A scope that ends with a call of a chain."""
 
     def __init__(self, chain: chainer.Link, kind: type[Hook]) -> None:
-        call.Call.__init__(self, chain)
+        call.TemporaryChange.__init__(self, chain)
         Scope.__init__(self, [chain], kind)
 
     def change(self) -> None:
