@@ -1,7 +1,7 @@
 """Whole models: a hook for a chain, and a scope that shares what it computed.
 
-Both normalize many weights in one node of the graph, which a small weight
-notices, and each weight once, however often its link is called.
+Both normalize each weight once, however often its link is called, and all
+weights in one node of the graph, which saves time where they are small.
 """
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def cached(*models: chainer.Link) -> Iterator[None]:
     weights.  Within this scope all calls of a link that has a
     :class:`SpectralNormalization` use one normalized weight, the same
     Variable: the first call makes it, for all links of the models at once, in
-    one node of the graph.  The gradients of all calls meet there, so one
+    one node of the graph.  The gradients of all calls are summed there, so one
     backward of the sum of the losses goes through the normalization once.
 
     * ``u`` advances when a link is first called in training mode; a call in
       test mode uses the same weight as the others.
-    * When an optimizer has updated a weight (or gamma), or its array was
-      replaced, the next call normalizes it anew.  Another change in place,
+    * After an optimizer has updated a weight (or gamma), or its array was
+      replaced, the next call normalizes it again.  Another change in place,
       such as ``link.W.array[...] = 0``, is not noticed before the scope ends.
-    * What was made under :func:`chainer.no_backprop_mode` has no graph; a
-      call that wants one makes it again, from the same ``u``.
+    * A weight normalized under :func:`chainer.no_backprop_mode` has no graph;
+      a call that needs one normalizes it again, from the same ``u``.
     * :meth:`~chainer.Variable.unchain_backward` leaves a normalized weight
       connected with its parameter, as other calls share it.
-    * Of scopes within one another the outer one counts, for the models that
-      it has.  A scope is one of its thread.
+    * If scopes are nested, the outermost one that has the link counts.  A
+      scope belongs to its thread.
     * A second run by :func:`chainer.functions.forget` starts from the ``u``
       that the first one started from, in the scope or after it.
 
@@ -88,9 +88,9 @@ class ChainSpectralNormalization(LocalHook):
     numbers, the same snapshots, also when a link is called by itself.  A call
     of the chain is a scope like :func:`cached`.
 
-    Links that have such a hook for that weight already keep theirs; those that
-    are put into the chain later have none.  :meth:`~chainer.Link.delete_hook`
-    removes what it has added.
+    Links that already have such a hook for that weight keep it; links that are
+    put into the chain later get none.  :meth:`~chainer.Link.delete_hook`
+    removes the hooks that were added.
 
     Args:
         filter (str, type, callable, list or None): Which links: a pattern
@@ -211,7 +211,8 @@ def _takes(filter: Any, path: str, link: chainer.Link) -> bool:
 
 
 class _HookOfLink(SpectralNormalization):
-    """Knows its own copies, which each copy of a link has one of."""
+    """Has a key, which a copy of it shares: a copied link has a copied hook.
+    """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)

@@ -1,8 +1,8 @@
 """The link hook: a drop-in for ``chainer.link_hooks.SpectralNormalization``.
 
-What a link needs to remember is on the link: the vector ``W_u`` (persistent,
-so it is saved and loaded) and, on request, the parameter ``gamma``.  A hook
-holds settings only, and may serve any number of links.
+State belongs to the link: the vector ``W_u``, which is persistent and so saved
+and loaded, and on request the parameter ``gamma``.  A hook holds settings
+only, and may serve any number of links.
 """
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class SpectralNormalization(LocalHook):
     Outside of a call, ``link.W`` is the raw parameter, also when
     ``link.forward`` raises.  The estimate of sigma uses ``link.W_u``, which
     each call in training mode moves on by ``n_power_iteration`` iterations;
-    with ``chainer.config.train`` false it is left alone.
+    with ``chainer.config.train`` false it stays as it is.
 
     The hook serves :class:`~chainer.links.Linear`,
     :class:`~chainer.links.EmbedID`, the convolutions and deconvolutions of 1
@@ -69,17 +69,17 @@ class SpectralNormalization(LocalHook):
             :func:`~sn_function.functions.spectral_normalize`.
         use_gamma (bool): Multiply by a trainable parameter of shape ``()``,
             ``link.gamma``, that starts as the largest singular value of the
-            initial weight.  Where that name is taken, it is called
+            initial weight.  If that name is taken, the parameter is called
             ``weight_name + '_gamma'``.
         factor (float or None): Divides sigma, and so multiplies the weight;
             above 0.  ``None`` means 1.
         weight_name (str): Name of the link's weight.
         name (str or None): Name of this hook, ``'SpectralNormalization'`` if
             ``None``.  Hooks on one link need different names.
-        detach_uv (bool): Take u and v as constants in the gradient, as
+        detach_uv (bool): Treat u and v as constants in the gradient, as
             Chainer's hook does.  The default is the exact gradient.
         n_warmup (int): Number of iterations that are run, once, when the
-            link's vector is made, so that sigma is right from the first
+            link's vector is created, so that sigma is right from the first
             call.  None are run if the vector came from a snapshot.
         cap (float or None): Instead of ``factor`` and ``eps``: a weight whose
             sigma is below ``cap`` is used as it is, one above it is divided
@@ -165,9 +165,8 @@ class SpectralNormalization(LocalHook):
     def v(self) -> Any:
         """The right vector of the latest call, shape ``(n,)``, or ``None``.
 
-        An array on the device of the weight, as Chainer's hook has it.  It
-        belongs to the link that was called: of a hook on several links, it is
-        the one of the last.
+        An array on the device of the weight, as in Chainer's hook.  A hook on
+        several links gives that of the link that was called last.
         """
         state = _LATEST.get(self, _nothing)()
         return state and state.v
@@ -250,7 +249,7 @@ class SpectralNormalization(LocalHook):
         own = HookedWeight(self, link, W)
         state = own.state
         if not isinstance(W, chainer.Parameter):
-            # Another hook came first: this is no weight to compare with.
+            # Another hook has replaced the weight: nothing to compare with.
             state.forget_copied()
         is_train, is_second_run, will_be_run_again = node.config(
             'train', 'in_recomputing', '_will_recompute')
@@ -273,7 +272,7 @@ class SpectralNormalization(LocalHook):
         return Y
 
     def _discard_vector(self, own: HookedWeight) -> None:
-        # As other hooks leave it behind after one NaN.
+        # Other hooks leave such a vector behind after one NaN.
         warnings.warn(
             f'{type(own.link).__name__}.{self.vector_name} was zero or not '
             f'finite, as in a snapshot of a model that had met a NaN. It '
@@ -298,12 +297,12 @@ class SpectralNormalization(LocalHook):
         return W if W.ndim == 2 else W.reshape(W.shape[0], -1)
 
 
-# All that normalize a weight of their link, this package's and Chainer's.
+# The hooks that normalize a weight of their link, ours and Chainer's.
 HOOKS = (SpectralNormalization, chainer_link_hooks.SpectralNormalization)
 
 
 def _nothing() -> None:
-    """What a weak reference to nothing gives."""
+    """Stands for a dead weak reference."""
 
 
 # The state of the link that a hook served last.  It is not a setting, so it
