@@ -34,7 +34,7 @@ from sn_function._graph.sharded import (
     sharded_spectral_normalize as sharded_spectral_normalize,
 )
 from sn_function._links import call
-from sn_function._links.state import LinkState
+from sn_function._links.hooked_weight import HookedWeight
 from sn_function.extensions import SpectralNormPenaltyState
 from sn_function.link_hooks import SpectralNormalization
 from sn_function.optimizer_hooks import VECTOR
@@ -207,7 +207,7 @@ def _settle(link: chainer.Link, hook: SpectralNormalization) -> None:
         xp = chainer.backend.get_array_module(u)
         if not (xp.isfinite(u).all() and u.any()):
             setattr(link, hook.vector_name, None)
-    hook._gamma_and_vector(link, W, LinkState.of(link, hook.weight_name))
+    HookedWeight(hook, link, W).vector_and_gamma()
 
 
 def _put(link: chainer.Link, name: str, u: Any) -> None:

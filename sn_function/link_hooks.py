@@ -1,13 +1,12 @@
 """The link hook: a drop-in for ``chainer.link_hooks.SpectralNormalization``.
 
-What a link needs to remember is on the link: the vector ``W_u`` (persistent,
-so it is saved and loaded) and, on request, the parameter ``gamma``.  A hook
-holds settings only, and may serve any number of links.
+State belongs to the link: the vector ``W_u``, which is persistent and so saved
+and loaded, and on request the parameter ``gamma``.  A hook holds settings
+only, and may serve any number of links.
 """
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
 import weakref
 from typing import Any, Callable
@@ -15,17 +14,16 @@ from typing import Any, Callable
 import chainer
 from chainer import link_hook
 from chainer import link_hooks as chainer_link_hooks
-from chainer import links as L
-from chainer.utils import size_of_shape
 
 from sn_function import _checks, errors
 from sn_function._arithmetic import buffers
-from sn_function._arithmetic.choose import arithmetic_of
-from sn_function._arithmetic.matrix import accumulator_dtype
-from sn_function._graph import node, normalize
-from sn_function._links import call, recompute
-from sn_function._links import scope as _scope
+from sn_function._arithmetic.matrix import as_matrix
+from sn_function._graph import node
+from sn_function._links import call, gamma, recompute, weight
+from sn_function._links import scope as scopes
+from sn_function._links.hooked_weight import HookedWeight
 from sn_function._links.state import LinkState
+from sn_function._links.weight import output_axis
 
 
 class LocalHook(link_hook.LinkHook):
@@ -54,7 +52,7 @@ class SpectralNormalization(LocalHook):
     Outside of a call, ``link.W`` is the raw parameter, also when
     ``link.forward`` raises.  The estimate of sigma uses ``link.W_u``, which
     each call in training mode moves on by ``n_power_iteration`` iterations;
-    with ``chainer.config.train`` false it is left alone.
+    with ``chainer.config.train`` false it stays as it is.
 
     The hook serves :class:`~chainer.links.Linear`,
     :class:`~chainer.links.EmbedID`, the convolutions and deconvolutions of 1
@@ -72,17 +70,17 @@ class SpectralNormalization(LocalHook):
             :func:`~sn_function.functions.spectral_normalize`.
         use_gamma (bool): Multiply by a trainable parameter of shape ``()``,
             ``link.gamma``, that starts as the largest singular value of the
-            initial weight.  Where that name is taken, it is called
+            initial weight.  If that name is taken, the parameter is called
             ``weight_name + '_gamma'``.
         factor (float or None): Divides sigma, and so multiplies the weight;
             above 0.  ``None`` means 1.
         weight_name (str): Name of the link's weight.
         name (str or None): Name of this hook, ``'SpectralNormalization'`` if
             ``None``.  Hooks on one link need different names.
-        detach_uv (bool): Take u and v as constants in the gradient, as
+        detach_uv (bool): Treat u and v as constants in the gradient, as
             Chainer's hook does.  The default is the exact gradient.
         n_warmup (int): Number of iterations that are run, once, when the
-            link's vector is made, so that sigma is right from the first
+            link's vector is created, so that sigma is right from the first
             call.  None are run if the vector came from a snapshot.
         cap (float or None): Instead of ``factor`` and ``eps``: a weight whose
             sigma is below ``cap`` is used as it is, one above it is divided
@@ -168,9 +166,8 @@ class SpectralNormalization(LocalHook):
     def v(self) -> Any:
         """The right vector of the latest call, shape ``(n,)``, or ``None``.
 
-        An array on the device of the weight, as Chainer's hook has it.  It
-        belongs to the link that was called: of a hook on several links, it is
-        the one of the last.
+        An array on the device of the weight, as in Chainer's hook.  A hook on
+        several links gives that of the link that was called last.
         """
         state = _LATEST.get(self, _nothing)()
         return state and state.v
@@ -179,42 +176,34 @@ class SpectralNormalization(LocalHook):
 
     def added(self, link: chainer.Link) -> None:
         """Registers the vector and, with ``use_gamma``, the parameter."""
+        weight_name = self.weight_name
         try:
-            gamma_name = self._check_link(link)
+            self._check_link(link)
+            gamma_name = (
+                gamma.free_name(link, weight_name) if self.use_gamma else None)
         except errors.SpectralNormalizationError:
             # Link.add_hook has put the hook in before it calls this.
             link.local_link_hooks.popitem()
             raise
         self.axis = output_axis(link)
-        W = getattr(link, self.weight_name)
-        LinkState(self.weight_name, gamma_name).put(link)
+        W = getattr(link, weight_name)
+        LinkState(weight_name, gamma_name).put(link)
         setattr(link, self.vector_name, None)
         link.register_persistent(self.vector_name)
         if gamma_name is not None:
-            gamma = chainer.Parameter(_LargestSingularValue(W, self.axis))
-            gamma.to_device(link.device)
-            with link.init_scope():
-                setattr(link, gamma_name, gamma)
+            gamma.register(link, gamma_name, W, self.axis)
         if W.array is not None:
-            self._vector(link, W.array, LinkState.of(link, self.weight_name))
+            HookedWeight(self, link, W).vector_and_gamma()
 
-    def _check_link(self, link: chainer.Link) -> str | None:
-        """Checks that the hook can be added, and returns gamma's name."""
-        weight_name = self.weight_name
-        W = getattr(link, weight_name, None)
+    def _check_link(self, link: chainer.Link) -> None:
+        W = getattr(link, self.weight_name, None)
         if not isinstance(W, chainer.Parameter):
-            raise errors.WeightNotFoundError(link, weight_name)
+            raise errors.WeightNotFoundError(link, self.weight_name)
         if hasattr(link, self.vector_name):
             raise errors.HookCollisionError(
-                link, self.vector_name, weight_name)
+                link, self.vector_name, self.weight_name)
         if W.array is not None:
             _checks.check_weight(W.array)
-        if not self.use_gamma:
-            return None
-        for name in ('gamma', weight_name + '_gamma'):
-            if not hasattr(link, name):
-                return name
-        raise errors.HookCollisionError(link, name, weight_name)
 
     def deleted(self, link: chainer.Link) -> None:
         """Removes the vector and, with ``use_gamma``, the parameter."""
@@ -233,12 +222,13 @@ class SpectralNormalization(LocalHook):
         link = cb_args.link
         W = call.original(link, self.weight_name)
         if W.array is None:
-            _initialize_weight(cb_args, W, self.weight_name)
-        call.exchange(cb_args, self.weight_name, self.normalize_weight(link))
+            weight.initialize(cb_args, W, self.weight_name)
+        call.replace_weight(
+            cb_args, self.weight_name, self.normalize_weight(link))
 
     def forward_postprocess(self, cb_args: Any) -> None:
-        """Sees to it that the weight is the link's own parameter again."""
-        call.restore_uncalled(cb_args.link, self.weight_name)
+        """Ensures that the weight is the link's own parameter again."""
+        call.restore_weight(cb_args.link, self.weight_name)
 
     def normalize_weight(self, link: chainer.Link) -> chainer.Variable:
         """Returns the link's weight, normalized, and moves its vector on.
@@ -257,60 +247,39 @@ class SpectralNormalization(LocalHook):
         if W.array is None:
             raise errors.UninitializedWeightError(
                 type(link).__name__, self.weight_name)
-        state = LinkState.of(link, self.weight_name)
+        own = HookedWeight(self, link, W)
+        state = own.state
         if not isinstance(W, chainer.Parameter):
-            # Another hook came first: this is no weight to compare with.
+            # Another hook has replaced the weight: nothing to compare with.
             state.forget_copied()
         is_train, is_second_run, will_be_run_again = node.config(
             'train', 'in_recomputing', '_will_recompute')
-        scope = None if is_second_run else _scope.covering(link)
+        scope = None if is_second_run else scopes.covering(link)
         try:
             if scope is not None:
-                Y, it = scope.normalize(self, link, W)
+                Y, iterations = scope.normalize(own)
             else:
-                gamma, u = self._gamma_and_vector(link, W, state)
-                if is_second_run:
-                    u = recompute.start_vector(link, state, u)
-                weight = self._make_weight(
-                    link, W, state, gamma, u,
-                    is_train and not is_second_run)
-                (Y,), = normalize.normalize([weight])
-                it = weight[0].iterations
+                Y, iterations = own.normalize(
+                    is_train and not is_second_run, is_second_run)
         except errors.VectorValueError:
-            # As other hooks leave it behind after one NaN.
-            warnings.warn(
-                f'{type(link).__name__}.{self.vector_name} was zero or not '
-                f'finite, as in a snapshot of a model that had met a NaN. It '
-                f'was made anew.', stacklevel=2)
-            setattr(link, self.vector_name, None)
-            state.start = None
+            self._discard_vector(own)
             return self.normalize_weight(link)
-        state.v = it.v
+        state.v = iterations.v
         _LATEST[self] = weakref.ref(state)
         if not is_second_run:
-            state.start = it.start
+            state.start = iterations.start
         if is_second_run or will_be_run_again:
-            recompute.record(link, state, it.start)
+            recompute.record(link, state, iterations.start)
         return Y
 
-    def _make_weight(
-            self, link: chainer.Link, W: chainer.Variable, state: LinkState,
-            gamma: Any, u: Any, update_u: bool) -> Any:
-        """Returns the link's weight for a node, and the node's inputs."""
-        given = (self.n_power_iteration, output_axis(link), self.detach_uv,
-                 self.factor, self.eps, self.cap)
-        if state.settings[0] != given:
-            state.settings = given, normalize.make_settings(*given)
-        return normalize.make_weight(
-            W, u, gamma, state.settings[1], ('Y',), update_u)
-
-    def _gamma_and_vector(
-            self, link: chainer.Link, W: chainer.Variable, state: LinkState,
-    ) -> Any:
-        """Returns gamma, or ``None``, and the vector, made if need be."""
-        u = self._vector(link, W.array, state)
-        gamma = state.gamma_name and getattr(link, state.gamma_name)
-        return gamma, u
+    def _discard_vector(self, own: HookedWeight) -> None:
+        # Other hooks leave such a vector behind after one NaN.
+        warnings.warn(
+            f'{type(own.link).__name__}.{self.vector_name} was zero or not '
+            f'finite, as in a snapshot of a model that had met a NaN. It '
+            f'was made anew.', stacklevel=3)
+        setattr(own.link, self.vector_name, None)
+        own.state.start = None
 
     def reshape_W(self, W: Any) -> Any:
         """Returns ``W``, a Variable or an array, as a matrix.
@@ -323,54 +292,15 @@ class SpectralNormalization(LocalHook):
             The same in the shape ``(W.shape[axis], -1)``.
 
         """
-        if self.axis != 0:
-            axes = [k for k in range(W.ndim) if k != self.axis]
-            W = W.transpose([self.axis, *axes])
-        return W if W.ndim == 2 else W.reshape(W.shape[0], -1)
-
-    # The vector and gamma
-
-    def _vector(self, link: chainer.Link, W: Any, state: LinkState) -> Any:
-        """Returns the link's vector on the device and in the dtype of W."""
-        u = getattr(link, self.vector_name)
-        is_stale = state.is_stale(W, u)
-        if u is None:
-            u = self._make_vector(link, W)
-            setattr(link, self.vector_name, u)
-        elif u.dtype != W.dtype or type(u) is not type(W):
-            # A snapshot loaded before the first call, or a new dtype of W.
-            u = link.device.send(u).astype(W.dtype, copy=False)
-            setattr(link, self.vector_name, u)
-        parameter = call.original(link, self.weight_name)
-        if state.gamma_name is not None:
-            _initialize_gamma(
-                getattr(link, state.gamma_name), parameter, is_stale)
-        if is_stale:
-            self._warm_up(link, W, u)  # the last, as it raises if u is zero
-        state.watch(parameter, u)
-        return u
-
-    def _make_vector(self, link: chainer.Link, W: Any) -> Any:
-        _checks.check_weight(W)
-        axis = output_axis(link)
-        with chainer.using_device(link.device):
-            u = link.xp.random.normal(size=(W.shape[axis],)).astype(W.dtype)
-        self._warm_up(link, W, u)
-        return u
-
-    def _warm_up(self, link: chainer.Link, W: Any, u: Any) -> None:
-        if self.n_warmup > 0:
-            with chainer.using_device(link.device):
-                arithmetic_of(W).warm_up(
-                    W, u, output_axis(link), self.n_warmup)
+        return as_matrix(W, self.axis)
 
 
-# All that normalize a weight of their link, this package's and Chainer's.
+# The hooks that normalize a weight of their link, ours and Chainer's.
 HOOKS = (SpectralNormalization, chainer_link_hooks.SpectralNormalization)
 
 
 def _nothing() -> None:
-    """What a weak reference to nothing gives."""
+    """Stands for a dead weak reference."""
 
 
 # The state of the link that a hook served last.  It is not a setting, so it
@@ -379,112 +309,5 @@ _LATEST: weakref.WeakKeyDictionary[
     SpectralNormalization, Callable[[], LinkState | None]
 ] = weakref.WeakKeyDictionary()
 
-
-class _LargestSingularValue:
-    """Initializer of gamma, from the weight as it is then.
-
-    Where the weight has no finite norm, as before a snapshot is loaded, gamma
-    is 1: a NaN would stay.
-
-    """
-
-    def __init__(self, W: chainer.Parameter, axis: int) -> None:
-        self.W = W
-        self.axis = axis
-        self.value: Any = None
-        self._dtype: Any = None
-
-    def renew(self, array: Any) -> None:
-        """Overwrites gamma if it is still what this has made it."""
-        if self.value is not None and bool((array == self.value).all()):
-            self(array)
-
-    @property
-    def dtype(self) -> Any:
-        # Once known it stays: Chainer asks for that of data and that of the
-        # gradient at different times.
-        if self._dtype is not None:
-            return self._dtype
-        W = self.W
-        dtype = (getattr(W.initializer, 'dtype', None) if W.array is None
-                 else W.array.dtype)
-        # The norm of a float16 weight need not fit in float16.
-        dtype = accumulator_dtype(chainer.get_dtype(dtype))
-        if W.array is not None:
-            self._dtype = dtype
-        return dtype
-
-    def __call__(self, array: Any) -> None:
-        array[...] = 1
-        W: Any = self.W.array
-        if W is None:
-            return
-        xp = chainer.backend.get_array_module(W)
-        W = W.astype(accumulator_dtype(W.dtype), copy=False)
-        matrix = xp.moveaxis(W, self.axis, 0).reshape(W.shape[self.axis], -1)
-        if xp.isfinite(matrix).all():
-            array[...] = xp.linalg.svd(matrix, compute_uv=False)[0]
-        self.value = float(array)
-
-
-def _initialize_gamma(
-        gamma: chainer.Parameter, W: Any, is_stale: bool) -> None:
-    """Makes gamma from ``W``, unless that was done; anew if it is stale."""
-    if gamma.array is not None and not is_stale:
-        return
-    if isinstance(W, chainer.Parameter):
-        # A copy of a copy that shares has the weight of the latter.
-        gamma.initializer.W = W
-    if gamma.array is None:
-        gamma.cleargrad()  # or its dtype may be another by now
-        gamma.initialize(())
-    else:
-        # Chainer initializes by name: maybe gamma before this weight.
-        gamma.initializer.renew(gamma.array)
-
-
-def output_axis(link: chainer.Link) -> int:
-    """Returns the output axis of the link's weight."""
-    kind = type(link)
-    axis = _OUTPUT_AXES.get(kind)
-    if axis is None:
-        axis = _OUTPUT_AXES[kind] = int(
-            issubclass(kind, (L.Deconvolution2D, L.DeconvolutionND)))
-    return axis
-
-
-# By class: asking for its bases takes a while.
-_OUTPUT_AXES: weakref.WeakKeyDictionary[type, int] = (
-    weakref.WeakKeyDictionary())
-
-
-def _initialize_weight(
-        cb_args: Any, W: chainer.Parameter, weight_name: str) -> None:
-    """Initializes the weight for the input of this call, as its link does."""
-    link = cb_args.link
-    # Of the class: the instance's may be shadowed by another hook.
-    bound = inspect.signature(type(link).forward).bind(
-        link, *cb_args.args, **cb_args.kwargs)
-    _, x, *_ = [*bound.args, *bound.kwargs.values(), None]
-    if getattr(x, 'ndim', 0) >= 2 and _takes_in_size(link):
-        if isinstance(link, L.Linear):
-            n_batch_axes = bound.arguments.get('n_batch_axes', 1)
-            in_size = size_of_shape(x.shape[n_batch_axes:])
-        else:
-            in_size = chainer.memory_layouts.get_semantic_shape(
-                chainer.as_variable(x),
-                assumed_layout=getattr(link, 'x_layout', None))[1]
-        link._initialize_params(in_size)
-    if W.array is None:
-        raise errors.UninitializedWeightError(
-            type(link).__name__, weight_name)
-
-
-def _takes_in_size(link: chainer.Link) -> bool:
-    """Whether the input size is all that the link's parameters need."""
-    initialize: Any = getattr(link, '_initialize_params', None)
-    try:
-        inspect.signature(initialize).bind(1)
-    except TypeError:
-        return False
-    return True
+# Pickles of versions before 0.2 name it here.  Delete in version 0.3.
+_LargestSingularValue = gamma.LargestSingularValue

@@ -1001,7 +1001,7 @@ def test_an_interrupt_at_any_line(n_in, use_gamma, monkeypatch):
         if interrupt.count < n:
             break
         assert link.W is W, n
-        assert not {'forward', '_sn_exchanges'} & set(vars(link)), n
+        assert not {'forward', '_sn_replacements'} & set(vars(link)), n
         assert any(np.array_equal(link.W_u, other.W_u)
                    for other in (new, made, moved)), n
         step(link)

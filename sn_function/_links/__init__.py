@@ -1,1 +1,1 @@
-"""Links: what a hook does to them and keeps on them."""
+"""Links: what a hook changes in them, and the state that they keep for it."""

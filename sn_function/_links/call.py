@@ -1,10 +1,9 @@
-"""What is changed for the time of one call of a link, such as its weight.
+"""Changes for the time of one call of a link, such as another weight.
 
-``Link.__call__`` gives a hook no word of an exception.  So the link's
-``forward`` is shadowed, too, by one that undoes the change whatever happens,
-and that removes itself before anything else.  What remains is an exception
-between the two, in another hook: then the arguments of the callback die, and
-the change is undone by that.
+``Link.__call__`` does not tell a hook of an exception.  So ``forward`` of the
+link is shadowed, too: by one that removes itself first, and undoes the change
+whatever happens.  An exception outside of it, in another hook, leaves the
+change in place; it is undone when the arguments of the callback die.
 """
 from __future__ import annotations
 
@@ -12,37 +11,38 @@ from typing import Any
 
 import chainer
 
-# In link.__dict__ during a call only: {weight name: [exchanges, outer first]}
-_STATE = '_sn_exchanges'
+# In link.__dict__ during a call only: {weight name: [replacements]}, the
+# outer ones first.
+_REPLACEMENTS = '_sn_replacements'
 
 
 def original(link: chainer.Link, name: str) -> Any:
     """Returns the link's own weight, also from within a call of it."""
-    stack = link.__dict__.get(_STATE, {}).get(name)
+    stack = link.__dict__.get(_REPLACEMENTS, {}).get(name)
     return stack[0].previous if stack else getattr(link, name)
 
 
-def exchange(cb_args: Any, name: str, Y: Any) -> None:
-    """Puts ``Y`` in the place of the weight until the call ends."""
-    begin(cb_args, name, _Exchange(cb_args.link, name, Y))
+def replace_weight(cb_args: Any, name: str, Y: Any) -> None:
+    """Puts ``Y`` in the place of a weight until the call ends."""
+    apply(cb_args, name, _Replacement(cb_args.link, name, Y))
 
 
-def restore_uncalled(link: chainer.Link, name: str) -> None:
-    """Puts the weight back where the call did not go through ``forward``."""
-    stack = link.__dict__.get(_STATE, {}).get(name)
+def restore_weight(link: chainer.Link, name: str) -> None:
+    """Puts the weight back if the call did not go through ``forward``."""
+    stack = link.__dict__.get(_REPLACEMENTS, {}).get(name)
     if stack:
-        stack[-1].restore_uncalled()
+        stack[-1].restore_unless_called()
 
 
-def begin(cb_args: Any, name: str, call: Call) -> None:
-    """Changes something until the call that has these arguments ends."""
+def apply(cb_args: Any, name: str, change: TemporaryChange) -> None:
+    """Changes something until the call with these arguments ends."""
     # Before anything changes: an interrupt may come between any two lines.
-    cb_args.__dict__['_sn_lifeline_' + name] = _Lifeline(call)
-    call.begin()
+    cb_args.__dict__['_sn_finalizer_' + name] = _Finalizer(change)
+    change.start()
 
 
-class Call:
-    """Something that is changed for the time of one call of a link.
+class TemporaryChange:
+    """A change for the time of one call of a link.
 
     Args:
         link: The link.
@@ -56,7 +56,7 @@ class Call:
         self.shadowed = link.__dict__.get('forward')
 
     def change(self) -> None:
-        """Changes it."""
+        """Makes the change."""
         raise NotImplementedError
 
     def undo(self) -> None:
@@ -64,11 +64,11 @@ class Call:
         """
         raise NotImplementedError
 
-    def repair(self) -> None:
-        """Does what is left to do when all is over."""
+    def finish(self) -> None:
+        """Restores what is not restored yet, when the arguments die."""
         self.restore()
 
-    def begin(self) -> None:
+    def start(self) -> None:
         if not _has_injected_call(self.link):
             self.link.__dict__['forward'] = self.forward
         self.change()
@@ -86,7 +86,7 @@ class Call:
         if attributes.get('forward') != self.forward:
             return
         shadowed = self.shadowed
-        while isinstance(getattr(shadowed, '__self__', None), Call):
+        while isinstance(getattr(shadowed, '__self__', None), TemporaryChange):
             if shadowed.__self__.is_active:
                 break
             shadowed = shadowed.__self__.shadowed
@@ -102,8 +102,8 @@ class Call:
         self.undo()
         self.is_active = False
 
-    def restore_uncalled(self) -> None:
-        """Restores where the call did not go through ``forward``.
+    def restore_unless_called(self) -> None:
+        """Restores if the call did not go through ``forward``.
 
         A class may inject its own ``__call__``, which Chainer then prefers.
         If that raises, all is restored when the exception has been handled.
@@ -113,7 +113,8 @@ class Call:
             self.restore()
 
 
-class _Exchange(Call):
+class _Replacement(TemporaryChange):
+    """Another array in the place of a weight."""
 
     def __init__(self, link: chainer.Link, name: str, Y: Any) -> None:
         super().__init__(link)
@@ -123,7 +124,7 @@ class _Exchange(Call):
 
     def change(self) -> None:
         attributes = self.link.__dict__
-        attributes.setdefault(_STATE, {}).setdefault(
+        attributes.setdefault(_REPLACEMENTS, {}).setdefault(
             self.name, []).append(self)
         attributes[self.name] = self.Y
 
@@ -132,17 +133,17 @@ class _Exchange(Call):
         # A forward that gave the link a new parameter keeps it.
         if not isinstance(attributes[self.name], chainer.Parameter):
             attributes[self.name] = self.previous
-        stacks = attributes.get(_STATE, {})
+        stacks = attributes.get(_REPLACEMENTS, {})
         stack = stacks.get(self.name, [])
         if self in stack:
             stack.remove(self)
         if not stack:
             stacks.pop(self.name, None)
         if not stacks:
-            attributes.pop(_STATE, None)
+            attributes.pop(_REPLACEMENTS, None)
 
-    def repair(self) -> None:
-        super().repair()
+    def finish(self) -> None:
+        super().finish()
         # Another hook may have put back what it found before forward.
         attributes = self.link.__dict__
         if attributes[self.name] is self.Y:
@@ -151,15 +152,16 @@ class _Exchange(Call):
 
 def _has_injected_call(link: chainer.Link) -> bool:
     # It may call forward more than once, and all of these with Y.
-    # (In Chainer's own words: callable() would ask another question.)
+    # (As Chainer asks it; callable(base) is about the super object itself.)
     base = super(chainer.Link, link)
     return getattr(base, '__call__', None) is not None  # NOQA: B004
 
 
-class _Lifeline:
+class _Finalizer:
+    """Finishes a change when it dies, with the arguments of a callback."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    def __init__(self, change: TemporaryChange) -> None:
+        self.change = change
 
     def __del__(self) -> None:
-        self.call.repair()
+        self.change.finish()

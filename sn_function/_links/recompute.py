@@ -1,10 +1,10 @@
 """``F.forget`` runs a function twice: both must start from the same u.
 
 Each call of a link moves its u on, so the second run, in backward, must start
-from where the first did, and not from where later calls have brought u.
-Chainer tells a link that it is run again (``chainer.config.in_recomputing``),
-but not for which call.  The ``Forget`` node that runs it is found on the call
-stack, and keeps the vectors of its first run, in their order.
+from the u of the first one, not from that of later calls.  Chainer tells a
+link that it is run again (``chainer.config.in_recomputing``), but not for
+which call.  So the ``Forget`` node that runs it is looked up on the call
+stack, and keeps the vectors of its first run, in order.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def start_vector(link: chainer.Link, state: LinkState, u: Any) -> Any:
     for node, run in _forget_nodes():
         if run is not None:
             return _replay(node, run, (id(link), state.weight_name), u)
-    # Without a Forget node it is the latest call that is run again.
+    # Without a Forget node the latest call is run again.
     start = state.start
     is_usable = type(start) is type(u) and (
         start.dtype == accumulator_dtype(u.dtype))

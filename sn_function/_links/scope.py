@@ -1,35 +1,141 @@
-"""The scopes, of this thread, in which weights are normalized once."""
+"""Scopes, in which each weight is normalized once; each is of its thread."""
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Iterable, Iterator
 
 import chainer
+
+from sn_function._arithmetic.interface import Iterations
+from sn_function._graph import node
+from sn_function._links import call
+from sn_function._links.hooked_weight import (
+    Hook,
+    HookedWeight,
+    normalize,
+)
+from sn_function._links.shared import SharedWeight
 
 
 class _Scopes(threading.local):
 
     def __init__(self) -> None:
-        self.opened: list[Any] = []  # outer first
+        self.opened: list[Scope] = []  # outer first
 
 
 _scopes = _Scopes()
 
 
-def begin(scope: Any) -> None:
-    """Opens a scope, which has ``links``, a dict of links by their ids."""
+def begin(scope: Scope) -> None:
+    """Opens a scope."""
     _scopes.opened.append(scope)
 
 
-def end(scope: Any) -> None:
+def end(scope: Scope) -> None:
     """Closes a scope; that it is closed already is no error."""
     # A new list: an interrupt leaves the one or the other.
     _scopes.opened = [x for x in _scopes.opened if x is not scope]
 
 
-def covering(link: chainer.Link) -> Any:
+def covering(link: chainer.Link) -> Scope | None:
     """Returns the outermost open scope that has the link, or ``None``."""
     for scope in _scopes.opened:
         if id(link) in scope.links:
             return scope
     return None
+
+
+class Scope:
+    """Normalized weights of some links, made on first use.
+
+    Args:
+        models: The links, or chains of them.
+        kind: Class of the hooks that normalize.
+
+    Attributes:
+        links (dict): The links by their ids.
+
+    """
+
+    def __init__(
+            self, models: Iterable[chainer.Link], kind: type[Hook]) -> None:
+        self.links = {
+            id(link): link for model in models for link in model.links()}
+        self._kind: type[Hook] = kind
+        self._shared: dict[tuple[int, str], SharedWeight] = {}
+
+    def normalize(
+            self, own: HookedWeight) -> tuple[chainer.Variable, Iterations]:
+        """Returns the normalized weight, and how it was computed.
+
+        All other weights that can be normalized now are made, too.
+        """
+        if not self._has(own.hook, own.link, own.W):
+            try:
+                self._make([own, *self._others(own)])
+            except Exception:
+                self._make([own])  # others raise theirs when they are called
+        shared = self._shared[_key(own.hook, own.link)]
+        is_train, = node.config('train')
+        if is_train:
+            shared.store_u(own.link)
+        return shared.Y, shared.iterations
+
+    def _has(
+            self, hook: Hook, link: chainer.Link, W: chainer.Variable,
+    ) -> bool:
+        shared = self._shared.get(_key(hook, link))
+        return shared is not None and shared.is_usable(hook, W)
+
+    def _others(self, own: HookedWeight) -> Iterator[HookedWeight]:
+        """What else lacks a normalized weight, and can get it now."""
+        device = own.W.device
+        for link in self.links.values():
+            for hook in link.local_link_hooks.values():
+                if not isinstance(hook, self._kind):
+                    continue
+                W = call.original(link, hook.weight_name)
+                if (W is own.W and link is own.link) or W.array is None or (
+                        W.device != device
+                        or not isinstance(W, chainer.Parameter)):
+                    continue
+                if not self._has(hook, link, W):
+                    yield HookedWeight(hook, link, W)
+
+    def _make(self, weights: Iterable[HookedWeight]) -> None:
+        made = []
+        prepared = []
+        for weight in weights:
+            u, gamma = weight.vector_and_gamma()
+            new = SharedWeight(weight.hook, weight.W, gamma)
+            key = _key(weight.hook, weight.link)
+            old = self._shared.get(key)
+            # It is the same, but has no graph.
+            if old is not None and old.is_of(weight.hook, weight.W):
+                u = old.iterations.start
+                new.is_stored = old.is_stored
+            new.u = u.copy()
+            made.append((key, new))
+            prepared.append(weight.for_node(new.u, gamma, update_u=True))
+        for (key, new), (Y, iterations) in zip(
+                made, normalize(prepared, is_shared=True)):
+            new.Y, new.iterations = Y, iterations
+            self._shared[key] = new
+
+
+def _key(hook: Hook, link: chainer.Link) -> tuple[int, str]:
+    return id(link), hook.weight_name
+
+
+class ScopeOfCall(call.TemporaryChange, Scope):
+    """A scope that ends with a call of a chain."""
+
+    def __init__(self, chain: chainer.Link, kind: type[Hook]) -> None:
+        call.TemporaryChange.__init__(self, chain)
+        Scope.__init__(self, [chain], kind)
+
+    def change(self) -> None:
+        begin(self)
+
+    def undo(self) -> None:
+        end(self)

@@ -1,4 +1,4 @@
-"""What a hook remembers of one weight of one link, beside u and gamma."""
+"""What a link keeps for a hook, for one weight, beside u and gamma."""
 from __future__ import annotations
 
 import copy
@@ -16,15 +16,15 @@ class LinkState:
     """State of one weight, an attribute of its link.
 
     ``link.copy('init')`` and ``link.repeat()`` copy a link with its u and then
-    initialize the weight anew, without a word to hooks; that u has nothing to
-    do with the new weight.  So a deep copy of the state remembers the weight
+    initialize the weight again, which hooks are not told; that u does not
+    belong to the new weight.  So a deep copy of the state remembers the weight
     and the u that were copied, until the first call, which compares.
 
     Attributes:
         gamma_name (str or None): Name of the link's parameter gamma.
         start (ndarray or None): The vector that the latest call started from.
         v (ndarray or None): The right vector that the latest call found.
-        settings (tuple): Those of the hook, and what was made of them.
+        settings (tuple): Those of the hook, and the node's, made of them.
 
     """
 
@@ -66,17 +66,18 @@ class LinkState:
         return f'_{weight_name}_sn_state'
 
     def watch(self, W: Any, u: Any) -> None:
-        """Keeps the parameter and u, which a copy that shares has, too.
+        """Keeps the parameter and u, for a copy of this state.
 
-        That may be copied when the link is gone, as may an unpickled one that
-        does not know its link before the first call.
+        A shallow copy of the link shares the state, and may be copied itself
+        when the link is gone.  An unpickled state does not know its link
+        before the first call.
 
         """
         if isinstance(W, chainer.Parameter):
             self._latest = W, u
 
     def _present(self) -> Any:
-        """Returns the parameter and u as they are, or ``None``."""
+        """Returns the present parameter and u, or ``None``."""
         link = self._link()
         if link is not None:
             self.watch(link.__dict__[self.weight_name],
@@ -86,8 +87,8 @@ class LinkState:
     def is_stale(self, W: Any, u: Any) -> bool:
         """Whether u was copied and the weight then got other values.
 
-        The answer is given once.  It is no if u was changed as well, as by a
-        snapshot that was loaded.
+        This is true at most once.  It is false if u was changed as well, as by
+        a snapshot that was loaded.
 
         """
         if self._copied is None:
@@ -101,7 +102,7 @@ class LinkState:
         return _is_same(u, u_then) and not _is_same(W, W_then)
 
     def forget_copied(self) -> None:
-        """Gives up the comparison of :meth:`is_stale`."""
+        """Forgets what :meth:`is_stale` compares with."""
         self._copied = None
 
     def __copy__(self) -> LinkState:

@@ -238,7 +238,7 @@ def ranks_have_the_same_bits():
                 COMM, W, case.u[case.part], 2, detach_uv=detach_uv,
                 return_sigma=True)
             assert are_identical(sigma.array)
-            for v in Y.creator.it.vs:
+            for v in Y.creator.iterations.vs:
                 assert are_identical(v)
             backward((Y, sigma), case.gY[case.part], case.gsigmas[RANK])
             again = case.run(
@@ -627,7 +627,8 @@ def measure(side, rounds):
             Y.backward()
             if sent is not None:
                 sent.append(comm.pop())
-            it = (Y.creator.weights[0] if sent is None else Y.creator).it
+            creator = Y.creator.weights[0] if sent is None else Y.creator
+            it = creator.iterations
             return Y.array, x.grad, it.sigma
 
         def sharded(*args, **settings):

@@ -1,0 +1,73 @@
+"""A normalized weight that several calls use, and until when they may."""
+from __future__ import annotations
+
+from typing import Any
+
+import chainer
+
+from sn_function._arithmetic.interface import Array, Iterations
+from sn_function._graph import node
+from sn_function._links.hooked_weight import Hook
+
+
+class SharedWeight:
+    """A normalized weight that several calls use, and the next ``u``.
+
+    Args:
+        hook: The hook that normalizes it.
+        W: The weight.
+        gamma: Its factor, if any.
+
+    Attributes:
+        Y (Variable): The normalized weight.
+        iterations: How it was computed.
+        u (ndarray): The vector after that.
+        is_stored (bool): Whether the link has that vector.
+
+    """
+
+    Y: chainer.Variable
+    iterations: Iterations
+    u: Array
+
+    def __init__(
+            self, hook: Hook, W: chainer.Variable,
+            gamma: chainer.Parameter | None) -> None:
+        self.hook, self.W, self.gamma = hook, W, gamma
+        self.is_stored = False
+        self.has_graph, = node.config('enable_backprop')
+        self._versions = [_version(x) for x in (W, gamma)]
+
+    def is_of(self, hook: Hook, W: chainer.Variable) -> bool:
+        """Whether the hook made it from the weight as it is now."""
+        return hook is self.hook and W is self.W and all(
+            array is version[0] and t == version[1] for version, (array, t)
+            in zip(self._versions, map(_version, (W, self.gamma))))
+
+    def is_usable(self, hook: Hook, W: chainer.Variable) -> bool:
+        """Whether a call may use it, now and as Chainer is configured."""
+        wants_graph, = node.config('enable_backprop')
+        if wants_graph and not (
+                self.has_graph and self.Y.creator_node is not None):
+            return False
+        return self.is_of(hook, W)
+
+    def store_u(self, link: chainer.Link) -> None:
+        """Moves the link's vector on, once."""
+        if self.is_stored:
+            return
+        u = getattr(link, self.hook.vector_name)
+        if u is None:
+            setattr(link, self.hook.vector_name,
+                    self.u.astype(self.W.dtype, copy=False))
+        else:
+            u[...] = self.u
+        self.is_stored = True
+
+
+def _version(x: chainer.Variable | None) -> tuple[Any, Any]:
+    """The array, and how often an optimizer has updated it."""
+    if x is None:
+        return None, None
+    rule = getattr(x, 'update_rule', None)
+    return x.array, rule and rule.t

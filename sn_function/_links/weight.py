@@ -1,0 +1,57 @@
+"""The weight of a link: its output axis, and its initialization by a call."""
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import chainer
+from chainer import links as L
+from chainer.utils import size_of_shape
+
+from sn_function import errors
+
+
+def output_axis(link: chainer.Link) -> int:
+    """Returns the output axis of the link's weight."""
+    return int(isinstance(link, (L.Deconvolution2D, L.DeconvolutionND)))
+
+
+def initialize(cb_args: Any, W: chainer.Parameter, weight_name: str) -> None:
+    """Initializes the weight for the input of a call, as its link does.
+
+    Args:
+        cb_args: Arguments of the link hook's callback.
+        W: The weight, which has no array.
+        weight_name: Its name.
+
+    Raises:
+        UninitializedWeightError: The link does more than that, or there is
+            no input whose size is known.
+
+    """
+    link = cb_args.link
+    # Of the class: the instance's may be shadowed by another hook.
+    bound = inspect.signature(type(link).forward).bind(
+        link, *cb_args.args, **cb_args.kwargs)
+    _, x, *_ = [*bound.args, *bound.kwargs.values(), None]
+    if getattr(x, 'ndim', 0) >= 2 and _needs_input_size_only(link):
+        if isinstance(link, L.Linear):
+            n_batch_axes = bound.arguments.get('n_batch_axes', 1)
+            in_size = size_of_shape(x.shape[n_batch_axes:])
+        else:
+            in_size = chainer.memory_layouts.get_semantic_shape(
+                chainer.as_variable(x),
+                assumed_layout=getattr(link, 'x_layout', None))[1]
+        link._initialize_params(in_size)
+    if W.array is None:
+        raise errors.UninitializedWeightError(
+            type(link).__name__, weight_name)
+
+
+def _needs_input_size_only(link: chainer.Link) -> bool:
+    initialize: Any = getattr(link, '_initialize_params', None)
+    try:
+        inspect.signature(initialize).bind(1)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,26 @@
+"""Stands in for the hook: its settings, without the hook itself."""
+import dataclasses
+from typing import Optional
+
+import chainer
+
+from sn_function._links.state import LinkState
+
+
+@dataclasses.dataclass(eq=False)
+class Hook(chainer.LinkHook):
+    """What `sn_function._links` asks of a hook, which normalizes nothing."""
+
+    name: str = 'Hook'
+    weight_name: str = 'W'
+    vector_name: str = 'W_u'
+    n_power_iteration: int = 1
+    n_warmup: int = 0
+    detach_uv: bool = False
+    factor: Optional[float] = None
+    eps: float = 1e-6
+    cap: Optional[float] = None
+
+    def added(self, link):
+        LinkState(self.weight_name, None).put(link)
+        setattr(link, self.vector_name, None)

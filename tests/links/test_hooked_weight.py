@@ -1,0 +1,85 @@
+"""One weight of one link, normalized by the settings of a hook."""
+import chainer
+import chainer.links as L
+import numpy as np
+import pytest
+
+from sn_function import errors
+from sn_function._links import gamma
+from sn_function._links.hooked_weight import HookedWeight
+from sn_function._links.state import LinkState
+from tests import reference
+from tests.links.hooks import Hook
+
+
+def hooked(link, **settings):
+    hook = Hook(**settings)
+    link.add_hook(hook)
+    return HookedWeight(hook, link, link.W)
+
+
+@pytest.mark.parametrize(('make', 'axis'), [
+    (lambda: L.Linear(5, 6), 0), (lambda: L.Deconvolution2D(3, 4, 2), 1)])
+@pytest.mark.parametrize('update_u', [False, True])
+def test_normalize(make, axis, update_u):
+    weight = hooked(make(), n_power_iteration=2, factor=3.)
+    u, _ = weight.vector_and_gamma()
+    before, W = u.astype('d'), weight.W.array.astype('d')
+    Y, iteration = weight.normalize(update_u)
+    expected, _ = reference.spectral_normalize(
+        W, before, 2, factor=3., axis=axis)
+    after, v, _ = reference.power_iteration(W, before, 2, axis)
+    np.testing.assert_allclose(Y.array, expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(iteration.v, v, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        u, after if update_u else before, rtol=1e-4, atol=1e-6)
+
+
+def test_settings_count_from_the_next_time_on():
+    weight = hooked(L.Linear(5, 6))
+    Y, _ = weight.normalize(update_u=False)
+    weight.hook.factor = 2.
+    doubled, _ = weight.normalize(update_u=False)
+    np.testing.assert_allclose(doubled.array, 2 * Y.array, rtol=1e-6)
+    weight.hook.eps = -1
+    with pytest.raises(errors.EpsError):
+        weight.normalize(update_u=False)
+
+
+def test_gamma():
+    link = L.Linear(5, 6)
+    hook = Hook(n_warmup=100)
+    link.add_hook(hook)
+    LinkState('W', 'gamma').put(link)
+    gamma.register(link, 'gamma', link.W, 0)
+    Y, _ = HookedWeight(hook, link, link.W).normalize(update_u=False)
+    np.testing.assert_allclose(Y.array, link.W.array, rtol=1e-3)
+    link.cleargrads()
+    chainer.functions.sum(Y).backward()
+    assert link.gamma.grad is not None
+
+
+def test_a_second_run_starts_where_the_first_did():
+    weight = hooked(L.Linear(5, 6))
+    Y, iteration = weight.normalize(update_u=True)
+    weight.state.start = iteration.start
+    after = weight.link.W_u.copy()
+    again, _ = weight.normalize(update_u=False, is_second_run=True)
+    np.testing.assert_array_equal(again.array, Y.array)
+    np.testing.assert_array_equal(weight.link.W_u, after)
+
+
+def test_a_copy_whose_weight_is_initialized_again():
+    weight = hooked(L.Linear(5, 6), n_warmup=500)
+    weight.vector_and_gamma()
+    link = weight.link.copy('init')
+    copy = HookedWeight(weight.hook, link, link.W)
+    u, _ = copy.vector_and_gamma()
+    expected = np.linalg.svd(link.W.array.astype('d'))[0][:, 0]
+    assert abs(expected @ u) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_link_without_the_hook():
+    link = L.Linear(5, 6)
+    with pytest.raises(errors.HookNotAddedError):
+        HookedWeight(Hook(), link, link.W)
