@@ -114,6 +114,13 @@ def test_map_shows_every_module():
     assert (shown - set(MODULES), set(MODULES) - shown) == (set(), set())
 
 
+def test_map_names_no_other_module():
+    named = {f'{wing}.{module}' for wing, module in re.findall(
+        r'``(_[a-z]+)/(\w+)``', MAP)}
+    assert named
+    assert named - set(MODULES) == set()
+
+
 def test_map_explains_every_wing():
     wings = {name for name, path in MODULES.items()
              if path.name == '__init__.py'}
