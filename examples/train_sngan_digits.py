@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     samples = {
         'real, for training': (images.train[:n], images.train_labels[:n]),
         'untrained generator': (gen.sample(noise, labels), labels)}
-    if not args.is_first:   # each rank draws noise of its own
+    if not args.is_first:   # each rank draws its own noise
         numpy.random.seed((args.seed + args.comm.rank) % 2 ** 32)
     trainer = make_trainer(args, images, gen, dis, noise)
     if args.resume is not None:
