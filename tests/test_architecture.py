@@ -121,6 +121,13 @@ def test_map_names_no_other_module():
     assert named - set(MODULES) == set()
 
 
+def test_map_names_no_other_attribute():
+    named = set(re.findall(r'_sn_\w+', MAP))
+    assert named
+    assert {name for name in named
+            if not any(name in source for source in SOURCES.values())} == set()
+
+
 def test_map_explains_every_wing():
     wings = {name for name, path in MODULES.items()
              if path.name == '__init__.py'}
