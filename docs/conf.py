@@ -20,12 +20,12 @@ html_theme = 'furo'
 html_title = f'sn_function {version}'
 html_show_sourcelink = False
 
-# The types, with their shapes, are told in the "Args" of the docstrings.
+# Types and shapes are in the "Args" of the docstrings.
 autodoc_typehints = 'none'
 autodoc_member_order = 'bysource'
 napoleon_numpy_docstring = False
-# An attribute in the docstring and in the class would be described twice.
+# Else an attribute of both docstring and class is described twice.
 napoleon_use_ivar = True
-# References to Chainer's own classes stay plain text: its documentation
-# would have to be fetched (sphinx.ext.intersphinx), and nothing here needs
-# a network.
+# References to Chainer's own classes stay plain text: to link them,
+# sphinx.ext.intersphinx would fetch its documentation, and the build needs no
+# network.

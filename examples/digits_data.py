@@ -40,8 +40,8 @@ def load(name: str) -> Images:
     """Returns the training and the held-out images of a dataset.
 
     Raises:
-        DatasetUnavailableError: It is not on this machine and cannot be
-            downloaded.
+        DatasetUnavailableError: The dataset is not on this machine and cannot
+            be downloaded.
     """
     if name == 'digits':
         return _load_digits()

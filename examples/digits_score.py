@@ -1,8 +1,8 @@
 """A score for generated images: a Frechet distance, as the FID is one.
 
-The features are those of a small classifier of the same images in place of
-the Inception network, so distances compare with each other and not with
-published FIDs.
+The features are those of a small classifier of the same images, instead of
+the Inception network.  So distances can be compared with each other, but not
+with published FIDs.
 """
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from digits_data import Images
 from rich.table import Table
 from sngan_models import ImageShape
 
-N_FEATURES = 32  # few, so that some hundred images give a covariance
+N_FEATURES = 32  # few, so that some hundred images suffice for a covariance
 MAX_SAMPLES = 10000
 Gaussian = Tuple[numpy.ndarray, numpy.ndarray]
 
 
 class Classifier(chainer.Chain):
-    """Images to 10 class scores, by way of ``N_FEATURES`` features."""
+    """Images to 10 class scores, through ``N_FEATURES`` features."""
 
     def __init__(
             self, shape: ImageShape, random: numpy.random.RandomState
@@ -67,7 +67,7 @@ def train_classifier(
 
 def accuracy(
         model: Classifier, x: numpy.ndarray, labels: numpy.ndarray) -> float:
-    """Returns the share of images that are classified right."""
+    """Returns the share of images that are classified correctly."""
     y = _apply(model, model.forward, x)
     return float((y.argmax(axis=1) == labels).mean())
 
@@ -82,8 +82,8 @@ def frechet_distance(p: Gaussian, q: Gaussian) -> float:
     """Returns the squared Frechet distance of two Gaussians.
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).  The trace of the root is
-    that of (R C2 R)^(1/2) with R = C1^(1/2), a symmetric matrix: safe also
-    where features that are always 0 make C1 and C2 singular.
+    that of (R C2 R)^(1/2) with R = C1^(1/2), a symmetric matrix.  That is
+    safe also if C1 and C2 are singular, because a feature is always 0.
     """
     (m1, C1), (m2, C2) = p, q
     w, V = numpy.linalg.eigh(C1)
@@ -116,7 +116,7 @@ def score(
 
 
 def make_table(scores: dict[str, Any]) -> Table:
-    """Returns the table of what ``score`` returns."""
+    """Returns a table of what ``score`` returns."""
     table = Table(
         title=f'Frechet distance to {scores["n_held_out"]} real, held-out '
               f'images, on {scores["n_features"]} features of a classifier')

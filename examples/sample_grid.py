@@ -32,7 +32,7 @@ def draw(
 def _tile(grid: numpy.ndarray) -> numpy.ndarray:
     """Makes one image of images (rows, columns, C, H, W) in [-1, 1]."""
     rows, columns, channels, height, width = grid.shape
-    pad = height // 8  # around each image, as dark as its background
+    pad = height // 8  # around each image, in the color of its background
     grid = numpy.pad(
         grid, [(0, 0)] * 3 + [(pad, pad)] * 2, constant_values=-1)
     grid = grid.transpose(0, 3, 1, 4, 2).reshape(

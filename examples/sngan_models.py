@@ -1,10 +1,9 @@
 """The generator, the discriminator and the hinge losses of the example.
 
 Miyato et al., Spectral Normalization for Generative Adversarial Networks,
-https://arxiv.org/abs/1802.05957, at the size of the images that are given.
-Both networks are told which class an image is to be of; the discriminator as
-in Miyato and Koyama, cGANs with Projection Discriminator,
-https://arxiv.org/abs/1802.05637.
+https://arxiv.org/abs/1802.05957, for images of any size.  Both networks get
+the class of each image; the discriminator as in Miyato and Koyama, cGANs with
+Projection Discriminator, https://arxiv.org/abs/1802.05637.
 """
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ N_CLASSES = 10
 
 
 def n_halvings(size: int) -> int:
-    """Returns how often an even image size is halved to come to 4 to 7.
+    """Returns how often an even image size is halved to get 4 to 7.
 
     >>> [n_halvings(size) for size in (8, 28, 32)]
     [1, 2, 3]
@@ -78,7 +77,7 @@ class Generator(chainer.Chain):
     def make_noise(self, n: int, random: Any = numpy.random) -> Any:
         """Returns ``n`` noise vectors, drawn by NumPy on any device.
 
-        So a seed means the same noise on a CPU and on a GPU.
+        So a seed gives the same noise on a CPU and on a GPU.
         """
         z = random.normal(size=(n, self.n_hidden)).astype(numpy.float32)
         return self.device.send(z)

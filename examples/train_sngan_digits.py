@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """A GAN with spectral normalization on real handwritten digits.
 
-The discriminator's layers are normalized and trained with the hinge loss, as
-in Miyato et al., https://arxiv.org/abs/1802.05957.  The generator is told
-which digit to draw.  Into the directory --out go
+The layers of the discriminator are normalized, and the loss is the hinge loss,
+as in Miyato et al., https://arxiv.org/abs/1802.05957.  Both networks get the
+class of each image.  These files are written to the directory --out:
 
     samples.png       real and generated digits, side by side
     sigma.png         the spectral norm of each layer over training
     scores.json       how far generated digits are from real ones
-    log               what LogReport saw
+    log               what LogReport recorded
     snapshot_iter_*   for --resume
     gen.npz, dis.npz  the trained networks
     dis_plain.npz     the discriminator with its normalized weights, no hook
@@ -28,13 +28,13 @@ import random
 import sys
 from typing import Any, Callable
 
-# Layers as small as these are done sooner by one thread of BLAS than by two,
-# which wait for each other.  It has to be said before NumPy is imported.
+# For layers as small as these one thread of BLAS is faster than two, which
+# wait for each other.  It has to be set before NumPy is imported.
 if 'OMP_NUM_THREADS' not in os.environ:
     os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
-# Before Chainer: importing sn_function makes Chainer 7.8.1 importable on
-# current versions of NumPy and setuptools.
+# Before Chainer: with sn_function, Chainer 7.8.1 can be imported on current
+# versions of NumPy and setuptools.
 import sn_function
 
 # isort: split
@@ -111,8 +111,8 @@ class SNGANUpdater(training.updaters.StandardUpdater):
 class RandomState(training.Extension):
     """Keeps NumPy's random state in snapshots.
 
-    With it a resumed run draws the noise and the batches that the unbroken
-    one draws, and ends with the same numbers.
+    With it a resumed run draws the same noise and the same batches as a run
+    without a stop, and ends with the same numbers.
     """
 
     def __call__(self, trainer: training.Trainer) -> None:
@@ -151,7 +151,7 @@ def make_optimizer(args: argparse.Namespace) -> Any:
         args.alpha, beta1=args.beta1, beta2=0.9)
     if args.comm is None:
         return optimizer
-    # It means the gradients, and sees to it that u is the same on all ranks.
+    # It averages the gradients, and keeps u the same on all ranks.
     return distributed.create_multi_node_optimizer(optimizer, args.comm)
 
 
@@ -172,7 +172,7 @@ def make_snapshot(args: argparse.Namespace) -> training.Extension:
     if args.comm is None:
         return extensions.snapshot()
     import chainermn
-    # One of each rank, which has an order of images of its own.
+    # One for each rank, as each has its own order of images.
     own = extensions.snapshot()
     snapshot = chainermn.extensions.multi_node_snapshot(
         args.comm, own, list(range(args.comm.size)))
@@ -194,8 +194,8 @@ def make_trainer(
     trainer = training.Trainer(updater, (last, 'iteration'), out=args.out)
 
     # The step size goes down linearly, as in the paper, so that the samples
-    # settle.  It is 0 for the last twentieth: power iteration, which lags
-    # behind weights that move, comes up with them.
+    # settle.  It is 0 for the last twentieth, so that power iteration, which
+    # lags behind moving weights, can converge.
     for name, optimizer in optimizers.items():
         trainer.extend(
             extensions.LinearShift(
@@ -213,7 +213,7 @@ def make_trainer(
             ['epoch', 'iteration', 'gen/loss', 'dis/loss', 'elapsed_time'],
             out=sys.stdout if args.is_terminal else PlainOutput()),
             trigger=display)
-        if args.is_terminal:  # in a file or a pipe it is noise
+        if args.is_terminal:  # useless in a file or a pipe
             trainer.extend(extensions.ProgressBar(
                 update_interval=10, out=sys.stdout))
         trainer.extend(
@@ -255,10 +255,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help='passes over the images, instead of --iteration')
     add('--batchsize', '-b', type=positive_int, default=32,
         help='images in a step')
-    # Training draws the largest singular values of a normalized weight to
+    # In training the largest singular values of a normalized weight come
     # within a percent of each other, which makes power iteration slow: while
-    # the weights move, norms are some 10% off with one iteration a call, and
-    # 3% with five.
+    # the weights move, norms are wrong by some 10% with one iteration a call,
+    # and by 3% with five.
     add('--n-power-iteration', '-k', type=positive_int, default=5,
         help='power iterations in a call of a layer')
     add('--n-dis', type=positive_int, default=1,
@@ -357,20 +357,20 @@ def main(argv: list[str] | None = None) -> int:
     normalize(args, dis)
     gen.to_device(args.device)
     dis.to_device(args.device)
-    # Noise that training has no part in, the same before and after it.
+    # Noise that training does not draw, the same before and after it.
     n = min(len(images.train), len(images.test), digits_score.MAX_SAMPLES)
     noise = gen.make_noise(n, numpy.random.RandomState(args.seed))
     labels = images.test_labels[:n]
     samples = {
         'real, for training': (images.train[:n], images.train_labels[:n]),
         'untrained generator': (gen.sample(noise, labels), labels)}
-    if not args.is_first:   # each rank draws noise of its own
+    if not args.is_first:   # each rank draws its own noise
         numpy.random.seed((args.seed + args.comm.rank) % 2 ** 32)
     trainer = make_trainer(args, images, gen, dis, noise)
     if args.resume is not None:
         try:
             chainer.serializers.load_npz(args.resume, trainer)
-        except Exception as e:  # of many kinds, by what is wrong with it
+        except Exception as e:  # its class depends on the fault
             return give_up(
                 args, f'Cannot resume from {args.resume}: '
                 f'{type(e).__name__}: {e}. Is it a snapshot of a run with '
@@ -388,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
         chainer.serializers.save_npz(
             os.path.join(args.out, f'{name}.npz'), model)
 
-    # Where there is no terminal to ask for its width, wide enough.
+    # Without a terminal, which would give its width, wide enough.
     console = Console(width=None if args.is_terminal else 100,
                       force_terminal=args.is_terminal)
     layers = trainer.get_extension('SpectralNormReport').measure()

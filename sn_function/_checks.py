@@ -19,7 +19,7 @@ from sn_function._arithmetic.choose import is_on_device
 def check_settings(
         n_power_iteration: int, factor: float | None, eps: float,
         cap: float | None) -> tuple[float, float]:
-    """Raises an error that tells which setting is out of its range.
+    """Raises an error that names the setting that is out of its range.
 
     Returns:
         The factor and the floor on sigma.  With a cap ``c`` these are ``c``
@@ -56,7 +56,7 @@ def is_real(x: Any) -> bool:
 
 
 def as_float(x: Any) -> float:
-    """A number as a float; NaN for what is none, or is too large."""
+    """A number as a float; NaN for anything else, or if it is too large."""
     try:
         return float(x) if is_real(x) else math.nan
     except OverflowError:
@@ -97,7 +97,7 @@ def check_arrays(W: Any, u: Any, axis: int, update_u: bool) -> int:
 
 
 def _are_plain(W: Any, u: Any, axis: Any) -> bool:
-    """Whether W and u need no closer look; it is no if it takes one."""
+    """Whether W and u fit at first sight; if not, a closer look decides."""
     kind = type(W)
     return kind is type(u) and kind in (numpy.ndarray, cuda.ndarray) and (
         type(axis) is int and 0 <= axis < W.ndim != 1
@@ -116,7 +116,7 @@ def _is_writable(u: Any) -> bool:
 
 
 def check_gamma(gamma: Any, W: Any) -> Any:
-    """Checks gamma, and returns it with a number made a float."""
+    """Checks gamma, and returns it; a number as a float."""
     if is_real(gamma):
         try:
             return float(gamma)
@@ -132,5 +132,5 @@ def check_gamma(gamma: Any, W: Any) -> Any:
 
 def _are_on_one_device(x: Any, y: Any) -> bool:
     if not (is_on_device(x) or is_on_device(y)):
-        return True  # the question after devices takes a while
+        return True  # asking for their devices takes a while
     return backend.get_device_from_array(x) == backend.get_device_from_array(y)

@@ -9,8 +9,8 @@ class SpectralNormalizationError(Exception):
     """Base class of all errors of this package."""
 
     def __reduce__(self) -> Any:
-        # With its message, and not with what it was built from: so it
-        # reaches the parent of a worker process.
+        # Pickled with its message, not with the arguments that built it:
+        # so an error of a worker process reaches its parent.
         return _rebuild, (type(self), self.args)
 
 
@@ -220,7 +220,7 @@ class HookCollisionError(SpectralNormalizationError, ValueError):
 
 
 class HookNotAddedError(SpectralNormalizationError, ValueError):
-    """The hook is asked for the weight of a link that it is not on."""
+    """The normalized weight of a link without the hook is asked for."""
 
     def __init__(self, link: Any, weight_name: str) -> None:
         super().__init__(
@@ -229,21 +229,21 @@ class HookNotAddedError(SpectralNormalizationError, ValueError):
 
 
 class WeightInUseError(SpectralNormalizationError, RuntimeError):
-    """A weight is to be baked while it is exchanged for another."""
+    """A weight is baked while another one is in its place."""
 
     def __init__(self, owner: str, weight_name: str) -> None:
         super().__init__(
-            f'{owner}.{weight_name} is not a Parameter now, as in a call of '
-            f'the link, or after one that raised under Chainer\'s hook. Bake '
-            f'the model outside of its calls, with the Parameter in its '
-            f'place.')
+            f'{owner}.{weight_name} is not a Parameter now. That is so during '
+            f'a call of the link, and after a call that raised under '
+            f'Chainer\'s hook. Bake the model outside of its calls, and put '
+            f'the Parameter back first.')
 
 
 class HookedExportError(SpectralNormalizationError, RuntimeError):
-    """A model that normalizes its weights is to be exported."""
+    """A model is exported that still normalizes its weights."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        what = (f'these links have a hook of it: {", ".join(paths)}' if paths
+        what = (f'these links have a hook for it: {", ".join(paths)}' if paths
                 else 'the model computes it, in a link that is not among its '
                      'namedlinks() or without a link')
         super().__init__(
@@ -253,7 +253,7 @@ class HookedExportError(SpectralNormalizationError, RuntimeError):
 
 
 class FilterError(SpectralNormalizationError, TypeError):
-    """A filter is nothing that could choose links."""
+    """A filter is not of a kind that can choose links."""
 
     def __init__(self, filter: Any) -> None:
         super().__init__(
@@ -319,7 +319,7 @@ class NoPenaltyError(SpectralNormalizationError, ValueError):
 
 
 class SpectralNormalizationWarning(UserWarning):
-    """Something is wrong with a weight or with what is known of it."""
+    """A weight, its vector or its estimate of sigma is not right."""
 
 
 # Processes that train one model
@@ -337,17 +337,17 @@ class NotSynchronizedError(SpectralNormalizationError, RuntimeError):
                  f'{some([str(rank) for rank in ranks])}'
                  for path, ranks in differences.items()]
         super().__init__(
-            f'These differ from rank 0, or are there on one side only: '
-            f'{some(found)}. Make the optimizer by '
-            f'sn_function.distributed.create_multi_node_optimizer; call the '
-            f'model in training mode on all ranks or on none, and change no '
-            f'weight on one alone.')
+            f'These differ from rank 0, or exist on one of the two only: '
+            f'{some(found)}. Make the optimizer with '
+            f'sn_function.distributed.create_multi_node_optimizer, call the '
+            f'model in training mode on all ranks or on none, and do not '
+            f'change a weight on one rank alone.')
 
 
 # Weights whose rows are spread over processes
 
 class CommunicatorError(SpectralNormalizationError, TypeError):
-    """What is given for a communicator is none."""
+    """The argument is not a communicator."""
 
     def __init__(self, comm: Any) -> None:
         super().__init__(
@@ -362,7 +362,7 @@ class OtherRankError(SpectralNormalizationError, RuntimeError):
     def __init__(self, rank: int, message: str) -> None:
         super().__init__(
             f'Rank {rank} has refused its arguments, so all ranks stop. '
-            f'Correct what it says: {message}')
+            f'Correct the arguments there: {message}')
 
 
 class ShardMismatchError(SpectralNormalizationError, ValueError):
@@ -372,8 +372,8 @@ class ShardMismatchError(SpectralNormalizationError, ValueError):
                  most: float) -> None:
         super().__init__(
             f'All ranks must agree on {name}, but it is {own:g} on this one '
-            f'and from {least:g} to {most:g} on all. Call it with the same '
-            f'settings on all ranks, and with rows of one weight.')
+            f'and from {least:g} to {most:g} on all. Give all ranks the same '
+            f'settings, and rows of one weight.')
 
 
 class ShardedVectorTypeError(SpectralNormalizationError, TypeError):
@@ -381,8 +381,8 @@ class ShardedVectorTypeError(SpectralNormalizationError, TypeError):
 
     def __init__(self) -> None:
         super().__init__(
-            'u must be an array, as a sharded weight has no gradient with '
-            'respect to it, but is a Variable. Give u.array.')
+            'u must be an array, because a sharded weight has no gradient '
+            'with respect to it, but is a Variable. Give u.array.')
 
 
 class ShardedVectorValueError(VectorValueError):
@@ -410,7 +410,7 @@ class ShardedDeviceError(SpectralNormalizationError, TypeError):
 
 class ShardedDoubleBackwardError(
         SpectralNormalizationError, NotImplementedError):
-    """A gradient of second order goes through a sharded weight."""
+    """The gradient of a sharded weight is differentiated again."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -422,7 +422,7 @@ class ShardedDoubleBackwardError(
 # Snapshots
 
 def printable(text: str) -> str:
-    """A name out of a file without what would control a terminal."""
+    """A name from a file, with control characters escaped."""
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -430,16 +430,16 @@ class SnapshotError(SpectralNormalizationError, ValueError):
     """A snapshot cannot be used as asked; base of those below."""
 
     def __init__(self, path: str, key: str | None, what: str,
-                 mend: str) -> None:
+                 remedy: str) -> None:
         where = path if key is None else f'{path}, entry {key!r}'
-        super().__init__(printable(f'{where}: {what}. {mend}'))
+        super().__init__(printable(f'{where}: {what}. {remedy}'))
 
 
 class SnapshotFileError(SnapshotError):
     """The file cannot be opened, is damaged, or is no snapshot."""
 
-    def __init__(self, path: str, what: str, mend: str) -> None:
-        super().__init__(path, None, what, mend)
+    def __init__(self, path: str, what: str, remedy: str) -> None:
+        super().__init__(path, None, what, remedy)
 
 
 class SnapshotPackageError(SnapshotError, ImportError):
@@ -466,8 +466,8 @@ class SnapshotPickleError(SnapshotError):
 
     def __init__(self, path: str, key: str) -> None:
         super().__init__(
-            path, key, 'it is no plain array but an object, such as the None '
-            'of a parameter that was not initialized; objects are never '
+            path, key, 'it is not a plain array but an object, such as the '
+            'None of a parameter that was not initialized. Objects are never '
             'unpickled, as that may run code',
             'Call the model once, and save it again.')
 
@@ -491,10 +491,10 @@ class SnapshotModelError(SnapshotError):
     def __init__(self, path: str, model: str | None,
                  models: Sequence[str]) -> None:
         what = ('it holds several models' if model is None
-                else f'it has no entry below {model!r}')
-        known = ', '.join(models) or 'none, as it is of one model'
+                else f'it has no entries below {model!r}')
+        known = ', '.join(models) or 'none, as the file is of one model'
         super().__init__(
-            path, None, f'{what}. Models of a trainer here: {known}',
+            path, None, f'{what}. Its models: {known}',
             'Name one of them, or the path of a link: --model NAME, or '
             'model=NAME.')
 
@@ -529,7 +529,7 @@ class SnapshotAxisError(SnapshotError):
 
 
 class SnapshotGammaError(SnapshotError):
-    """A weight has a gamma, or what may be one, that is in the way."""
+    """A weight has a gamma, or a possible one, that is in the way."""
 
     def __init__(self, path: str, key: str, what: str) -> None:
         super().__init__(
@@ -557,5 +557,5 @@ class LayoutNameError(SpectralNormalizationError, ValueError):
 class SnapshotOutputError(SnapshotError):
     """The output cannot be written, or must not be."""
 
-    def __init__(self, path: str, what: str, mend: str) -> None:
-        super().__init__(path, None, what, mend)
+    def __init__(self, path: str, what: str, remedy: str) -> None:
+        super().__init__(path, None, what, remedy)

@@ -105,8 +105,8 @@ def spectral_normalize(
         Y = \\gamma f W / \\max(\\sigma, \\epsilon).
 
     The gradient is that of what was computed, through every iteration, for
-    any ``u``; with ``detach_uv=True`` it takes ``u`` and ``v`` as constants,
-    as the paper does.  Gradients of any order are available in both modes.
+    any ``u``.  With ``detach_uv=True``, ``u`` and ``v`` are constants in it,
+    as in the paper.  Gradients of any order are available in both modes.
 
     Args:
         W (:class:`~chainer.Variable` or :ref:`ndarray`): Weight with 2 or
@@ -144,9 +144,9 @@ def spectral_normalize(
         SpectralNormalizationError: One of :mod:`sn_function.errors`, for
             arguments that do not fit together or have no spectral norm.
 
-    Sigma is never above the true norm of ``W``, but for rounding, so the norm
-    of ``Y`` comes down to :math:`\\gamma f` as ``u`` converges.  A weight that
-    holds NaN or Inf gives a ``Y`` of NaN, and does not change ``u``.
+    Except for rounding, sigma is never above the true norm of ``W``, so the
+    norm of ``Y`` comes down to :math:`\\gamma f` as ``u`` converges.  A weight
+    that holds NaN or Inf gives a ``Y`` of NaN, and does not change ``u``.
 
     See: T. Miyato et al., `Spectral Normalization for Generative Adversarial
     Networks <https://arxiv.org/abs/1802.05957>`_
@@ -184,8 +184,8 @@ def spectral_norm(
 ) -> chainer.Variable:
     """Estimates the largest singular value of a weight, differentiably.
 
-    For penalties and for logging.  The estimate is never above the true
-    value, but for rounding.  Its gradient with respect to ``W`` is
+    For penalties and for logging.  Except for rounding, the estimate is never
+    above the true value.  Its gradient with respect to ``W`` is
     :math:`u v^T` once ``u`` and ``v`` have converged.
 
     Args:
@@ -297,10 +297,10 @@ def spectral_normalize_all(
 ) -> tuple[chainer.Variable, ...] | tuple[tuple[chainer.Variable, ...], ...]:
     """Normalizes many weights, such as all of a model, in one node.
 
-    Each is what :func:`spectral_normalize` makes of it; the cost of a node of
-    the graph, which is most of that of a small weight, is paid once for all.
-    Backward goes through that node when the gradients of all ``Y`` are
-    there, so they are in memory together.
+    The results are those of :func:`spectral_normalize` for each weight.  Most
+    of the time that a small weight takes is that of a node of the graph; here
+    all weights share one.  Backward passes through it once the gradients of
+    all ``Y`` are known, so these are in memory together.
 
     Args:
         Ws (list of :class:`~chainer.Variable` or :ref:`ndarray`): Weights, on
@@ -311,10 +311,10 @@ def spectral_normalize_all(
         gammas (list or None): Scale of each, of shape ``()``; ``None`` is 1.
         factor (float): A constant factor above 0.
         eps (float): Floor on sigma.
-        axis (int or list of int): Output axis, one for all or of each.
+        axis (int or list of int): Output axis, one for all or one for each.
         detach_uv (bool): Take ``u`` and ``v`` as constants in the gradient.
-        update_u (bool): Overwrite the arrays ``us`` with the last ones.
-            Where one is not valid none is changed.
+        update_u (bool): Overwrite the arrays ``us`` with the last vectors.
+            If a start vector is not valid, none is changed.
         return_sigma (bool): Return the sigmas, too.
         cap (float or None): Largest norm that a weight may keep, instead of
             ``factor`` and ``eps``.

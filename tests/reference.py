@@ -1,4 +1,4 @@
-"""The oracle: plain NumPy in float64 or complex128, sharing no code with us.
+"""The oracle: NumPy in float64 or complex128, without code of the package.
 
 Everything is analytic (a norm is ``sqrt(sum(x * x))``, without ``abs``), so
 that a complex step gives derivatives to rounding error.
@@ -14,8 +14,8 @@ def _norm(x):
     return np.sqrt(np.sum(x * x))
 
 
-# OpenBLAS may compute with what lies beyond the end of a vector, and drops it;
-# NumPy takes the flag that this raises for one of the result.
+# OpenBLAS may also compute with memory beyond the end of a vector, and drop
+# the result; NumPy reports the floating point flag that this raises.
 @np.errstate(invalid='ignore')
 def power_iteration(W, u, n_power_iteration=1, axis=0):
     """Returns u_K, v_K and sigma."""
@@ -30,7 +30,7 @@ def power_iteration(W, u, n_power_iteration=1, axis=0):
 
 def spectral_normalize(W, u, n_power_iteration=1, gamma=1.0, factor=1.0,
                        eps=1e-6, axis=0, uv=None):
-    """Returns Y and sigma; with ``uv`` given, those are constants."""
+    """Returns Y and sigma; ``uv``, if given, are u and v as constants."""
     W = np.asarray(W)
     W = W.astype(np.result_type(W, np.float64))
     if uv is None:

@@ -1,8 +1,8 @@
 """A small classifier of real digits, to be trained, stopped and resumed.
 
-``python -m tests.training JOB`` trains in a process of its own, which may be
+``python -m tests.training JOB`` trains in a separate process, which may be
 killed, and whose workers may be spawned.  A spawned worker imports the main
-module before it unpickles anything, so the next line serves it, too.
+module before it unpickles anything, so the next line also takes effect there.
 """
 import sn_function  # isort: skip  # before chainer, which it repairs
 
@@ -31,7 +31,7 @@ N_EXAMPLES = 300  # 10 iterations an epoch
 @functools.lru_cache(maxsize=None)
 def digits():
     """Images (N, 1, 8, 8), float32 in [-1, 1], and labels (N,), int32."""
-    from sklearn.datasets import load_digits  # slow, and workers need it not
+    from sklearn.datasets import load_digits  # slow; not for workers
     images, labels = load_digits(return_X_y=True)
     return ((images[:N_EXAMPLES] / 8 - 1).reshape(-1, 1, 8, 8).astype('f'),
             labels[:N_EXAMPLES].astype('i'))
@@ -51,7 +51,7 @@ class Digits(chainer.dataset.DatasetMixin):
 
 
 def next_order(order, position):
-    """Shuffles by nothing but the order so far, which snapshots hold."""
+    """Shuffles by the order so far alone, which snapshots hold."""
     seed = zlib.crc32(order.astype(np.int64).tobytes())
     return np.random.RandomState(seed).permutation(len(order))
 
@@ -79,7 +79,7 @@ class Classifier(chainer.Chain):
 
     def logits(self, x):
         h = F.leaky_relu(self.conv(x))
-        # A norm of 1 for each layer leaves little for the labels to do.
+        # With a norm of 1 for each layer the logits would be too small.
         return 8 * self.out(F.leaky_relu(self.hidden(h)))
 
     def forward(self, x, t):
@@ -139,7 +139,7 @@ def state(trainer):
     optimizer.serialize(serializer['optimizer'])
     optimizer.target.serialize(serializer['model'])
     numbers = dict(serializer.target)
-    # Not by way of the serializer, which may have lost them.
+    # Not from the serializer, which may have lost them.
     numbers.update(vectors(optimizer.target))
     numbers['iteration'] = trainer.updater.iteration
     numbers['epoch'] = trainer.updater.epoch_detail
@@ -149,7 +149,7 @@ def state(trainer):
 
 
 def log(trainer):
-    """What LogReport saw, but for the time."""
+    """What LogReport recorded, without the time."""
     return [
         {key: value for key, value in entry.items() if key != 'elapsed_time'}
         for entry in trainer.get_extension('LogReport').log]
@@ -186,10 +186,10 @@ class MixedPrecisionState(training.Extension):
                 rule._fp32_param = chainer.Parameter(array)
 
 
-# In a process of its own
+# In a separate process
 
 def save_half_and_die(path, target):
-    """As a process that is killed while it writes a snapshot."""
+    """Like a process that is killed while it writes a snapshot."""
     with open(path, 'wb') as file:
         file.write(b'PK\3\4')
         file.flush()
@@ -202,7 +202,7 @@ def die(trainer=None):
 
 
 def at(iteration):
-    """A trigger that is no part of a snapshot."""
+    """A trigger that is not in snapshots."""
     return lambda trainer: trainer.updater.iteration == iteration
 
 
@@ -232,7 +232,7 @@ def gradients(model, batch):
 
 
 def replica(connection, model, batches):
-    """A worker of MultiprocessParallelUpdater, but with a pipe for NCCL."""
+    """A worker of MultiprocessParallelUpdater, with a pipe instead of NCCL."""
     for batch in batches:
         connection.send(gradients(model, batch))
         unflatten(model, 'array', connection.recv())
@@ -240,7 +240,7 @@ def replica(connection, model, batches):
 
 
 def train_with_replica(model, batches):
-    """Half of each batch here, half in a process that got a pickled copy.
+    """Half of each batch here, half in a process with a pickled copy.
 
     Returns:
         The vectors u of the other process.
@@ -253,7 +253,7 @@ def train_with_replica(model, batches):
     process = multiprocessing.Process(
         target=replica, args=(other, model, halves[1]))
     process.start()
-    other.close()  # so that the end of the process is the end of the pipe
+    other.close()  # so that the pipe ends with the process
     for batch in halves[0]:
         unflatten(model, 'grad',
                   (gradients(model, batch) + connection.recv()) / 2)

@@ -1,7 +1,7 @@
-"""What spectral normalization costs more, with more ranks.
+"""What spectral normalization costs on more ranks.
 
 ``python -m tests.mpi.cost`` starts 1, 2 and 4 ranks and prints the table of
-docs/distributed.rst: what a rank gives to MPI, counted, and the time that the
+docs/distributed.rst: the bytes that a rank gives to MPI, and the time that the
 hook adds to a step.
 """
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Counting:
 
 
 def measure():
-    """On each rank: with the hook, and without, the same steps."""
+    """Makes the same steps with the hook and without, on each rank."""
     import sn_function  # isort: skip  # before chainer, which it repairs
     sys.path.insert(0, str(launch.ROOT / 'examples'))
     import chainer

@@ -1,6 +1,6 @@
 """Starts ``mpiexec``, in a container as root as well as for a user.
 
-Nothing hangs: what takes longer than it may is ended, with all its ranks.
+Nothing hangs: a run that takes too long is ended, with all its ranks.
 """
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SECONDS = 120
 
 # Open MPI refuses root without the first two, and more ranks than cores
-# without the next, whose names are those of version 5.  One thread a rank:
-# cores are shared.  Messages stay on this machine.
+# without the next two, in the names of version 5.  One thread a rank, as cores
+# are shared.  Messages stay on this machine.
 ENVIRONMENT = {
     'OMPI_ALLOW_RUN_AS_ROOT': '1',
     'OMPI_ALLOW_RUN_AS_ROOT_CONFIRM': '1',
@@ -39,7 +39,7 @@ class Done(NamedTuple):
 
 
 def find() -> str:
-    """The mpiexec beside this interpreter, as PyPI's wheels have it."""
+    """Returns the mpiexec beside this interpreter, as PyPI has it."""
     here = os.path.dirname(sys.executable)
     path = shutil.which('mpiexec', path=os.pathsep.join(
         [here, os.environ.get('PATH', '')]))
@@ -50,7 +50,7 @@ def find() -> str:
 
 
 def start(size: int, *args: object, cwd: object = ROOT) -> subprocess.Popen:
-    """Starts ``python *args`` on so many ranks."""
+    """Starts ``python *args`` on ``size`` ranks."""
     path = os.pathsep.join(filter(None, [
         str(ROOT), os.environ.get('PYTHONPATH', '')]))
     return subprocess.Popen(
@@ -61,7 +61,7 @@ def start(size: int, *args: object, cwd: object = ROOT) -> subprocess.Popen:
 
 
 def wait(process: subprocess.Popen, seconds: float = SECONDS) -> Done:
-    """Waits for its end, or ends it."""
+    """Waits until a run ends, or ends it."""
     begin = time.monotonic()
     try:
         text, _ = process.communicate(timeout=seconds)

@@ -1,7 +1,7 @@
 """What runs on each rank: ``mpiexec -n 2 python -m tests.mpi.programs NAME``.
 
-A program prints what rank 0 found as one line of JSON.  :mod:`tests.mpi.runs`
-starts them, and asserts.
+Each program prints the results of rank 0 as one line of JSON.
+:mod:`tests.mpi.runs` starts the programs and asserts.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HOOKS = {'sn_function': sn_function.SpectralNormalization,
 
 
 def make_model(hook='sn_function', lazy=False, **settings):
-    """A small discriminator, normalized but for its last layer's bias."""
+    """A small discriminator with normalized layers."""
     def add(link):
         return link.add_hook(HOOKS[hook](**settings))
 
@@ -61,8 +61,8 @@ def digest(x):
 
 def steps(comm, args):
     """200 steps; in each, are W and u the same on all ranks?"""
-    np.random.seed(100 + comm.rank)     # another W and u on each
-    # That of Chainer does not know what a lazy Linear makes of images.
+    np.random.seed(100 + comm.rank)     # different W and u on each
+    # Chainer's hook does not initialize a lazy Linear for images.
     model = make_model(args.hook, lazy=args.hook == 'sn_function')
     create = (distributed if args.hook == 'sn_function'
               else chainermn).create_multi_node_optimizer
@@ -81,7 +81,7 @@ def steps(comm, args):
 
 
 def sigma(link):
-    """What the link divides by in the next call."""
+    """The sigma that the link divides by in the next call."""
     W = link.W.array
     if isinstance(link, L.Deconvolution2D):
         W = W.swapaxes(0, 1)
@@ -110,7 +110,7 @@ def gathered_steps(comm, *mine):
 
 
 def halves(comm, args):
-    """The same batch, shared out over the ranks that there are."""
+    """The same batch, divided among the ranks."""
     np.random.seed(comm.rank)
     model = make_model(use_gamma=True)
     distributed.bcast_data(comm, model)
@@ -129,7 +129,7 @@ def halves(comm, args):
 
 
 def persistents(comm, args):
-    """AllreducePersistent, on vectors that differ and that do not."""
+    """AllreducePersistent, on vectors that differ and on equal ones."""
     np.random.seed(comm.rank)
     model = chainer.Chain(
         ours=L.Linear(7, 11).add_hook(HOOKS['sn_function']()),
@@ -194,7 +194,7 @@ def described(comm, model):
 
 
 def checkpoints(comm, args):
-    """create_multi_node_checkpointer, which is deprecated, but there."""
+    """create_multi_node_checkpointer, which is deprecated."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', DeprecationWarning)
         checkpointer = chainermn.create_multi_node_checkpointer(
@@ -216,7 +216,7 @@ def checkpoints(comm, args):
 
 
 def different_snapshots(comm, args):
-    """Ranks load snapshots of different runs, and become one again."""
+    """Ranks load snapshots of different runs, and get the same model."""
     np.random.seed(comm.rank)
     model = make_model(use_gamma=True)
     own = chainer.optimizers.Adam(1e-3).setup(model)
@@ -284,7 +284,7 @@ def to_cpu(link):
 
 
 def device(comm, args):
-    """A communicator of GPUs, on one of them."""
+    """A communicator for GPUs, on one of them."""
     device = chainer.get_device(args.device)
     device.use()
     model = make_model(use_gamma=True)
@@ -338,7 +338,7 @@ def main():
     args = parser.parse_args()
     if args.program == 'die':
         die(args)
-    if args.device == '@numpy':     # CuPy has a word to say on libraries
+    if args.device == '@numpy':     # CuPy warns of missing libraries
         warnings.simplefilter('error')
     chainermn.global_except_hook.add_hook()
     comm = chainermn.create_communicator(args.communicator)

@@ -1,6 +1,6 @@
 """ChainerMN under MPI, on 2 to 4 ranks of the CPU: ``make test-mpi``.
 
-Pytest takes this file where it is named, as mpi4py and mpiexec are needed.
+Pytest collects this file only if it is named, as it needs mpi4py and mpiexec.
 """
 import json
 import os
@@ -17,12 +17,12 @@ from tests.mpi import launch
 EXAMPLE = launch.ROOT / 'examples' / 'train_sngan_digits.py'
 SHORT = ['--communicator', 'naive', '--display-interval', '2',
          '--snapshot-interval', '3']
-# Most of it are imports, on cores that are shared.
+# Seconds, most of them for imports, on cores that are shared.
 SOON = 15
 
 
 def program(size, name, *args):
-    """What a program of tests/mpi/programs.py found."""
+    """The results of a program of tests/mpi/programs.py."""
     done = launch.run(size, '-m', 'tests.mpi.programs', name, *args)
     assert done.code == 0, done.text
     return json.loads(next(
@@ -98,7 +98,7 @@ def test_assert_synchronized():
     found = program(3, 'differ')['messages']
     assert found[0] == found[1] == found[2]
     one_bit, structure, double_buffering = found[0]
-    # A Sequential numbers its links in an order of its own.
+    # A Sequential numbers its links in its own order.
     assert '/3/W_u of rank 2. ' in one_bit
     assert '/0/extra of rank 2, /3/W_u of rank 2. ' in structure
     assert 'double buffering' in double_buffering
@@ -200,7 +200,7 @@ def test_communicators_for_devices(communicator):
 
 def test_script_of_the_documentation(tmp_path):
     script = launch.ROOT / 'tests' / 'mpi' / 'script.py'
-    for _ in range(2):      # the second run goes on from a snapshot
+    for _ in range(2):      # the second run resumes from a snapshot
         done = launch.run(2, '-W', 'error', script, cwd=tmp_path)
         assert done.code == 0, done.text
     assert {path.name for path in (tmp_path / 'result').iterdir()} == {

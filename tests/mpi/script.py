@@ -31,6 +31,6 @@ trainer.extend(
     name='check', trigger=(5, 'iteration'))
 snapshot = chainermn.extensions.multi_node_snapshot(
     comm, extensions.snapshot(autoload=True), list(range(comm.size)))
-snapshot.priority = -100    # as that of Chainer's snapshot: the last
+snapshot.priority = -100    # that of Chainer's snapshot: after the others
 trainer.extend(snapshot, trigger=(10, 'iteration'))
 trainer.run()

@@ -3,7 +3,7 @@
     mpiexec -n 4 python -m tests.mpi.sharded             # every check
     mpiexec -n 4 python -m tests.mpi.sharded --measure   # 4096 x 4096
 
-Rank 0 prints the name of each check that has passed.  Whatever a rank raises
+Rank 0 prints the name of each check that has passed.  An exception on one rank
 ends all of them.  tests/graph/test_sharded.py starts it.
 """
 import argparse
@@ -46,7 +46,7 @@ def check(function):
 
 
 class Counting(MPI.Intracomm):
-    """Keeps a list of how many bytes each collective was given."""
+    """Keeps a list of the bytes that each collective was given."""
 
     def __new__(cls, comm):
         return super().__new__(cls, comm)
@@ -69,7 +69,7 @@ class Counting(MPI.Intracomm):
 
 
 class Case:
-    """A weight, the whole of it on every rank, and the rows of this one."""
+    """A weight: all of it, on every rank, and the rows of this rank."""
 
     def __init__(self, rows='unequal', columns=(7,), dtype='d', seed=0):
         rng = np.random.RandomState(seed)
@@ -98,7 +98,7 @@ class Case:
         return result(outputs, W, u)
 
     def compare(self, tolerance, comm=COMM, **settings):
-        """Asserts that the parts are those of the whole."""
+        """Asserts that the parts are those of one process."""
         actual, whole = self.run(comm, **settings), self.run_whole(**settings)
         for name, x in actual.items():
             expected = whole[name]
@@ -446,7 +446,7 @@ def restarts_from_the_largest_row():
         case.W[:-1] = 0
         case.u[-1] = 0  # so W^T u is zero
         case.compare(1e-6, return_sigma=True)
-        # Two ranks with a row as large: one of them starts.
+        # Two ranks have a row as large: only one of them starts.
         case.W[0] = -case.W[-1]
         case.u[0] = 0
         case.compare(1e-6, n_power_iteration=2)
@@ -519,7 +519,7 @@ def one_rank_is_wrong():
 
 
 class DeviceArray(cuda.ndarray):
-    """What CuPy's is to the checks."""
+    """Looks like an array of CuPy to the checks."""
 
     def __new__(cls):
         return object.__new__(cls)
@@ -588,7 +588,7 @@ def bytes_sent():
         assert comm.pop() == (
             [8] if detach_uv
             else [(n + 1) * itemsize] + (K - 1) * [n * itemsize])
-        # Below the cap nothing but gY counts.
+        # Below the cap only gY matters.
         Y = sharded_spectral_normalize(
             comm, W, case.u[case.part], K, detach_uv=detach_uv, cap=1e3)
         comm.pop()
@@ -606,7 +606,7 @@ def example():
 
 
 def measure(side, rounds):
-    """Returns errors, bytes and times of a large weight, on rank 0."""
+    """Returns errors, bytes and times for a large weight, on rank 0."""
     rng = np.random.default_rng(0)
     W, gY = (rng.standard_normal((side, side), 'f') for _ in range(2))
     u = rng.standard_normal(side, 'f')
@@ -659,7 +659,7 @@ def measure(side, rounds):
 
 
 def time_of(calls, rounds):
-    """Quartiles in milliseconds, of the slowest rank, of calls in turn."""
+    """Quartiles, in milliseconds, of the slowest rank, of calls in turn."""
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

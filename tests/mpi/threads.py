@@ -1,7 +1,7 @@
 """Ranks that are threads, so that most tests need no MPI.
 
-A :class:`Communicator` does what those of ChainerMN do, as far as it is asked
-for here, and refuses what they refuse.
+A :class:`Communicator` does what those of ChainerMN do, as far as the tests
+need it, and refuses what they refuse.
 """
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class Communicator:
 
 
 def run(size, program, *args):
-    """What ``program(comm, *args)`` returns on each rank.
+    """Returns what ``program(comm, *args)`` returns on each rank.
 
-    Of args the lists have one item for each rank.
+    Lists in args have one item for each rank.
     """
     slots, barrier = [None] * size, threading.Barrier(size)
     results, faults = [None] * size, []
@@ -72,7 +72,7 @@ def run(size, program, *args):
                 Communicator(rank, size, slots, barrier), *own)
         except BaseException as e:
             faults.append(e)
-            barrier.abort()     # the others do not wait for it
+            barrier.abort()     # so that the others do not wait for it
 
     threads = [threading.Thread(target=work, args=[rank])
                for rank in range(size)]
@@ -88,7 +88,7 @@ def run(size, program, *args):
 
 
 def same(arrays):
-    """Whether arrays of all ranks are one, bit by bit."""
+    """Whether the arrays of all ranks are the same, bit by bit."""
     first, *others = map(np.asarray, map(chainer.cuda.to_cpu, arrays))
     return all(x.dtype == first.dtype and x.tobytes() == first.tobytes()
                for x in others)
