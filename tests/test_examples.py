@@ -145,6 +145,7 @@ class TestMain:
             digits_score, 'train_classifier',
             lambda images, device: train(images, device, iterations=20))
 
+    @pytest.mark.slow
     def test_writes_its_files_and_resumes_exactly(self, tmp_path, capsys):
         whole, resumed = str(tmp_path / 'whole'), str(tmp_path / 'resumed')
         assert example.main(['-i', '5', '--out', whole, *SHORT]) == 0

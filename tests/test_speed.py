@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from tests.tools.benchmarks import cpu
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,6 +33,7 @@ def test_a_small_weight_takes_less_than_half_of_the_built_in_hook():
     assert found['detached']['least'] < base / 2
 
 
+@pytest.mark.slow
 def test_with_the_threads_that_blas_takes_by_itself():
     """Twice as fast, as the benchmark prints, or there is a fault.
 
