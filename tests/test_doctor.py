@@ -128,7 +128,6 @@ class TestHere:
             assert (each['fault'], each['needed']) == _compat.explain(
                 each['name'])
 
-    @pytest.mark.slow
     def test_text(self, report, tmp_path):
         done = ask(tmp_path, 'doctor')
         assert done.returncode == 0

@@ -196,6 +196,7 @@ class TestMain:
              '--resume', str(tmp_path / 'x.npz')]) == 1
         assert 'x.npz: ' in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_runs_without_a_hook(self, tmp_path, capsys):
         assert example.main(['--epoch', '1', '--batchsize', '300', '--hook',
                              'none', '--out', str(tmp_path)]) == 0

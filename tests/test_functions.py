@@ -38,9 +38,9 @@ def grad(outputs, inputs, grad_outputs):
      {'dtype': np.float32, 'forward': 1e-5, 'backward': 1e-3},
      {'dtype': np.float64, 'forward': 1e-12, 'backward': 1e-5}],
     # gamma comes after the iterations: not each number with it and without.
+    # More numbers are in test_exact_gradient_equals_complex_step.
     [{'n_power_iteration': 1, 'use_gamma': True},
-     {'n_power_iteration': 2, 'use_gamma': False},
-     {'n_power_iteration': 3, 'use_gamma': True}],
+     {'n_power_iteration': 3, 'use_gamma': False}],
 ))
 @testing.inject_backend_tests(
     None, [{}, {'use_cuda': True, 'cuda_device': 0}])

@@ -84,7 +84,8 @@ def assert_close(actual, expected, dtype):
 @pytest.mark.gpu
 class TestResults:
 
-    @pytest.mark.parametrize('dtype', 'efd')
+    @pytest.mark.parametrize('dtype', [
+        'e', 'f', pytest.param('d', marks=pytest.mark.slow)])
     @pytest.mark.parametrize('detach_uv', [False, True])
     @pytest.mark.parametrize(
         'K', [1, pytest.param(2, marks=pytest.mark.slow), 3])

@@ -9,6 +9,8 @@ import pytest
 
 from tests.tools.benchmarks import cpu
 
+# Those that compare times are slow: beside other tests they may be wrong.
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -22,6 +24,7 @@ def run(code):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_small_weight_takes_less_than_half_of_the_built_in_hook():
     """A third is what the benchmark prints; this has room for noise."""
     to_make = cpu.makers(cpu.case_of((64, 3, 3, 3)))

@@ -277,7 +277,8 @@ class TestHalfPrecision:
 class TestResume:
 
     @pytest.mark.parametrize(('make', 'autoload'), [
-        (training.momentum, False), (adam, True)])
+        (training.momentum, False),
+        pytest.param(adam, True, marks=pytest.mark.slow)])
     @each_setting
     def test_bit_for_bit(self, settings, autoload, make):
         whole = run(make_trainer('whole', optimizer=make(), **settings))
