@@ -12,18 +12,27 @@ export PIP_CACHE_DIR ?= $(CURDIR)/.cache/pip
 export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# The environment is made anew when the interpreter or a requirement changes.
-STAMP := $(VENV)/.made-$(shell { echo "$(PYTHON_PATH)"; \
+# The environment is made anew when the interpreter, a requirement in setup.py
+# or this number changes.  Raise it when the recipe below makes another one.
+ENVIRONMENT := 1
+STAMP := $(VENV)/.made-$(shell { echo $(ENVIRONMENT) "$(PYTHON_PATH)"; \
 	$(PYTHON_PATH) -c 'import sys; print(sys.version)'; \
-	cat setup.py Makefile; } 2>/dev/null | cksum | tr ' ' '-')
+	sed -n '/install_requires/,/^    },/p' setup.py; } 2>/dev/null \
+	| cksum | tr ' ' '-')
 
-.PHONY: help setup test test-mpi matrix demo defects bench truth nvrtc \
-	mutants gpu gpu-bundle lint docs clean
+.PHONY: help setup check test test-all test-slow test-mpi test-nvrtc ci \
+	matrix demo demo-short defects bench truth nvrtc mutants gpu gpu-bundle \
+	lint docs clean
+# All targets share the environment, and the cores.
+.NOTPARALLEL:
 
 help:
 	@echo 'make demo     train an SNGAN on real handwritten digits (CPU, 3 minutes)'
-	@echo 'make test     run the tests, with coverage'
+	@echo 'make check    lint, and the core of the tests (1 minute)'
+	@echo 'make test     the tests but the slow ones, with coverage (3 minutes)'
+	@echo 'make test-all all tests, with coverage (6 minutes)'
 	@echo 'make test-mpi ChainerMN on 2 to 4 ranks, CPU (2 minutes)'
+	@echo 'make ci       what is run for each change (20 minutes)'
 	@echo 'make matrix   the tests with all supported versions (an hour, 2 cores)'
 	@echo 'make defects  the built-in hook beside this one, fault by fault'
 	@echo 'make bench    time weights and models beside others (CPU, 25 minutes)'
@@ -53,22 +62,47 @@ $(STAMP):
 	$(PYTHON_PATH) -m venv $(VENV)
 	$(PY) -m pip install --quiet 'setuptools<81' wheel
 	$(PY) -m pip install --quiet --no-build-isolation 'chainer==7.8.1'
-	$(PY) -m pip install --quiet --no-build-isolation --editable '.[examples,onnx,test]'
+	$(PY) -m pip install --quiet --no-build-isolation \
+		--editable '.[examples,lint,onnx,test]'
 	$(PY) -m pip install --quiet --upgrade setuptools
 	@touch $@
 	@echo "$(VENV)/ is ready: $$($(PY) -c 'import numpy; print("NumPy", numpy.__version__)'), Chainer 7.8.1"
 
 # More threads of BLAS than needed wait for each other where others work, too.
-test: setup
-	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PY) -m pytest --cov -n auto
+PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PY) -m pytest
 
-# MATRIX=--extremes is the oldest cell and the newest; MATRIX='--python 3.8',
-# the cells of one interpreter.
+# The arithmetic, the functions and the hook.
+CORE := tests/arithmetic tests/test_functions.py tests/test_link_hooks.py
+
+check: lint
+	$(PYTEST) -q -n auto -m 'not slow and not gpu' $(CORE)
+
+test: setup
+	$(PYTEST) --cov -n auto -m 'not slow'
+
+test-all: setup
+	$(PYTEST) --cov -n auto
+
+test-slow: setup
+	$(PYTEST) -n auto -m slow
+
+# What continuous integration runs.  Nothing runs twice: the tests of NVRTC and
+# of MPI need extras, and are skipped until these are installed.
+ci: lint test test-slow docs demo-short test-nvrtc test-mpi extremes
+
+# MATRIX='--python 3.8' is the cells of one interpreter.
 matrix: setup
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PY) -m tests.tools.versions $(MATRIX)
 
+# The oldest cell and the newest.
+extremes: MATRIX := --extremes
+extremes: matrix
+
 demo: setup
 	$(PY) examples/train_sngan_digits.py --out result
+
+demo-short: setup
+	$(PY) examples/train_sngan_digits.py --iteration 60 --out result-short
 
 defects: setup
 	$(PY) -m tests.tools.defects
@@ -94,6 +128,9 @@ truth: setup
 
 nvrtc: $(STAMP)-nvrtc
 	$(PY) -m tests.tools.nvrtc
+
+test-nvrtc: $(STAMP)-nvrtc
+	$(PYTEST) tests/test_tools/test_nvrtc.py
 
 # Ten minutes on two cores.
 mutants: setup

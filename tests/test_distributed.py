@@ -22,7 +22,8 @@ from tests.mpi import threads
 HOOKS = {'sn_function': SpectralNormalization,
          'chainer': link_hooks.SpectralNormalization}
 KINDS = pytest.mark.parametrize('kind', HOOKS)
-SIZES = pytest.mark.parametrize('size', [2, 3, 4])
+SIZES = pytest.mark.parametrize('size', [
+    2, pytest.param(3, marks=pytest.mark.slow), 4])
 
 
 def make_models(size, kind='sn_function', n_in=5, **settings):

@@ -139,6 +139,7 @@ class TestHere:
             assert len(line) < 80
             assert line == line.rstrip()
 
+    @pytest.mark.slow
     def test_another_command_is_refused(self, tmp_path):
         done = ask(tmp_path, 'cure')
         assert done.returncode == 2
@@ -148,7 +149,9 @@ class TestHere:
 
 class TestBroken:
 
-    @pytest.mark.parametrize('command', [['doctor'], ['doctor', '--json']])
+    @pytest.mark.parametrize('command', [
+        ['doctor'],
+        pytest.param(['doctor', '--json'], marks=pytest.mark.slow)])
     def test_no_chainer(self, tmp_path, command):
         write(tmp_path, sitecustomize=WITHOUT.format(names=['chainer']))
         done = ask(tmp_path, *command)
@@ -165,6 +168,7 @@ class TestBroken:
             assert done.returncode == 1
             assert 'ImportError: sn_function needs Chainer' in done.stderr
 
+    @pytest.mark.slow
     @pytest.mark.skipif(
         sys.version_info < (3, 10), reason='the package is imported first')
     def test_no_numpy(self, tmp_path):
@@ -174,6 +178,7 @@ class TestBroken:
         what = "numpy: ModuleNotFoundError: No module named 'numpy'"
         assert troubles(report)[what] == 'pip install numpy'
 
+    @pytest.mark.slow
     def test_command_of_another_package_is_left_alone(self, tmp_path):
         (tmp_path / 'other').mkdir()
         (tmp_path / 'other' / '__main__.py').write_text('print("other")')
@@ -181,6 +186,7 @@ class TestBroken:
         done = run_python(tmp_path, '-m', 'other', 'doctor')
         assert done.stdout == 'other\n', done.stderr
 
+    @pytest.mark.slow
     def test_chainer_that_fails(self, tmp_path):
         write(tmp_path, chainer='raise AttributeError("numpy.gone")')
         report, code = examine(tmp_path)
@@ -189,6 +195,7 @@ class TestBroken:
         mend = troubles(report)['chainer: AttributeError: numpy.gone']
         assert 'chainer==7.8.1' in mend
 
+    @pytest.mark.slow
     def test_chainer_that_lacks_a_package(self, tmp_path):
         write(tmp_path, sitecustomize=WITHOUT.format(names=['six']))
         report, code = examine(tmp_path)
@@ -240,6 +247,7 @@ class TestCuPy:
         write(tmp_path,
               sitecustomize=WITHOUT_OTHER_CUPY.format(path=str(tmp_path)))
 
+    @pytest.mark.slow
     def test_that_fails(self, tmp_path):
         write(tmp_path, cupy='raise ImportError("libcublas.so.12: gone")')
         install(tmp_path, 'cupy-cuda12x', '13.6.0')
@@ -285,6 +293,7 @@ class TestCuPy:
                                   'pip install cupy-cuda13x')
         assert second == 'cupy: ImportError: mixed'
 
+    @pytest.mark.slow
     @pytest.mark.skipif(
         sys.version_info < (3, 10), reason='the package is imported first')
     def test_that_ends_the_process(self, tmp_path):

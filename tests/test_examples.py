@@ -145,6 +145,7 @@ class TestMain:
             digits_score, 'train_classifier',
             lambda images, device: train(images, device, iterations=20))
 
+    @pytest.mark.slow
     def test_writes_its_files_and_resumes_exactly(self, tmp_path, capsys):
         whole, resumed = str(tmp_path / 'whole'), str(tmp_path / 'resumed')
         assert example.main(['-i', '5', '--out', whole, *SHORT]) == 0
@@ -195,6 +196,7 @@ class TestMain:
              '--resume', str(tmp_path / 'x.npz')]) == 1
         assert 'x.npz: ' in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_runs_without_a_hook(self, tmp_path, capsys):
         assert example.main(['--epoch', '1', '--batchsize', '300', '--hook',
                              'none', '--out', str(tmp_path)]) == 0

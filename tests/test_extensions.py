@@ -134,7 +134,8 @@ class TestInTraining:
         assert observation['dis/sigma/l1'] == observation['sigma/l1']
 
     @pytest.mark.parametrize('make_hook', [
-        SpectralNormalization, link_hooks.SpectralNormalization])
+        SpectralNormalization, pytest.param(
+            link_hooks.SpectralNormalization, marks=pytest.mark.slow)])
     def test_training_is_not_disturbed(self, tmp_path, make_hook):
         """It ends with the same numbers, and draws the same at random."""
         ends = []

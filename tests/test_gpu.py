@@ -27,7 +27,8 @@ FUSED = [pytest.param(1 << 40, id='fused'), pytest.param(0, id='not fused')]
 CASES = [
     ((6, 5), 0), ((5, 6), 1), ((1, 7), 0), ((7, 1), 0), ((64, 3, 3, 3), 0),
     ((3, 64, 3, 3), 1), ((8, 4, 5), 2), ((8, 4, 5), 1), ((130, 300), 0),
-    ((300, 130), 1), ((128, 64, 4, 4), 0), ((64, 128, 4, 4), 1)]
+    ((300, 130), 1), ((128, 64, 4, 4), 0),
+    pytest.param((64, 128, 4, 4), 1, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(params=FUSED)
@@ -83,9 +84,11 @@ def assert_close(actual, expected, dtype):
 @pytest.mark.gpu
 class TestResults:
 
-    @pytest.mark.parametrize('dtype', 'efd')
+    @pytest.mark.parametrize('dtype', [
+        'e', 'f', pytest.param('d', marks=pytest.mark.slow)])
     @pytest.mark.parametrize('detach_uv', [False, True])
-    @pytest.mark.parametrize('K', [1, 2, 3])
+    @pytest.mark.parametrize(
+        'K', [1, pytest.param(2, marks=pytest.mark.slow), 3])
     @pytest.mark.parametrize(('shape', 'axis'), CASES)
     def test_same_as_on_the_host(
             self, shape, axis, K, detach_uv, dtype, fused_size):
@@ -111,6 +114,7 @@ class TestResults:
                 random(shape, dtype, seed), **kwargs)()))
         assert_close(*results, dtype)
 
+    @pytest.mark.slow
     def test_deterministic(self, fused_size):
         step = make_step(random((256, 128, 4, 4)), n_power_iteration=2)
         expected = to_cpu(step())

@@ -101,7 +101,8 @@ def test_each_step_is_the_closed_form(K, dtype, tolerance):
         assert link.W.dtype == link.W.grad.dtype == dtype
 
 
-@pytest.mark.parametrize('K', [1, 5])
+@pytest.mark.parametrize('K', [
+    1, pytest.param(5, marks=pytest.mark.slow)])
 def test_training_shrinks_sigma(K):
     class Model(chainer.Chain):
 
@@ -378,7 +379,8 @@ class TestOnDevice:
                 L.Linear(7, 5), L.Deconvolution2D(3, 4, 3),
                 L.Convolution2D(3, 4, 3))
 
-    @pytest.mark.parametrize('dtype', ['e', 'f'])
+    @pytest.mark.parametrize('dtype', [
+        pytest.param('e', marks=pytest.mark.slow), 'f'])
     def test_as_on_the_host_without_waiting(self, dtype):
         model = self.model(dtype)
         other = copy.deepcopy(model)

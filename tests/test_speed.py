@@ -5,7 +5,11 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from tests.tools.benchmarks import cpu
+
+# Those that compare times are slow: beside other tests they may be wrong.
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -20,6 +24,7 @@ def run(code):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_small_weight_takes_less_than_half_of_the_built_in_hook():
     """A third is what the benchmark prints; this has room for noise."""
     to_make = cpu.makers(cpu.case_of((64, 3, 3, 3)))
@@ -31,6 +36,7 @@ def test_a_small_weight_takes_less_than_half_of_the_built_in_hook():
     assert found['detached']['least'] < base / 2
 
 
+@pytest.mark.slow
 def test_with_the_threads_that_blas_takes_by_itself():
     """Twice as fast, as the benchmark prints, or there is a fault.
 

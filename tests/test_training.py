@@ -186,10 +186,16 @@ class TestHalfPrecision:
 
     @pytest.mark.parametrize(('dtype', 'make', 'fp32', 'gain', 'settings'), [
         (chainer.mixed16, training.momentum, True, 1, {}),
-        (chainer.mixed16, training.momentum, False, 1, {'detach_uv': True}),
-        (chainer.mixed16, adam, True, 64, {'use_gamma': True}),
+        pytest.param(
+            chainer.mixed16, training.momentum, False, 1, {'detach_uv': True},
+            marks=pytest.mark.slow),
+        pytest.param(
+            chainer.mixed16, adam, True, 64, {'use_gamma': True},
+            marks=pytest.mark.slow),
         (chainer.mixed16, adam, True, 64, {'lazy': True}),
-        (np.float16, training.momentum, False, 1, {}),
+        pytest.param(
+            np.float16, training.momentum, False, 1, {},
+            marks=pytest.mark.slow),
         (np.float16, training.momentum, True, 1, {'n_power_iteration': 2}),
     ])
     def test_overflow_heals(self, dtype, make, fp32, gain, settings):
@@ -271,7 +277,8 @@ class TestHalfPrecision:
 class TestResume:
 
     @pytest.mark.parametrize(('make', 'autoload'), [
-        (training.momentum, False), (adam, True)])
+        (training.momentum, False),
+        pytest.param(adam, True, marks=pytest.mark.slow)])
     @each_setting
     def test_bit_for_bit(self, settings, autoload, make):
         whole = run(make_trainer('whole', optimizer=make(), **settings))
@@ -357,7 +364,8 @@ def result(out):
         return pickle.load(file)
 
 
-@pytest.mark.parametrize('name', ['lazy', 'detached'])
+@pytest.mark.parametrize('name', [
+    'lazy', pytest.param('detached', marks=pytest.mark.slow)])
 def test_a_process_that_is_killed(name, data, tmp_path):
     """Once between two snapshots, once while one is written."""
     settings = SETTINGS[name]
@@ -373,7 +381,10 @@ def test_a_process_that_is_killed(name, data, tmp_path):
     training.assert_same(result(job['out'])['state'], state(whole))
 
 
-@pytest.fixture(scope='module', params=['spawn', 'forkserver', 'fork'])
+# With spawn, all that a worker has is pickled.
+@pytest.fixture(scope='module', params=[
+    'spawn', pytest.param('forkserver', marks=pytest.mark.slow),
+    pytest.param('fork', marks=pytest.mark.slow)])
 def with_workers(request, data, tmp_path_factory):
     """A run, and its resumption, with workers started by this method."""
     out = str(tmp_path_factory.mktemp(request.param))
@@ -448,7 +459,8 @@ class TestParallelUpdater:
     """It deals out each batch to copies of the model."""
 
     @pytest.mark.parametrize('names', [
-        ('main', 'second'), ('main', 'second', 'third')])
+        pytest.param(('main', 'second'), marks=pytest.mark.slow),
+        ('main', 'second', 'third')])
     @pytest.mark.parametrize('device', [-1, '@numpy'])
     def test_as_on_one_device(self, names, device):
         settings = {'dtype': 'd', 'use_gamma': True}
@@ -504,7 +516,8 @@ class TestSequential:
         lambda model: model.copy('copy'), lambda model: model.copy('share'),
         lambda model: pickle.loads(pickle.dumps(model))],
         ids=['itself', 'deepcopy', 'copy', 'share', 'pickle'])
-    @pytest.mark.parametrize('name', ['detached', 'lazy'])
+    @pytest.mark.parametrize('name', [
+        pytest.param('detached', marks=pytest.mark.slow), 'lazy'])
     def test_as_a_chain(self, name, make_copy):
         settings = SETTINGS[name]
         chain = run(make_trainer(**settings))
@@ -595,7 +608,8 @@ def compare_with_the_built_in_hook(*args, **settings):
 
 class TestOptimizers:
 
-    @pytest.mark.parametrize('use_gamma', [False, True])
+    @pytest.mark.parametrize('use_gamma', [
+        pytest.param(False, marks=pytest.mark.slow), True])
     @pytest.mark.parametrize('name', OPTIMIZERS)
     def test_as_with_the_built_in_hook(self, name, use_gamma):
         trainer = compare_with_the_built_in_hook(
@@ -863,7 +877,8 @@ class TestFaults:
 
     @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
     @pytest.mark.parametrize('put', FAULTS, ids=lambda put: put.__name__)
-    @pytest.mark.parametrize('name', ['detached', 'lazy'])
+    @pytest.mark.parametrize('name', [
+        pytest.param('detached', marks=pytest.mark.slow), 'lazy'])
     def test_caught_and_continued(self, name, put, error):
         settings = SETTINGS[name]
         trainer = make_trainer('broken', 15, **settings)
@@ -968,8 +983,10 @@ class Interrupt:
             sys.settrace(before)
 
 
-@pytest.mark.parametrize('n_in', [5, None])
-@pytest.mark.parametrize('use_gamma', [False, True])
+@pytest.mark.parametrize('n_in', [
+    5, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('use_gamma', [
+    pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_interrupt_at_any_line(n_in, use_gamma, monkeypatch):
     """As Ctrl-C comes: the weight is put back, and u is one or the other."""
     x = np.random.normal(size=(3, 5)).astype('f')

@@ -27,7 +27,10 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=['ascending', 'descending', 'random'], autouse=True)
+# A random order shows what depends on any; `slow` are the two that are easier.
+@pytest.fixture(autouse=True, params=[
+    pytest.param('ascending', marks=pytest.mark.slow),
+    pytest.param('descending', marks=pytest.mark.slow), 'random'])
 def _order(request):
     """Of threads and blocks, which no result may depend on."""
     if cuda.ndarray is not on_host.DeviceArray:
@@ -110,7 +113,9 @@ def test_correct_bwd(shape, layout, dtype, tolerance, K, detach):
     check(gW, 1.5 * gY - 0.3 * G, dtype, 3 * tolerance)
 
 
-@pytest.fixture(params=[32, 128, 512])
+@pytest.fixture(params=[
+    pytest.param(32, marks=pytest.mark.slow), 128,
+    pytest.param(512, marks=pytest.mark.slow)])
 def _block_size(request):
     """Of a reduction, on the host."""
     with cuda_on_host.block_size(request.param):

@@ -424,7 +424,8 @@ class TestWorkers:
             capture_output=True, text=True,
             env={**os.environ, 'PYTHONPATH': str(ROOT)})
 
-    @pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+    @pytest.mark.parametrize('method', [
+        'spawn', pytest.param('forkserver', marks=pytest.mark.slow)])
     @pytest.mark.parametrize(
         'script', [SCRIPT, ITERATOR], ids=['job', 'iterator'])
     def test_script_that_imports_sn_function_at_its_top(

@@ -161,7 +161,11 @@ def run(args):
 
 
 @pytest.mark.filterwarnings('ignore:Duplicate name')
-@pytest.mark.parametrize('damage', DAMAGES, ids=lambda x: x.__name__)
+# Each takes seconds: two that damage the file, and one that damages an array.
+@pytest.mark.parametrize('damage', [
+    pytest.param(damage, marks=[] if damage in (
+        truncate, remove_a_part, wrong_shape) else pytest.mark.slow)
+    for damage in DAMAGES], ids=lambda x: x.__name__)
 def test_damaged(damage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # They are not waited for until they are on the disk.
@@ -184,7 +188,8 @@ def test_damaged(damage, tmp_path, monkeypatch):
     assert refused > 0
 
 
-@pytest.mark.parametrize('kind', ['h5', 'safetensors', 'pt'])
+@pytest.mark.parametrize('kind', [
+    pytest.param('h5', marks=pytest.mark.slow), 'safetensors', 'pt'])
 def test_other_kinds(kind, tmp_path, monkeypatch):
     """A .pt has checksums.  The others have none, so what is damaged may be
     taken for data."""

@@ -157,6 +157,7 @@ def live_objects():
     return counts, sys.getallocatedblocks()
 
 
+@pytest.mark.slow
 def test_memory_is_flat():
     """Training with exceptions in it leaves nothing behind."""
     n_steps = 10000

@@ -148,6 +148,7 @@ def test_a_training_step(way, monkeypatch):
     assert not np.array_equal(contender.step(), first)
 
 
+@pytest.mark.slow
 def test_the_networks_have_the_weights_of_the_lists():
     for make, name in ((models.Plain, 'SNGAN 32x32'),
                        (models.ResNet, 'SNGAN ResNet 64x64')):
@@ -412,6 +413,7 @@ def in_this_process(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path, capsys, in_this_process, monkeypatch):
     monkeypatch.setattr(cpu, 'why_not', lambda peer: 'E: absent')
     out = tmp_path / 'a' / 'b'
@@ -445,6 +447,7 @@ def test_a_run(tmp_path, capsys, in_this_process, monkeypatch):
         assert (out / 'cpu.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_a_process_has_the_threads_that_are_asked_for(monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '7')
     asked = []

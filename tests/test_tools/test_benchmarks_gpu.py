@@ -282,6 +282,7 @@ class TestContenders:
             gpu.Run, 'measure_bandwidth',
             lambda run: run.report.update(bandwidth=1e12))
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures('fake_run')
     def test_a_run(self, tmp_path, capsys):
         default = kernels.FUSED_SIZE
@@ -316,6 +317,7 @@ class TestContenders:
         assert 'the time was up' in capsys.readouterr().out
         assert json.loads(out.read_text())['weights'] == []
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures('fake_run')
     def test_a_run_whose_sweep_takes_too_long(self, monkeypatch, capsys):
         monkeypatch.setattr(
@@ -325,6 +327,7 @@ class TestContenders:
         assert '* sweep from 2^4 float32: the time was up' in text
         assert '1000 / 1000 / n/a' in text
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures('fake_run')
     def test_a_run_with_a_contender_that_fails(self, monkeypatch, capsys):
         def fail():

@@ -5,7 +5,8 @@ from tests.tools import defects
 
 
 @pytest.mark.parametrize('case', [
-    pytest.param(c, id=c.run.__name__) for c in defects.CASES])
+    pytest.param(c, id=c.run.__name__, marks=[pytest.mark.slow] * (
+        c.run is defects.float16_large_shape)) for c in defects.CASES])
 def test_defect(case):
     text, ok = defects.run(case.run, defects.ours)
     assert ok, text

@@ -8,6 +8,7 @@ pytestmark = pytest.mark.skipif(
     not cuda_on_host.available(), reason='no C++ compiler')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', mutants.parts())
 def test_a_changed_operator_is_noticed(name):
     text = mutants.parts()[name]

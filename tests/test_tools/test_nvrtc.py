@@ -29,6 +29,7 @@ def results(compiler):
     return nvrtc.compile_all(nvrtc.cases())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kernel', KERNELS)
 def test_kernel_compiles(kernel, results):
     """Everywhere, with no warning and no spill, within the registers."""

@@ -16,8 +16,11 @@ from tests.tools import truth
 assert sn_function  # it is imported for what it does
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / 'docs/accuracy.rst'
+# Large matrices, and many steps of float16.
+SLOW = {'512 x 512 x 3 x 3', 'near 65504', 'near +-65504', 'near 6e-8'}
 MEASUREMENTS = [
-    pytest.param(case, char, id=f'{case.name}-{char}')
+    pytest.param(case, char, id=f'{case.name}-{char}',
+                 marks=[pytest.mark.slow] * (case.name in SLOW))
     for case in truth.CASES for char in case.dtypes]
 
 
@@ -56,6 +59,8 @@ def test_table_has_every_case():
         for case in truth.CASES for char in case.dtypes]
 
 
+# It measures all once more where tests are spread over processes.
+@pytest.mark.slow
 @pytest.mark.parametrize('index', [
     pytest.param(i, id=x.id) for i, x in enumerate(MEASUREMENTS)])
 def test_table_is_what_the_command_prints(index):

@@ -40,14 +40,17 @@ def test_setup_names_the_same_versions():
         versions.OLDEST_NUMPY)
     oldest = next(iter(versions.OLDEST_NUMPY.values()))
     assert oldest.startswith(re.search(r'numpy>=([\d.]+)', text)[1])
+    workflow = ROOT / '.github' / 'workflows' / 'test.yml'
+    pythons = re.search(r'python: \[(.*)\]', workflow.read_text('utf-8'))[1]
+    assert re.findall(r"'(3\.\d+)'", pythons) == list(versions.OLDEST_NUMPY)
 
 
 def test_cells():
     cells = versions.cells_of(versions.OLDEST_NUMPY, False)
     assert len(set(cells)) == len(cells) == 6 * 2 * 3
     assert versions.cells_of(versions.OLDEST_NUMPY, True) == [
-        Cell('3.8', '1.17.3', '65.5.0', versions.WITHOUT_KERNELS),
-        Cell('3.13', NEWEST, None, versions.WITHOUT_KERNELS)]
+        Cell('3.8', '1.17.3', '65.5.0', versions.OF_EXTREMES),
+        Cell('3.13', NEWEST, None, versions.OF_EXTREMES)]
     assert versions.cells_of([], True) == []
     for group in versions.environments(cells):
         assert len(group) == 3

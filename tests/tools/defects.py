@@ -2,7 +2,7 @@
 
 ``python -m tests.tools.defects`` runs each case on both and prints a table;
 ``--markdown`` prints it as the README has it.  :mod:`tests.test_tools` asserts
-the outcomes.  A case gets a function that makes a hook, and returns what
+the outcomes.  A case takes a function that makes a hook.  It returns what
 happened, in a few words, and whether that is right.
 """
 import argparse

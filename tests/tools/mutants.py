@@ -45,7 +45,7 @@ _SKIP = re.compile(r"""
     | \{[^{};]*\} (?=;) | enum[^;]*; | "C" | ->""", re.X)
 _OPERATOR = re.compile(
     r'__syncthreads\(\);|\+\+|--|&&|\|\||[-+*/<>=!]=|>>|[-+*/%<>!]')
-TIMEOUT = 60  # seconds: a loop that does not end is noticed, too
+TIMEOUT = 60  # seconds: a loop that does not end counts as noticed
 
 # (part, operator, line) -> why no result can depend on it.
 _TUNING = 'both ways are right, and one is faster'
@@ -93,7 +93,7 @@ def parts():
 
 
 def replace(name, text):
-    """Gives a part of the sources another text, in this process."""
+    """Replaces the text of a part of the sources, in this process."""
     old = parts()[name]
     for kernel in kernels.ALL:
         if isinstance(kernel, kernels.Raw):
@@ -194,7 +194,7 @@ def run_tests():
 
 
 def run_mutant(name, text):
-    """In a process of its own: the name of the test that failed, or None."""
+    """Returns the test that failed, in a process of its own, or None."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def child():

@@ -1,11 +1,11 @@
 """Compiles the CUDA kernels as CuPy would, for devices that need not exist.
 
-``python -m tests.tools.nvrtc`` takes every kernel of
+``python -m tests.tools.nvrtc`` compiles every kernel of
 :mod:`sn_function._arithmetic.kernels`, for every combination of dtypes that it
-is used with, through CuPy's own generator of sources, its headers and options,
-and NVRTC, down to the machine code of several architectures; it prints what
-each one takes of a device. CuPy is needed, and NVRTC, but no driver and no
-device.
+is used with, by CuPy's own generator of sources, its headers and options, and
+NVRTC, to the machine code of several architectures.  It prints the registers
+and the memory that each one takes.  CuPy and NVRTC are needed, but no driver
+and no device.
 """
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ from typing import Any, Iterable, Iterator, NamedTuple
 from unittest import mock
 
 with warnings.catch_warnings():
-    # Chainer imports CuPy, which has a word to say on libraries that nothing
-    # here uses.
+    # Chainer imports CuPy, which warns of libraries that nothing here uses.
     warnings.filterwarnings(
         'ignore', r'\s*\w+ library could not be loaded', UserWarning)
     import sn_function  # before chainer, which it repairs
@@ -88,7 +87,7 @@ class Layout(NamedTuple):
 
 
 CONTIGUOUS = Layout(1, True)
-# CuPy turns the axes of a weight, so these hardly ever see a flat one.
+# CuPy permutes the axes of a weight, so these hardly ever see a flat one.
 REDUCED = Layout(2, False)
 LAYOUTS = (CONTIGUOUS, *[Layout(n, False) for n in range(1, 6)],
            Layout(1, True, True), Layout(3, False, True))
@@ -121,7 +120,7 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of it; where it failed, error is not empty."""
+    """The result of a compilation; where it failed, error is not empty."""
 
     case: Case
     registers: int = 0
@@ -133,7 +132,7 @@ class Result(NamedTuple):
 
     @property
     def problems(self) -> list[str]:
-        """Everything that may not be."""
+        """Everything that must not occur."""
         found = [text for text in (self.error, self.warnings) if text]
         if self.spills or self.stack:
             found.append(f'{self.spills} bytes of spills, {self.stack} of '
@@ -145,7 +144,7 @@ class Result(NamedTuple):
 
 
 def signatures(kernel: Any) -> list[Signature]:
-    """Returns those that the package can come to use."""
+    """Returns those that the package can use."""
     if isinstance(kernel, _kernels.Raw):
         # For one weight, and for many.
         numbers = [(), ('MAX_WEIGHTS',)][:1 + isinstance(
@@ -242,7 +241,7 @@ def load() -> types.SimpleNamespace:
         raise Unavailable(f'{e}\n{INSTALL}') from e
 
     class Module(function.Module):
-        """Keeps the machine code, where CuPy would load it to a device."""
+        """Keeps the machine code that CuPy would load to a device."""
 
         def load(self, cubin: bytes) -> None:
             self.cubin = cubin
@@ -253,7 +252,7 @@ def load() -> types.SimpleNamespace:
 
 
 def _preload_nvrtc() -> None:
-    # CuPy 13 asks the loader alone, which knows nothing of wheels.
+    # CuPy 13 asks only the loader, which does not know wheels.
     spec = importlib.util.find_spec('nvidia')
     for path in (spec and spec.submodule_search_locations) or ():
         for library in glob.glob(
@@ -263,7 +262,7 @@ def _preload_nvrtc() -> None:
 
 @contextlib.contextmanager
 def _without_device() -> Iterator[None]:
-    """Has CuPy compile for the architecture it is told, and go no further."""
+    """Makes CuPy compile for a given architecture, and stop there."""
     cp = load()
     get_options = cp.compiler._get_arch_for_options_for_nvrtc
     with contextlib.ExitStack() as stack:
@@ -274,7 +273,7 @@ def _without_device() -> Iterator[None]:
         stack.enter_context(mock.patch.object(
             cp.compiler, 'function',
             types.SimpleNamespace(Module=cp.Module)))
-        # Neither what was compiled before, nor anything for later.
+        # No cache: nothing compiled before is used, nothing is kept.
         stack.enter_context(mock.patch.dict(
             os.environ, CUPY_CACHE_IN_MEMORY='1'))
         yield
@@ -342,7 +341,7 @@ def source(case: Case) -> str:
         elif i < n_in:
             infos.append(_array(
                 dtype, layout.ndim, layout.is_contiguous, index_32_bits))
-        else:   # the package gives none but contiguous ones
+        else:   # the package passes only contiguous ones
             infos.append(_array(
                 dtype, 1 if is_reduction else layout.ndim, True,
                 index_32_bits))

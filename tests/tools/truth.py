@@ -3,7 +3,7 @@
 ``python -m tests.tools.truth`` measures each case and prints a table;
 ``--rst`` prints it as docs/accuracy.rst has it.  :mod:`tests.test_tools`
 asserts the limits of the cases.  The truth is LAPACK's, in float64, of the
-very weight that was given, after its rounding to its dtype.
+weight after its rounding to its dtype.
 """
 from __future__ import annotations
 
@@ -211,12 +211,12 @@ def measure(case, char):
             # In the dtype of the weight, as the hook has it.
             u = np.random.RandomState(seed).randn(W.shape[0]).astype(dtype)
             k, u = start(W, u)
-            # Without the floor: a small weight is to come out with norm 1.
+            # Without the floor: a small weight gets norm 1, too.
             Y, sigma = (x.array for x in SF.spectral_normalize(
                 W, u, k, eps=0.0, return_sigma=True))
             below.append(1 - math.ldexp(float(sigma), -exponent) / truth)
             if is_large and below[-1] < max(below):
-                continue  # to save time: not the worst one
+                continue  # to save time, where it is not the worst
             errors.append(rounding(Y, W, sigma))
             off.append(abs(
                 true_norm(as_matrix(Y, 0).astype(np.float64)) - 1))

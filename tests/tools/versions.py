@@ -2,17 +2,21 @@
 
 CPython 3.8 to 3.13, each with the oldest NumPy that has a wheel for it and
 the newest that pip finds, each of these with an old setuptools, the newest
-and none.  Interpreters are looked for on the PATH and in pyenv; one that is
-missing is named.  An environment is made anew for each NumPy, under
-``.cache/matrix``, where the logs are left as well.
+and none.  Interpreters are searched on the PATH and in pyenv; the report names
+those that are missing.  Each NumPy gets a new environment under
+``.cache/matrix``, where the logs stay as well.
 
 With the newest setuptools all tests are run but those of the CUDA kernels,
-for which ``make test`` is there.  Another setuptools changes nothing but how
-Chainer is imported: beside it, the tests of that are run, and those of the
-functions and of the hook.
+which ``make test-all`` runs.  Another setuptools changes only how Chainer is
+imported: beside it, the tests of that are run, and those of the functions and
+of the hook.
 
-Results are kept, so that one interpreter after the other may be run.  Once all
-cells are there, and green, their table is written into the README.
+``--extremes`` runs the oldest cell and the newest one.  Of the slow tests it
+takes those of the import and of the doctor, which versions decide; the others
+are run with the versions of the day by ``make test-all``.
+
+Results are kept, so that interpreters may be run one by one.  Once there is a
+result of each cell, and all are green, their table goes into the README.
 """
 from __future__ import annotations
 
@@ -45,12 +49,13 @@ WITHOUT_KERNELS = (
     '-m', 'not gpu',
     '--ignore', 'tests/cuda_on_host/test_cuda_on_host.py',
     '--ignore', 'tests/test_tools/test_mutants.py')
+OF_EXTREMES = (*WITHOUT_KERNELS, '-k', 'not slow or compat or doctor')
 OF_THE_IMPORT = ('-m', 'not gpu', *(
     f'tests/{name}.py' for name in (
         'compat/test_compat', 'test_doctor', 'test_docs', 'test_functions',
         'test_link_hooks', 'test_parity', 'test_upstream')))
-# The first looks at the table that is to be written, the second at timings,
-# which are of no use where cells are run side by side.
+# The first reads the table that is to be written, the second compares times,
+# which mean nothing where cells run side by side.
 NOT_HERE = ('--ignore', 'tests/test_tools/test_versions.py',
             '--ignore', 'tests/test_speed.py')
 TIMEOUT = 1800  # seconds, for one command
@@ -111,7 +116,7 @@ def cells_of(pythons, extremes):
              for numpy in (OLDEST_NUMPY[python], NEWEST)
              for setuptools in SETUPTOOLS]
     if extremes and cells:
-        return [cell._replace(tests=WITHOUT_KERNELS)
+        return [cell._replace(tests=OF_EXTREMES)
                 for cell in (cells[0], cells[-1])]
     return cells
 
@@ -152,20 +157,19 @@ def build_wheels(python):
     for requirement in ('chainer==7.8.1', '.'):
         run(log, *pip, 'wheel', '--no-deps', '--no-build-isolation',
             '--wheel-dir', env, requirement)
-    # What setuptools leaves in the checkout would be packed the next time.
+    # The next build would pack what setuptools leaves in the checkout.
     shutil.rmtree(ROOT / 'build', ignore_errors=True)
     chainer, = env.glob('chainer-*.whl')
     ours, = env.glob('sn_function-*.whl')
-    return [str(chainer), f'{ours}[examples,test]']
+    return [str(chainer), f'{ours}[examples,lint,test]']
 
 
 def make_environment(env, log, python, numpy, wheels):
     exactly = '' if numpy == NEWEST else f'=={numpy}'
     shutil.rmtree(env, ignore_errors=True)
     run(log, python, '-m', 'venv', env)
-    # Packages that are younger than the NumPy asked for have to give way to
-    # older ones, of which there is often no more than the source for the
-    # newest release of all.
+    # An old NumPy needs old releases of what is built on it: those that have
+    # a wheel, and not the newest release, of which there may be only a source.
     run(log, env / 'bin' / 'python', '-m', 'pip', 'install', '--quiet',
         '--upgrade', '--prefer-binary', '--only-binary',
         'numpy,scipy,scikit-learn,matplotlib,contourpy,pillow,h5py',

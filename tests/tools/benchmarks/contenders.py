@@ -1,6 +1,6 @@
 """What is timed on one weight: forward and backward of its normalization.
 
-PyTorch and JAX are imported only when they are called for.
+PyTorch and JAX are imported only when they are measured.
 """
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Contender(NamedTuple):
 def case_of(
         shape: Sequence[int], dtype: str = 'float32',
         n_power_iteration: int = 1) -> Case:
-    """A weight as an initializer makes it."""
+    """A weight as an initializer draws it."""
     random = np.random.RandomState(0)
     W, u, gY = (random.standard_normal(size).astype(DTYPES[dtype])
                 for size in (shape, shape[:1], shape))
@@ -124,7 +124,7 @@ def ours(n_power_iteration: int, **settings: Any) -> Any:
 
 
 def composition(case: Case) -> Contender:
-    """What one writes without a hook; the gradient goes through it all."""
+    """What one writes without a hook; the gradient passes through it all."""
     parameter = chainer.Parameter(case.W)
     state = case.u.copy()
 
@@ -211,7 +211,7 @@ def compiled_contender(cases: Sequence[Case]) -> Contender:
             new.append(u)
         return Ys, new
 
-    torch.compiler.reset()  # or it gives up, after so many shapes
+    torch.compiler.reset()  # or it gives up after some number of shapes
     compiled: Any = torch.compile(normalize)
     Ws = [torch.nn.Parameter(torch.from_numpy(case.W.copy()))
           for case in cases]
@@ -290,7 +290,7 @@ OF_PEERS: dict[str, Callable[[Sequence[Case]], Contender]] = {
     'PyTorch': torch_contender, 'torch.compile': compiled_contender,
     'JAX': jax_contender}
 
-# What makes each; may raise what it likes.
+# The function that makes each; it may raise anything.
 CONTENDERS: dict[str, Callable[[Case], Contender]] = {
     BUILT_IN: lambda case: hooked(built_in(case.n_power_iteration), case),
     'exact': lambda case: hooked(ours(case.n_power_iteration), case),

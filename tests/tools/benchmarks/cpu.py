@@ -5,8 +5,8 @@ compositions, and PyTorch and JAX where they are installed, and prints tables:
 first with the threads that these take by default, as a user has them, then
 with one.  ``--out DIR`` keeps them as ``cpu.csv``, ``cpu.md`` and ``cpu.png``.
 
-What is compared is taken in turn in one process.  Peers have processes of
-their own: each brings a pool of threads, and these wait for one another.
+Contenders take turns in one process.  Peers have processes of their own: each
+brings a pool of threads, and these pools would wait for one another.
 
 What is timed is in :mod:`tests.tools.benchmarks.contenders` and
 :mod:`tests.tools.benchmarks.models`, statistics and tables are in
@@ -117,7 +117,7 @@ class Row(NamedTuple):
 
 def time_on_host(
         step: Callable[[], Any], n: int) -> tuple[float, float]:
-    """Seconds of one of ``n`` calls, without the collector of garbage."""
+    """Seconds of one of ``n`` calls, without garbage collection."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -139,7 +139,7 @@ def memory_of(contender: Contender) -> tuple[float, float]:
     if not contender.is_traced:
         return math.nan, math.nan
     # NumPy reports its arrays to tracemalloc, beside Python's objects.
-    # It does not count what was there before it was started.
+    # It does not count what existed before it was started.
     contender.clear()
     tracemalloc.start()
     try:
@@ -153,7 +153,7 @@ def memory_of(contender: Contender) -> tuple[float, float]:
 
 
 def checked(make: Callable[[], Contender]) -> Contender:
-    """Makes a contender, which must be up to it."""
+    """Makes a contender and checks that its gradient is finite."""
     contender = make()
     gW = contender.step()
     for g in gW if isinstance(gW, list) else [gW]:

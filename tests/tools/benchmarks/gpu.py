@@ -5,7 +5,7 @@ the hook of this package, of Chainer's and of PyTorch's, counts their launches
 and their memory, and prints tables; see ``docs/benchmarks/README.md``.
 
 Statistics and tables are in :mod:`tests.tools.benchmarks.report`.  CuPy and
-PyTorch are imported only when they are called for.
+PyTorch are imported only when they are measured.
 """
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from tests.tools.benchmarks.report import (
 
 # Weights of the discriminators of SNGAN (for 32 x 32 pixels: the plain one;
 # for 64 x 64: the ResNet) and of BigGAN (128 x 128); one that is square.
-# What must not be missing when the time is up comes first.
+# The most important come first, as the time may be up before the end.
 SHAPES = (
     '64x3x3x3', '128x64x4x4', '256x128x4x4', '512x256x4x4', '512x512x3x3',
     '1024x1024x3x3', '1536x1536x3x3', '4096x4096', '1x8192', '1000x1536',
@@ -119,12 +119,12 @@ def node_types(graph: int) -> list[int]:
 
 @functools.lru_cache(maxsize=None)
 def capture_stream() -> Any:
-    # The stream that handles of libraries were last set to has to live on.
+    # The stream that handles of libraries were last set to must stay alive.
     return cuda.cupy.cuda.Stream(non_blocking=True)
 
 
 class Captured:
-    """A call, captured as a CUDA graph; so it neither waits nor is waited for.
+    """A call, captured as a CUDA graph, so that it cannot wait for the host.
 
     A call that synchronizes or copies to the host raises here.
 
@@ -139,7 +139,7 @@ class Captured:
         runtime = cupy.cuda.runtime
         self.stream = stream = capture_stream()
         # A replay writes where the call wrote, long after that memory was
-        # freed: nobody else may have got it meanwhile.
+        # freed: no other array may have got it since.
         self.pool = cupy.cuda.MemoryPool()
         runtime.deviceSynchronize()
         with cupy.cuda.using_allocator(self.pool.malloc), stream:
@@ -194,7 +194,7 @@ def profiled_kernels(step: Callable[[], Any]) -> int:
 
 
 def peak_memory(step: Callable[[], Any]) -> int:
-    """Bytes that a call has of CuPy's memory pool at most."""
+    """The peak of the bytes that a call takes from CuPy's memory pool."""
     class Hook(cuda.cupy.cuda.MemoryHook):
         name = 'peak'
         now = peak = 0
@@ -218,7 +218,7 @@ def peak_memory(step: Callable[[], Any]) -> int:
 class Contender(NamedTuple):
     """What is timed: calls without arguments.
 
-    ``backward`` goes again and again through one graph.
+    ``backward`` runs through the same graph each time.
     """
 
     forward: Callable[[], Any]
@@ -287,7 +287,7 @@ def torch_contender(W: Any, gY: Any, is_compiled: bool) -> Contender:
 def makers(
         W: Any, gY: Any, torch_reason: str | None
 ) -> dict[str, Callable[[], Contender]]:
-    """Returns what makes each contender; may raise what it likes."""
+    """Returns what makes each contender; it may raise anything."""
     def ours(detach_uv: bool, is_fused: bool) -> Contender:
         return chainer_contender(
             sn_function.SpectralNormalization(detach_uv=detach_uv), W, gY,
@@ -359,7 +359,7 @@ def add_graph(
 
 
 def extra_bytes(contender: Contender) -> int:
-    """Bytes that forward and backward have at most, gW included."""
+    """The peak of the bytes that forward and backward take, gW included."""
     contender.clear()
     if not contender.is_torch:
         return peak_memory(contender.both)
@@ -425,7 +425,7 @@ class Run:
         with contextlib.suppress(Exception):
             gc.collect()
             cuda.cupy.get_default_memory_pool().free_all_blocks()
-        # Nothing ends a compiler that hangs, but whoever started this may.
+        # Nothing here ends a compiler that hangs; the caller may set a limit.
         self.save()
 
     def save(self) -> None:

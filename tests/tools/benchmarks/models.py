@@ -149,7 +149,7 @@ def add_hooks(model: chainer.Chain, way: Way) -> Callable[[], Any]:
         for link in [model] if is_on_chain else model.links():
             if is_on_chain or hasattr(link, 'W'):
                 link.add_hook(make_hook())
-    # Looked up here: what cannot be made is told from what fails.
+    # Looked up here, so that what cannot be made differs from what fails.
     return (functools.partial(sn_function.cached, model) if is_cached
             else contextlib.nullcontext)
 
@@ -174,7 +174,7 @@ def model_contender(model: Model, way: Way) -> Contender:
 
 
 def model_makers(shapes: Shapes) -> Makers:
-    # Nothing writes into them, so that models can share them.
+    # Nothing writes into them, so models can share them.
     cases = {shape: case_of(shape) for shape in set(shapes)}
 
     def make(way: Way) -> Contender:
@@ -184,7 +184,7 @@ def model_makers(shapes: Shapes) -> Makers:
     return {name: functools.partial(make, way) for name, way in WAYS.items()}
 
 
-# Training steps, with all that belongs to them
+# Whole training steps
 
 class Plain(chainer.Sequential):
     """The discriminator of SNGAN for images of 32 x 32."""

@@ -18,7 +18,7 @@ CLOCKS = ('wall', 'device', 'graph')
 
 
 class Budget:
-    """The seconds that are left; measuring stops when none are."""
+    """The seconds that are left; measuring stops when they are used up."""
 
     def __init__(
             self, seconds: float,
@@ -72,7 +72,7 @@ def floor_of(
 
 
 def best_median(part: dict[str, Any]) -> float | None:
-    """The time with the least of the host in it."""
+    """The time that depends least on the host."""
     for clock in ('graph', 'device'):
         if clock in part:
             return part[clock]['median']
