@@ -586,7 +586,7 @@ if __name__ == '__main__':
 LATE = SCRIPT.replace('import sn_function ', '').replace(
     'import job', 'import sn_function, job')
 PRELOAD = LATE.replace(
-    'worker.start', """multiprocessing.set_forkserver_preload(['sn_function'])
+    'worker.start', """multiprocessing.set_forkserver_preload({})
     worker.start""")
 ITERATOR = '''
 import sn_function
@@ -621,8 +621,10 @@ class TestWorkers:
         done = self.run(tmp_path, script, method)
         assert done.returncode == 0, done.stderr
 
-    def test_forkserver_that_preloads_sn_function(self, tmp_path):
-        done = self.run(tmp_path, PRELOAD, 'forkserver')
+    @pytest.mark.parametrize('more', [[], ['chainer']], ids=str)
+    def test_forkserver_that_preloads_sn_function(self, tmp_path, more):
+        script = PRELOAD.format(['sn_function', *more])
+        done = self.run(tmp_path, script, 'forkserver')
         assert done.returncode == 0, done.stderr
 
     def test_without_either_the_worker_cannot_import_chainer(self, tmp_path):
