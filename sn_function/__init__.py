@@ -1,23 +1,18 @@
-"""Spectral normalization for Chainer as one differentiable function."""
-from sn_function import _compat as _compat  # before anything of Chainer
-from sn_function import (
-    chain,
-    errors,
-    extensions,
-    functions,
-    link_hooks,
-    optimizer_hooks,
-)
-from sn_function._summary import summary
+"""Spectral normalization for Chainer as one differentiable function.
+
+Importing it is light: it imports neither Chainer nor NumPy, and ensures that
+Chainer is repaired when it is imported.  A public name is imported where it
+is first used.
+"""
+import importlib
+from typing import TYPE_CHECKING, Any, List
+
+from sn_function import _compat, _guards
 from sn_function._version import __version__
 from sn_function.bake import bake
-from sn_function.chain import ChainSpectralNormalization, cached
-from sn_function.functions import (
-    spectral_norm,
-    spectral_normalize,
-    spectral_normalize_all,
-)
-from sn_function.link_hooks import SpectralNormalization
+
+_guards.register()
+_compat.install()
 
 __all__ = [
     'ChainSpectralNormalization',
@@ -36,3 +31,49 @@ __all__ = [
     'spectral_normalize_all',
     'summary',
 ]
+
+if TYPE_CHECKING:
+    from sn_function import (
+        chain,
+        errors,
+        extensions,
+        functions,
+        link_hooks,
+        optimizer_hooks,
+    )
+    from sn_function._summary import summary
+    from sn_function.chain import ChainSpectralNormalization, cached
+    from sn_function.functions import (
+        spectral_norm,
+        spectral_normalize,
+        spectral_normalize_all,
+    )
+    from sn_function.link_hooks import SpectralNormalization
+else:
+    # Names of modules, and of what is defined in them.
+    _MODULES = (
+        'chain', 'errors', 'extensions', 'functions', 'link_hooks',
+        'optimizer_hooks')
+    _HOMES = {
+        'ChainSpectralNormalization': 'chain',
+        'SpectralNormalization': 'link_hooks',
+        'cached': 'chain',
+        'spectral_norm': 'functions',
+        'spectral_normalize': 'functions',
+        'spectral_normalize_all': 'functions',
+        'summary': '_summary',
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES and name not in _HOMES:
+            raise AttributeError(
+                f'module {__name__!r} has no attribute {name!r}')
+        _compat.import_chainer()
+        module = importlib.import_module(
+            f'{__name__}.{_HOMES.get(name, name)}')
+        value = getattr(module, name) if name in _HOMES else module
+        globals()[name] = value     # next time it is found at once
+        return value
+
+    def __dir__() -> List[str]:
+        return sorted({*globals(), *__all__})

@@ -1,6 +1,7 @@
 """The command ``sn-function``, which is ``python -m sn_function``, too.
 
-The commands themselves are in :mod:`sn_function._commands`.
+The commands are in :mod:`sn_function._commands`, and ``doctor`` is in
+:mod:`sn_function.doctor`: it also runs where the others cannot be imported.
 """
 from __future__ import annotations
 
@@ -8,13 +9,17 @@ import io
 import os
 import sys
 
+from sn_function import doctor
+
 
 def main() -> int:
     """Runs the command line; returns or exits with its exit code."""
     for stream in sys.stdout, sys.stderr:
         if isinstance(stream, io.TextIOWrapper):
-            # A name out of a file may have letters that the terminal lacks.
+            # Names in a file may have letters that the terminal lacks.
             stream.reconfigure(errors='backslashreplace')
+    if sys.argv[1:2] == ['doctor']:
+        return doctor.main(sys.argv[1:])
     try:
         from sn_function import _commands
     except ImportError as e:

@@ -1,14 +1,13 @@
-"""Tells what this machine has, what is mended, and what will not work.
+"""Reports what this machine has, what is repaired, and what does not work.
 
 .. code-block:: console
 
     $ python -m sn_function doctor
     $ python -m sn_function doctor --json
 
-It needs the standard library only, and looks at each part in a process of its
-own: so it also reports where a package cannot be imported, or ends the
-process.  The exit code is 0 where sn_function works on the CPU, and 1 where it
-does not.
+It needs only the standard library, and looks at each part in a process of its
+own: so it also reports packages that cannot be imported, or that end the
+process.  The exit code is 0 if sn_function works on the CPU, and 1 if not.
 """
 import argparse
 import concurrent.futures
@@ -20,23 +19,23 @@ import sys
 import textwrap
 from typing import Any, Dict, List
 
-from sn_function._compat import probes
+from sn_function import _probes
 from sn_function._version import __version__
 
-_PROBES = pathlib.Path(probes.__file__)
+_PROBES = pathlib.Path(_probes.__file__)
 _WIDTH = 79
 _SECONDS = 120
 
 
 def probe(name: str) -> Dict[str, Any]:
-    """What one of :data:`sn_function._compat.probes.PROBES` finds."""
-    # run_path leaves sys.path as the user's own interpreter has it, and this
-    # package is found as well, wherever it is.
+    """What one of :data:`sn_function._probes.PROBES` finds."""
+    # run_path leaves sys.path as it is in the user's own interpreter.  This
+    # package is appended, so that it is found wherever it is.
     code = (f'import runpy, sys\n'
-            f'sys.path.append({str(_PROBES.parents[2])!r})\n'
+            f'sys.path.append({str(_PROBES.parents[1])!r})\n'
             f'sys.argv[:] = ["", {name!r}]\n'
             f'runpy.run_path({str(_PROBES)!r}, run_name="__main__")')
-    package = probes.PACKAGES.get(name, name.lower())
+    package = _probes.PACKAGES.get(name, name.lower())
     try:
         done = subprocess.run(
             [sys.executable, '-c', code], capture_output=True,
@@ -52,28 +51,31 @@ def probe(name: str) -> Dict[str, Any]:
             how = f'ends the process, with {done.returncode}'
     return {'text': 'installed',
             'trouble': [(f'{package}: importing it {how}',
-                         probes.advice(package))]}
+                         _probes.advice(package))]}
 
 
 def examine() -> Dict[str, Any]:
-    """What all probes find: the report that `--json` prints."""
+    """What all probes find: the report that `--json` prints.
+
+    Its key `mend` is a command that repairs what does not work.
+    """
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        parts = dict(zip(probes.PROBES, pool.map(probe, probes.PROBES)))
+        parts = dict(zip(_probes.PROBES, pool.map(probe, _probes.PROBES)))
     shims = [shim for part in parts.values()
              for shim in part.pop('shims', [])]
     return {
         'sn_function': __version__,
         'works': parts['Chainer'].pop('works', False),
         'parts': {name: part['text'] for name, part in parts.items()},
-        'trouble': [{'what': what, 'mend': mend} for part in parts.values()
-                    for what, mend in part['trouble']],
+        'trouble': [{'what': what, 'mend': advice} for part in parts.values()
+                    for what, advice in part['trouble']],
         'shims': [{'name': name, 'fault': fault, 'needed': needed}
                   for name, fault, needed in shims],
     }
 
 
 def _columns(name: str, text: str, width: int) -> List[str]:
-    """A name, and beside it a text in lines."""
+    """A name and, to the right of it, a text in lines."""
     indent = ' ' * (width + 2)
     lines = textwrap.wrap(
         text, _WIDTH, initial_indent=indent, subsequent_indent=indent,
@@ -95,12 +97,12 @@ def describe(report: Dict[str, Any]) -> str:
     for name, text in there.items():
         lines += _columns(name, text, 13)
     if report['trouble']:
-        lines += ['', 'What does not work, and what mends it']
+        lines += ['', 'What does not work, and what repairs it']
     for each in report['trouble']:
         lines += ['', *_columns('', each['what'], 0)[1:],
                   *('      ' + line for line in each['mend'].splitlines())]
     if report['shims']:
-        lines += ['', 'What import sn_function mends in Chainer']
+        lines += ['', 'What sn_function repairs in Chainer']
     needed = None
     for each in report['shims']:
         if each['needed'] != needed:
@@ -113,8 +115,8 @@ def describe(report: Dict[str, Any]) -> str:
 def main(args: List[str]) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m sn_function',
-        description='doctor: tell what this machine has, what is mended in '
-                    'Chainer, and what will not work.')
+        description='doctor: report what this machine has, what is repaired '
+                    'in Chainer, and what does not work.')
     parser.add_argument('command', choices=['doctor'])
     parser.add_argument('--json', action='store_true',
                         help='print it as JSON')

@@ -16,6 +16,7 @@ import pytest
 from chainer import link_hooks, optimizers, serializers
 
 from sn_function.bake import bake
+from tests.compat.test_compat import run
 
 # A link, and the shape of its input.
 LINKS = {
@@ -492,6 +493,32 @@ class TestErrors:
         assert model[0].local_link_hooks
         for key, value in before.items():
             np.testing.assert_array_equal(state_of(model)[key], value)
+
+
+@pytest.mark.parametrize('statements', [
+    'from sn_function.bake import bake',
+    'import sn_function.bake',
+    'from sn_function import bake',
+    'sn_function.bake(link()); import sn_function.bake',
+    'sn_function.bake(link()); from sn_function.bake import bake',
+    'import sn_function.bake as module; assert module is sn_function.bake',
+    'import importlib; importlib.import_module("sn_function.bake")',
+    'import importlib; importlib.reload(sys.modules["sn_function.bake"])',
+])
+def test_function_is_not_replaced_by_the_module_of_its_name(statements):
+    run(f'''
+        import sys
+        import sn_function
+
+        def link():
+            import chainer
+            return chainer.links.Linear(2, 2).add_hook(
+                sn_function.SpectralNormalization())
+
+        {statements}
+        for bake in sn_function.bake, sys.modules['sn_function.bake'].bake:
+            assert not bake(link()).local_link_hooks
+    ''')
 
 
 # Copies of a model are made on the device, which cuda_on_host stands in for.

@@ -16,9 +16,9 @@ import sn_function  # isort: skip  # before chainer, which it repairs
 import numpy
 import pytest
 
-from sn_function import _compat, doctor
-from sn_function._compat import chainermn, probes
-from sn_function._compat import onnx_chainer as _exporter
+from sn_function import _compat, _probes, doctor
+from sn_function._compat import chainermn
+from sn_function._compat import onnx_chainer as repaired
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -113,17 +113,17 @@ class TestHere:
         assert report['sn_function'] == sn_function.__version__
         assert report['parts']['NumPy'].startswith(numpy.__version__)
         assert report['parts']['Chainer'].startswith('7.8.1')
-        assert list(report['parts']) == list(probes.PROBES)
+        assert list(report['parts']) == list(_probes.PROBES)
 
     def test_shims_are_those_of_this_process(self, report):
         with contextlib.suppress(ImportError):
-            import onnx_chainer  # now it is mended here, too
+            import onnx_chainer  # now it is repaired here, too
             assert onnx_chainer.export
         # Those of ChainerMN need an mpi4py, which would start MPI here.
         of_chainermn = {each.name for each in chainermn.REPAIRS}
         assert [each['name'] for each in report['shims']
                 if each['name'] not in of_chainermn] == [
-            *_compat.applied, *_exporter.applied]
+            *_compat.applied, *repaired.applied]
         for each in report['shims']:
             assert (each['fault'], each['needed']) == _compat.explain(
                 each['name'])
@@ -160,17 +160,15 @@ class TestBroken:
         assert '--no-build-isolation chainer==7.8.1' in done.stdout
         assert ('does not work here' in done.stdout) == (len(command) == 1)
 
-    def test_import_still_raises_without_chainer(self, tmp_path):
+    def test_use_still_raises_without_chainer(self, tmp_path):
         write(tmp_path, sitecustomize=WITHOUT.format(names=['chainer']))
-        for code in 'import sn_function', (
-                'import sys; sys.argv[1:] = ["doctor"]; import sn_function'):
+        use = 'import sn_function; sn_function.SpectralNormalization'
+        for code in use, f'import sys; sys.argv[1:] = ["doctor"]; {use}':
             done = run_python(tmp_path, '-c', code)
             assert done.returncode == 1
             assert 'ImportError: sn_function needs Chainer' in done.stderr
 
     @pytest.mark.slow
-    @pytest.mark.skipif(
-        sys.version_info < (3, 10), reason='the package is imported first')
     def test_no_numpy(self, tmp_path):
         write(tmp_path, sitecustomize=WITHOUT.format(names=['numpy']))
         report, code = examine(tmp_path)
@@ -179,6 +177,15 @@ class TestBroken:
         assert troubles(report)[what] == 'pip install numpy'
 
     @pytest.mark.slow
+    @pytest.mark.parametrize('package', ['numpy', 'chainer'])
+    @pytest.mark.parametrize('command', [['-m', 'sn_function'], [
+        '-c', 'from sn_function.cli import main; main()']],
+        ids=['module', 'script'])
+    def test_import_that_ends_the_process(self, tmp_path, package, command):
+        write(tmp_path, **{package: 'import os; os._exit(9)'})
+        done = run_python(tmp_path, *command, 'doctor')
+        assert f'{package}: importing it ends the process' in done.stdout
+
     def test_command_of_another_package_is_left_alone(self, tmp_path):
         (tmp_path / 'other').mkdir()
         (tmp_path / 'other' / '__main__.py').write_text('print("other")')
@@ -294,8 +301,6 @@ class TestCuPy:
         assert second == 'cupy: ImportError: mixed'
 
     @pytest.mark.slow
-    @pytest.mark.skipif(
-        sys.version_info < (3, 10), reason='the package is imported first')
     def test_that_ends_the_process(self, tmp_path):
         # Chainer imports it, too.
         write(tmp_path, cupy='import os; os._exit(9)')

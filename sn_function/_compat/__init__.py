@@ -1,78 +1,121 @@
 """Makes Chainer 7.8.1, the last release (2022), import and work today.
 
-`sn_function/__init__.py` imports this module before anything of Chainer.  It
-looks at what is there instead of comparing version numbers, and replaces only
-what it finds missing or broken, in two ways:
+`sn_function/__init__.py` calls :func:`install`, which imports nothing of
+Chainer or NumPy: the work is done when the program imports Chainer.  It looks
+at what is there instead of comparing version numbers, and replaces only what
+it finds missing or broken, in two ways:
 
-* :mod:`.loans`: what Chainer misses while it is imported is lent
-  to it and taken back afterwards (one of them is
-  :mod:`.pkg_resources`).
-* :mod:`.repairs`: a function of Chainer that fails a tiny trial
-  run is mended in Chainer.
+* :mod:`.loans`: what Chainer misses while it is imported is lent to it and
+  taken back afterwards (one of them is :mod:`.pkg_resources`).
+* :mod:`.repairs`: a function of Chainer that fails a trial run is repaired.
 
-:mod:`.onnx_chainer` does both for `onnx_chainer`, when a program
-imports that, and :mod:`.chainermn` the latter for ChainerMN.
+:mod:`.onnx_chainer` does both for `onnx_chainer`, and :mod:`.chainermn` the
+latter for ChainerMN, when a program imports them.  What these two must know
+of the hooks of this package is registered with :mod:`.guards`.
 
-No other file of the package knows of NumPy, Chainer or Python versions.
+This is the ground of the package: it imports nothing above it.  No other wing
+knows of NumPy, Chainer or Python versions.
 
 `applied` names what was done.  On the stacks of Chainer's own time that is
-the bug of Deconvolution2D alone, which every stack has.
+the repair of Deconvolution2D alone, which every stack needs.
 
 Import `sn_function` before `chainer`.  The other order works as well where
 Chainer can be imported by itself.  A worker process started by `spawn` or
 `forkserver` imports Chainer anew, but the script that started it first: so
 that script has to import `sn_function` before `chainer`, at its top level.
 """
-import os
-import sys
-from typing import Tuple
+import contextlib
+import importlib
+from typing import ContextManager, Iterable, Iterator, Tuple
+
+from sn_function._compat import finder
+
+# Names of what was lent or repaired in this process.  It is empty until
+# Chainer is imported, and a reload keeps it.
+applied: Tuple[str, ...] = globals().get('applied', ())
+
+_INSTALL_CHAINER = '''\
+sn_function needs Chainer, which is not installed. Install it with
+    pip install "setuptools<81" wheel
+    pip install --no-build-isolation chainer==7.8.1'''
 
 
-def _repair() -> Tuple[str, ...]:
-    from sn_function._compat import loans
-    names = loans.import_chainer()
-    # It imports Chainer, which can be done only now.
-    from sn_function._compat import chainermn, onnx_chainer
-    from sn_function._compat import repairs as _repairs
-    onnx_chainer.install()
-    chainermn.install()
-    return (*names, *_repairs.repair())
+class _ChainerFinder(finder.Finder):
+    """Lends Chainer what it misses while it is imported, and repairs it."""
+
+    names = ('chainer',)
+
+    @contextlib.contextmanager
+    def lending(self) -> Iterator[None]:
+        from sn_function._compat import loans  # it needs NumPy
+        with loans.lent_to_chainer() as names:
+            yield
+        _record(names)
+
+    def repair(self, name: str) -> None:
+        # They need Chainer, which has been imported.
+        from sn_function._compat import loans, repairs, trials
+        _record(loans.lend_to_testing())
+        _record(trials.repair(repairs.REPAIRS))
+
+
+class _ExporterFinder(finder.Finder):
+    """The same for onnx_chainer."""
+
+    names = ('onnx_chainer',)
+
+    def lending(self) -> ContextManager[None]:
+        from sn_function._compat import loans, onnx_chainer
+        return loans.lent(onnx_chainer.lend_mapping())
+
+    def repair(self, name: str) -> None:
+        from sn_function._compat import onnx_chainer
+        onnx_chainer.repair()
+
+
+class _ChainerMNFinder(finder.Finder):
+    """Repairs ChainerMN."""
+
+    names = ('chainermn', 'chainermn.communicators._memory_utility')
+
+    def repair(self, name: str) -> None:
+        from sn_function._compat import chainermn
+        chainermn.repair(name)
+
+
+def _record(names: Iterable[str]) -> None:
+    global applied
+    applied += tuple(name for name in names if name not in applied)
+
+
+def install() -> None:
+    """Ensures that all is repaired, now or when it is imported."""
+    _ChainerFinder.install()
+    if finder.is_there('onnx'):
+        _ExporterFinder.install()
+    # Without mpi4py ChainerMN has no communicators.
+    if finder.is_there('mpi4py'):
+        _ChainerMNFinder.install()
+
+
+def import_chainer() -> None:
+    """Imports Chainer.  Where there is none, the error says how to install it.
+    """
+    try:
+        importlib.import_module('chainer')
+    except ModuleNotFoundError as error:
+        if error.name != 'chainer':
+            raise
+        raise ImportError(_INSTALL_CHAINER, name='chainer') from None
 
 
 def explain(name: str) -> Tuple[str, str]:
     """What is wrong without `name` of `applied`, and when it is needed.
 
-    And so of `_exporter.applied` and `_chainermn.applied`.
+    It also knows the names of `onnx_chainer.applied` and `chainermn.applied`.
     """
-    from sn_function._compat import chainermn, loans, onnx_chainer
-    from sn_function._compat import repairs as _repairs
-    repairs = {each.name: (each.fault, each.needed) for each in (
-        *_repairs.REPAIRS, *onnx_chainer.REPAIRS, *chainermn.REPAIRS)}
-    return {**loans.REASONS, **repairs}[name]
-
-
-def _see_doctor() -> None:
-    from sn_function import doctor
-    sys.exit(doctor.main(sys.argv[1:]))
-
-
-# `python -m sn_function doctor` imports this package before its __main__, with
-# '-m' for a script.  What may be broken is not imported then, as it may end
-# the process.  Before Python 3.10 nothing tells which module was named: there
-# the doctor is seen once an import has failed.
-_is_asked = sys.argv[:2] == ['-m', 'doctor']
-_is_named = 'sn_function' in getattr(sys, 'orig_argv', ())
-# So does `sn-function doctor`.
-_is_script = (os.path.basename(sys.argv[0]) == 'sn-function'
-              and sys.argv[1:2] == ['doctor'])
-if (_is_asked and _is_named) or _is_script:
-    _see_doctor()
-
-try:
-    # Names of what was lent or mended in this process.  A reload finds nothing
-    # left to do, and keeps the record.
-    applied: Tuple[str, ...] = globals().get('applied', ()) + _repair()
-except Exception:
-    if _is_asked and not hasattr(sys, 'orig_argv'):
-        _see_doctor()
-    raise
+    import_chainer()
+    from sn_function._compat import chainermn, loans, onnx_chainer, repairs
+    reasons = {each.name: (each.fault, each.needed) for each in (
+        *repairs.REPAIRS, *onnx_chainer.REPAIRS, *chainermn.REPAIRS)}
+    return {**loans.REASONS, **reasons}[name]

@@ -1,8 +1,8 @@
-"""Mends ChainerMN, Chainer's package for many machines, when it is imported.
+"""Repairs ChainerMN, Chainer's package for MPI, when it is imported.
 
 It needs mpi4py, so nothing is done or imported before a program imports it.
-As in :mod:`.repairs`, what fails a tiny trial run is mended, and
-:data:`REPAIRS` says what is wrong and when that is needed.
+As in :mod:`.repairs`, what fails a trial run is repaired, and :data:`REPAIRS`
+says what is wrong without each repair, and when it is needed.
 """
 import collections
 import functools
@@ -14,12 +14,12 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import chainer
 import numpy
+from chainer import link_hooks
 
-from sn_function._compat import finder
-from sn_function._compat.nep50 import WrongResultError
-from sn_function._compat.repairs import Repair
+from sn_function._compat import guards, trials
+from sn_function._compat.trials import Repair, WrongResultError
 
-# Names of what was mended in this process.
+# Names of the repairs that were made in this process.
 applied: List[str] = []
 
 
@@ -37,10 +37,10 @@ def _with_chainer(function: Callable, **names: Any) -> Callable:
     return functools.update_wrapper(copy, function)
 
 
-# A slave of the iterator takes an array of one element for a number.
+# A slave of the iterator uses an array of one element as a number.
 
 class _OneElement:
-    """A communicator that broadcasts the number 1."""
+    """A communicator that broadcasts 1, in an array."""
 
     def bcast(self, x: Any, root: int) -> Any:
         return numpy.ones(1, numpy.float32)
@@ -51,33 +51,33 @@ def _try_multi_node_iterator() -> None:
         _OneElement(), 0)
 
 
-def _mend_multi_node_iterator() -> None:
+def _repair_multi_node_iterator() -> None:
     def whole(x: Any) -> int:
         return int(x.item() if isinstance(x, numpy.ndarray) else x)
 
     vars(_module('iterators.multi_node_iterator'))['int'] = whole
 
 
-# An average of unit vectors is none: of two opposite ones it is zero.  With
-# three ranks it moves even vectors that are equal, by rounding.
+# An average of unit vectors is no unit vector: of two opposite ones it is
+# zero.  With three ranks rounding changes even vectors that are equal.
 
 def _try_allreduce_persistent() -> None:
     link = chainer.Link()
     link.add_persistent('W_u', numpy.ones(1))
     # Adding it would draw random numbers.
-    hook = chainer.link_hooks.SpectralNormalization()
+    hook = link_hooks.SpectralNormalization()
     link._local_link_hooks = collections.OrderedDict({hook.name: hook})
     module = _module('extensions.allreduce_persistent')
     if list(module._namedpersistents(link)):
         raise WrongResultError
 
 
-def _mend_allreduce_persistent() -> None:
+def _repair_allreduce_persistent() -> None:
     def namedpersistents(model: chainer.Link) -> Iterator[Tuple[str, Any]]:
-        from sn_function.distributed import vector_names  # needs Chainer
         for path, link in model.namedlinks():
+            vector_names = guards.registered.vector_names(link)
             for name in link._persistent:
-                if name not in vector_names(link):
+                if name not in vector_names:
                     yield f'{path}/{name}', link.__dict__[name]
 
     _module('extensions.allreduce_persistent')._namedpersistents = (
@@ -100,7 +100,7 @@ def _try_unpack_params() -> None:
         [parameter], 'data', _NoBuffer(), numpy.float32, False)
 
 
-def _mend_unpack_params() -> None:
+def _repair_unpack_params() -> None:
     def array(x: Any, copy: bool, dtype: Any) -> Any:
         return x.astype(dtype)      # asked for where it is another one
 
@@ -128,7 +128,7 @@ def _try_half() -> None:
             raise WrongResultError
 
 
-def _mend_half() -> None:
+def _repair_half() -> None:
     def raw(code: str, name: str) -> Any:
         return chainer.backends.cuda.raw(
             '#include <cupy/float16.cuh>\n' + code, name)
@@ -147,50 +147,25 @@ BY_MODULE: Dict[str, Tuple[Repair, ...]] = {
                'AllreducePersistent of ChainerMN averages the vectors of '
                'spectral normalization', 'with Chainer 7.8.1',
                _try_allreduce_persistent, WrongResultError,
-               _mend_allreduce_persistent),
+               _repair_allreduce_persistent),
         Repair('multi_node_iterator',
                'create_multi_node_iterator of ChainerMN fails on all ranks '
                'but one', 'with NumPy 2.4 or newer',
                _try_multi_node_iterator, TypeError,
-               _mend_multi_node_iterator)),
+               _repair_multi_node_iterator)),
     'chainermn.communicators._memory_utility': (
         Repair('unpack_params',
                'the GPU communicators of ChainerMN fail where gradients are '
                'sent in another dtype', 'with NumPy 2',
-               _try_unpack_params, ValueError, _mend_unpack_params),
+               _try_unpack_params, ValueError, _repair_unpack_params),
         Repair('batched_copy',
                'the kernels of the GPU communicators of ChainerMN are not '
                'compiled', 'with CuPy 14',
-               _try_half, WrongResultError, _mend_half)),
+               _try_half, WrongResultError, _repair_half)),
 }
 REPAIRS = tuple(each for repairs in BY_MODULE.values() for each in repairs)
 
 
-def mend(name: str) -> None:
-    """Mends what a module of ChainerMN that was imported has brought."""
-    for each in BY_MODULE[name]:
-        if each.is_needed():
-            each.mend()
-            applied.append(each.name)
-
-
-class _Finder(finder.Finder):
-    """Mends each of the modules when it is imported."""
-
-    names = tuple(BY_MODULE)
-
-    def execute(
-            self, run: Callable[[types.ModuleType], None],
-            module: types.ModuleType) -> None:
-        run(module)
-        mend(module.__name__)
-
-
-def install() -> None:
-    """Sees to it that ChainerMN is mended, now or when it is imported."""
-    for name in BY_MODULE:
-        if name in sys.modules:
-            mend(name)
-    # Without mpi4py it has no communicators.
-    if finder.is_there('mpi4py'):
-        _Finder.install()
+def repair(name: str) -> None:
+    """Repairs a module of ChainerMN, which has been imported."""
+    applied.extend(trials.repair(BY_MODULE[name]))

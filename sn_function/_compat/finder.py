@@ -1,14 +1,17 @@
-"""Doing something when a module is imported, without importing it."""
-import importlib.abc
-import importlib.machinery
+"""A part in the import of other modules, without importing them."""
+import contextlib
 import importlib.util
+import itertools
 import sys
 import types
-from typing import Any, Callable, Tuple
+from typing import Any, ContextManager, Tuple
 
 
-class Finder(importlib.abc.MetaPathFinder):
-    """Base class of what has a part in the import of some modules.
+class Finder:
+    """Base class of finders that repair some modules when they are imported.
+
+    The finders after it in `sys.meta_path` find the module.  All is done under
+    the lock of its import, so no thread sees it without its repairs.
 
     Attributes:
         names (tuple of str): Full names of the modules.
@@ -17,37 +20,66 @@ class Finder(importlib.abc.MetaPathFinder):
 
     names: Tuple[str, ...] = ()
 
-    def execute(
-            self, run: Callable[[types.ModuleType], None],
-            module: types.ModuleType) -> None:
-        """Imports the module, which ``run(module)`` does, and does more."""
-        raise NotImplementedError
+    def lending(self) -> ContextManager[Any]:
+        """The context in which a module is executed."""
+        return contextlib.nullcontext()
+
+    def repair(self, name: str) -> None:
+        """Repairs a module that has been executed."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname not in self.names:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-            # This loader belongs to this one module.
-            vars(spec.loader)['exec_module'] = (
-                lambda module: self.execute(run, module))
-        return spec
+        later = itertools.dropwhile(
+            lambda each: each is not self, sys.meta_path)
+        for finder in itertools.islice(later, 1, None):
+            find = getattr(finder, 'find_spec', None)
+            spec = find and find(fullname, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, 'exec_module'):
+                    spec.loader = _Loader(spec.loader, self)
+                return spec
+        return None
 
     @classmethod
-    def install(cls) -> bool:
-        """Returns whether it was not there yet."""
+    def install(cls) -> None:
+        """Ensures that the modules are repaired, now or when imported."""
+        finder = cls()
+        imported = [name for name in cls.names
+                    if sys.modules.get(name) is not None]
+        for name in imported:
+            finder.repair(name)
         # By name: after a reload of its module the class is another one.
-        name = cls.__module__, cls.__name__
-        if name in ((type(f).__module__, type(f).__name__)
-                    for f in sys.meta_path):
-            return False
-        sys.meta_path.insert(0, cls())
-        return True
+        names = [(type(f).__module__, type(f).__name__) for f in sys.meta_path]
+        if (len(imported) < len(cls.names)
+                and (cls.__module__, cls.__name__) not in names):
+            sys.meta_path.insert(0, finder)
+
+
+class _Loader:
+    """Executes a module by its own loader, with the part of a finder."""
+
+    def __init__(self, loader: Any, finder: Finder) -> None:
+        self._loader = loader
+        self._finder = finder
+
+    def create_module(self, spec: Any) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        # The module keeps the loader that it would have without this one.
+        vars(module)['__spec__'].loader = self._loader
+        vars(module)['__loader__'] = self._loader
+        with self._finder.lending():
+            self._loader.exec_module(module)
+        self._finder.repair(module.__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
 
 
 def is_there(package: str) -> bool:
-    """Whether it could be imported, as far as is seen without doing so."""
+    """Whether a package seems importable, found out without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
     except ValueError:      # a module without a spec

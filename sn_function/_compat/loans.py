@@ -10,7 +10,7 @@ import importlib.util
 import sys
 import types
 import warnings
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple
+from typing import Any, ContextManager, Dict, Iterator, List, NamedTuple
 
 import numpy
 
@@ -35,11 +35,6 @@ REASONS = {
         'import chainer fails (chainer#8632)', 'with NumPy 2'),
 }
 
-_INSTALL_CHAINER = '''\
-sn_function needs Chainer, which is not installed. Install it with
-    pip install "setuptools<81" wheel
-    pip install --no-build-isolation chainer==7.8.1'''
-
 
 def _works(name: str) -> bool:
     """Whether module `name`, which Chainer imports too, can be imported.
@@ -62,7 +57,7 @@ def _works(name: str) -> bool:
     return True
 
 
-class _Loan(NamedTuple):
+class Loan(NamedTuple):
     """An entry of `sys.modules` or of a module's namespace, to be lent."""
 
     namespace: Dict[str, Any]
@@ -71,7 +66,7 @@ class _Loan(NamedTuple):
 
 
 @contextlib.contextmanager
-def _lent(loans: List[_Loan]) -> Iterator[None]:
+def lent(loans: List[Loan]) -> Iterator[None]:
     absent = object()
     found = [loan.namespace.get(loan.name, absent) for loan in loans]
     for loan in loans:
@@ -85,20 +80,20 @@ def _lent(loans: List[_Loan]) -> Iterator[None]:
                 loan.namespace[loan.name] = value
 
 
-def _stand_in(name: str, **contents: object) -> types.ModuleType:
+def stand_in(name: str, **contents: object) -> types.ModuleType:
     module = types.ModuleType(name, f'A stand-in, for Chainer: {__name__}.')
     vars(module).update(contents)
     return module
 
 
-def _lend_pkg_resources() -> List[_Loan]:
+def _lend_pkg_resources() -> List[Loan]:
     # Imported by chainer/_environment_check.py and two modules of
     # chainer.testing.  setuptools 82 removed it; a fresh environment of
     # Python 3.12 has no setuptools at all.
     # Delete with the support of Chainer 7.
     if _works('pkg_resources'):
         return []
-    return [_Loan(sys.modules, 'pkg_resources', pkg_resources)]
+    return [Loan(sys.modules, 'pkg_resources', pkg_resources)]
 
 
 class _TestingFinder(finder.Finder):
@@ -111,14 +106,11 @@ class _TestingFinder(finder.Finder):
 
     names = ('chainer.testing.helper', 'chainer.testing.doctest_helper')
 
-    def execute(
-            self, run: Callable[[types.ModuleType], None],
-            module: types.ModuleType) -> None:
-        with _lent(_lend_pkg_resources()):
-            run(module)
+    def lending(self) -> ContextManager[None]:
+        return lent(_lend_pkg_resources())
 
 
-def _lend_system_info() -> List[_Loan]:
+def _lend_system_info() -> List[Loan]:
     # Imported by chainer/_environment_check.py, which asks it on macOS alone
     # whether NumPy was linked with Accelerate.  Python 3.12 has no
     # numpy.distutils; on older ones setuptools 74 broke it.  The stand-in
@@ -127,44 +119,49 @@ def _lend_system_info() -> List[_Loan]:
     name = 'numpy.distutils.system_info'
     if _works(name):
         return []
-    system_info = _stand_in(name, get_info=lambda *args, **kwargs: {})
-    loans = [_Loan(sys.modules, name, system_info)]
+    system_info = stand_in(name, get_info=lambda *args, **kwargs: {})
+    loans = [Loan(sys.modules, name, system_info)]
     distutils = sys.modules.get('numpy.distutils')
     if distutils is None:
-        distutils = _stand_in('numpy.distutils', system_info=system_info)
-        loans.append(_Loan(vars(numpy), 'distutils', distutils))
+        distutils = stand_in('numpy.distutils', system_info=system_info)
+        loans.append(Loan(vars(numpy), 'distutils', distutils))
     else:
-        loans.append(_Loan(vars(distutils), 'system_info', system_info))
+        loans.append(Loan(vars(distutils), 'system_info', system_info))
     return loans
 
 
-def _lend_sctypes() -> List[_Loan]:
+def _lend_sctypes() -> List[Loan]:
     # chainer#8632: functions/array/as_strided.py reads np.sctypes['int'] when
     # imported.  NumPy 2 has no np.sctypes.
     # Delete with the support of Chainer 7, or of NumPy 2.
     if hasattr(numpy, 'sctypes'):
         return []
-    return [_Loan(vars(numpy), 'sctypes', SCTYPES)]
+    return [Loan(vars(numpy), 'sctypes', SCTYPES)]
 
 
-def import_chainer() -> List[str]:
-    """Imports Chainer and returns the names of what had to be lent."""
-    loans = _lend_pkg_resources()
-    names = ['pkg_resources'] if loans and _TestingFinder.install() else []
-    if 'chainer' not in sys.modules:
-        for name, lend in (('numpy.distutils.system_info', _lend_system_info),
-                           ('numpy.sctypes', _lend_sctypes)):
-            more = lend()
-            loans += more
-            names += [name] if more else []
-    with _lent(loans), _without_advice_on_cudnn():
-        try:
-            importlib.import_module('chainer')
-        except ModuleNotFoundError as error:
-            if error.name != 'chainer':
-                raise
-            raise ImportError(_INSTALL_CHAINER, name='chainer') from None
-    return names
+# By the names of `REASONS`.
+LENDERS = (
+    ('pkg_resources', _lend_pkg_resources),
+    ('numpy.distutils.system_info', _lend_system_info),
+    ('numpy.sctypes', _lend_sctypes),
+)
+
+
+@contextlib.contextmanager
+def lent_to_chainer() -> Iterator[List[str]]:
+    """Lends what Chainer misses while it is imported, and yields the names."""
+    found = [(name, lend()) for name, lend in LENDERS]
+    loans = [loan for _, each in found for loan in each]
+    with lent(loans), _without_advice_on_cudnn():
+        yield [name for name, each in found if each]
+
+
+def lend_to_testing() -> List[str]:
+    """Ensures that chainer.testing can be imported; returns what it misses."""
+    if not _lend_pkg_resources():
+        return []
+    _TestingFinder.install()
+    return ['pkg_resources']
 
 
 @contextlib.contextmanager

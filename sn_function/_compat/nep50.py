@@ -5,7 +5,7 @@ and a Python number takes the type of its partner (NEP 50).  So float32 arrays
 become float64 by a `numpy.float64`, and what Chainer computed in float64, as
 it met a Python number, stays in float16.
 
-:mod:`.repairs` tells what was wrong where.
+:mod:`.repairs` says what is wrong without each, and when it is needed.
 """
 import functools
 import types
@@ -24,10 +24,7 @@ from chainer.functions.normalization import (
 from chainer.optimizer_hooks import gradient_clipping, gradient_lars
 from chainer.training.extensions import micro_average
 
-
-class WrongResultError(Exception):
-    """A trial ran, but what it computed is wrong."""
-
+from sn_function._compat.trials import WrongResultError
 
 # These compute with a hyperparameter of the user as it is given.
 _HYPERPARAMETERS = (
@@ -46,7 +43,7 @@ def try_numpy_scalars() -> None:
         raise WrongResultError
 
 
-def mend_numpy_scalars() -> None:
+def repair_numpy_scalars() -> None:
     def number(value: Any) -> Any:
         return value.item() if isinstance(value, numpy.generic) else value
 
@@ -79,7 +76,7 @@ def try_summary() -> None:
         raise WrongResultError
 
 
-def mend_summary() -> None:
+def repair_summary() -> None:
     add = reporter.Summary.add
     call = micro_average.MicroAverage.__call__
 
@@ -107,7 +104,7 @@ def try_mean_squared_error() -> None:
         raise WrongResultError
 
 
-def mend_mean_squared_error() -> None:
+def repair_mean_squared_error() -> None:
     original = mean_squared_error.MeanSquaredError.forward_cpu
 
     @functools.wraps(original)
@@ -135,7 +132,7 @@ def try_gradient_clipping() -> None:
         raise WrongResultError
 
 
-def mend_gradient_clipping() -> None:
+def repair_gradient_clipping() -> None:
     def wide_sum(values: List[Any]) -> Any:
         return sum(map(_wide, values))
 
@@ -151,7 +148,7 @@ def try_gradient_lars() -> None:
         raise WrongResultError
 
 
-def mend_gradient_lars() -> None:
+def repair_gradient_lars() -> None:
     original = gradient_lars.GradientLARS.__call__
 
     @functools.wraps(original)

@@ -1,12 +1,12 @@
-"""Mends `onnx_chainer`, Chainer's exporter, when it is imported.
+"""Repairs `onnx_chainer`, Chainer's exporter, when it is imported.
 
-Its own time is that of onnx 1.6.  It is a package of its own, which needs
-onnx, so nothing is done or imported before a program imports it.  As in
-:mod:`.repairs`, what fails a tiny trial run is mended, and
-:data:`REPAIRS` says what is wrong and when that is needed.
+It was written for onnx 1.6.  It is a package of its own, which needs onnx, so
+nothing is done or imported before a program imports it.  As in
+:mod:`.repairs`, what fails a trial run is repaired, and :data:`REPAIRS` says
+what is wrong without each repair, and when it is needed.
 
-One thing is no repair: with any onnx the exporter tells a user to bake a model
-first, as it has no converter for spectral normalization.
+One thing is no repair: with any onnx the exporter refuses models with hooks,
+as it has no converter for spectral normalization.  See :mod:`.guards`.
 """
 import functools
 import importlib
@@ -17,14 +17,13 @@ from typing import Any, Callable, List
 
 import numpy
 
-from sn_function._compat import finder, loans
-from sn_function._compat.nep50 import WrongResultError
-from sn_function._compat.repairs import Repair
+from sn_function._compat import guards, loans, trials
+from sn_function._compat.trials import Repair, WrongResultError
 
 # That of onnx 1.6.  Its opset, 11, is the last one that the exporter knows.
 IR_VERSION = 6
 
-# Names of what was mended in this process.
+# Names of the repairs that were made in this process.
 applied: List[str] = []
 
 
@@ -34,7 +33,7 @@ def _module(name: str) -> Any:
 
 
 def _richer(**names: object) -> types.ModuleType:
-    """What a module of the exporter then takes for onnx."""
+    """What a module of the exporter then uses as onnx."""
     import onnx
     module = types.ModuleType('onnx', f'With more names, for {__name__}.')
     vars(module).update(names, __getattr__=functools.partial(getattr, onnx))
@@ -50,13 +49,13 @@ def _mapping() -> types.ModuleType:
     fields = {TensorProto.FLOAT: 'float_data', TensorProto.BOOL: 'int32_data',
               TensorProto.INT32: 'int32_data', TensorProto.INT64: 'int64_data',
               TensorProto.DOUBLE: 'double_data'}
-    return loans._stand_in(
+    return loans.stand_in(
         'onnx.mapping', STORAGE_TENSOR_TYPE_TO_FIELD=fields,
         NP_TYPE_TO_TENSOR_TYPE={
             each: helper.np_dtype_to_tensor_dtype(each) for each in types_})
 
 
-def _lend_mapping() -> List[loans._Loan]:
+def lend_mapping() -> List[loans.Loan]:
     with warnings.catch_warnings():
         warnings.simplefilter('error', DeprecationWarning)
         try:
@@ -67,7 +66,7 @@ def _lend_mapping() -> List[loans._Loan]:
         else:
             return []
     try:
-        return [loans._Loan(sys.modules, 'onnx.mapping', _mapping())]
+        return [loans.Loan(sys.modules, 'onnx.mapping', _mapping())]
     except (ImportError, AttributeError):
         return []       # without onnx, or a broken one: the exporter tells
 
@@ -82,7 +81,7 @@ def _try_mapping() -> None:
             raise AttributeError from None
 
 
-def _mend_mapping() -> None:
+def _repair_mapping() -> None:
     _module('context').onnx = _richer(mapping=_mapping())
 
 
@@ -94,7 +93,7 @@ def _try_ir_version() -> None:
         raise WrongResultError
 
 
-def _mend_ir_version() -> None:
+def _repair_ir_version() -> None:
     _module('export').onnx = _richer(IR_VERSION=IR_VERSION)
 
 
@@ -102,11 +101,11 @@ def _mend_ir_version() -> None:
 REPAIRS = (
     Repair('onnx.mapping', 'onnx_chainer cannot be used, or warns',
            'with onnx 1.13 or newer',
-           _try_mapping, AttributeError, _mend_mapping),
+           _try_mapping, AttributeError, _repair_mapping),
     Repair('onnx.IR_VERSION',
            'files of onnx_chainer are refused by an onnxruntime older than '
            'onnx', 'with onnx 1.7 or newer',
-           _try_ir_version, WrongResultError, _mend_ir_version),
+           _try_ir_version, WrongResultError, _repair_ir_version),
 )
 
 
@@ -114,52 +113,22 @@ def refusing_hooks(export: Callable) -> Callable:
     """Makes the exporter refuse a model whose weights are normalized."""
     @functools.wraps(export)
     def _export(model: Any, *args: Any, **kwargs: Any) -> Any:
-        # Of modules that need Chainer, as the exporter does.
-        from sn_function import errors
-        from sn_function.bake import OURS, hooked_links
-        paths = [path for path, _ in hooked_links(model, OURS)]
-        if paths:
-            raise errors.HookedExportError(paths)
+        guards.registered.check_export(model)
         return export(model, *args, **kwargs)
 
     return _export
 
 
 def _refuse(params: Any) -> None:
-    """The converter of the node, as a link may hide from its model."""
-    from sn_function import errors
-    raise errors.HookedExportError([])
+    """The converter of the node: it is called where no hook was found."""
+    guards.registered.refuse_node()
 
 
-def mend() -> None:
-    """Mends the exporter, which has been imported."""
+def repair() -> None:
+    """Repairs the exporter, which has been imported."""
     export = _module('export')
     if not export._available or hasattr(export._export, '__wrapped__'):
         return
-    for each in REPAIRS:
-        if each.is_needed():
-            each.mend()
-            applied.append(each.name)
+    applied.extend(trials.repair(REPAIRS))
     export._export = refusing_hooks(export._export)
     _module('mapping').converters['SpectralNormalize'] = _refuse
-
-
-class _Finder(finder.Finder):
-    """Mends the exporter when it is imported."""
-
-    names = ('onnx_chainer',)
-
-    def execute(
-            self, run: Callable[[types.ModuleType], None],
-            module: types.ModuleType) -> None:
-        with loans._lent(_lend_mapping()):
-            run(module)
-        mend()
-
-
-def install() -> None:
-    """Sees to it that the exporter is mended, now or when it is imported."""
-    if 'onnx_chainer.export' in sys.modules:
-        mend()
-    elif finder.is_there('onnx'):
-        _Finder.install()

@@ -1,7 +1,7 @@
 """What Chainer needs of pkg_resources, on top of importlib.metadata.
 
 It has what Chainer uses, and looks at the named distributions only: the real
-one goes through their dependencies, too.  `_loans` lends it to Chainer where
+one goes through their dependencies, too.  `loans` lends it to Chainer where
 setuptools no longer brings the real one.
 """
 import operator

@@ -1,16 +1,12 @@
-"""What is mended in Chainer once it is imported.
+"""What is repaired in Chainer once it is imported.
 
-Each repair is two functions.  `try_...` runs the code that may be broken, on
-as little data as shows the fault; `mend_...` repairs it where that raised the
-expected error.  Nothing is decided by version numbers, and an old stack
-stays as it is: only Deconvolution2D is broken everywhere.
-
-`REPAIRS` says of each what is wrong, and when it is needed.
+`REPAIRS` says of each repair what is wrong without it, and when it is needed;
+:mod:`.trials` finds out whether it is.  An old stack stays as it is: only
+Deconvolution2D is broken everywhere.
 """
 import functools
 import types
-import warnings
-from typing import Any, Callable, List, NamedTuple, Tuple, Type
+from typing import Any, Callable, List, Tuple
 
 import chainer
 import numpy
@@ -21,7 +17,7 @@ from chainer.functions.connection import deconvolution_2d
 from chainer.functions.math import basic_math, sparse_matmul
 
 from sn_function._compat import loans, nep50
-from sn_function._compat.nep50 import WrongResultError
+from sn_function._compat.trials import Repair, WrongResultError
 
 
 def _reading(function: Callable, **names: object) -> Callable:
@@ -51,7 +47,7 @@ def _try_as_strided() -> None:
     as_strided.AsStridedGrad(geometry, (2,), (1,), 0).forward((x,))
 
 
-def _mend_as_strided() -> None:
+def _repair_as_strided() -> None:
     grad = as_strided.AsStridedGrad
     grad.forward = _reading(grad.forward, sctypes=loans.SCTYPES)
 
@@ -63,7 +59,7 @@ def _try_resize_images() -> None:
         (1, 1), (1, 1), 'nearest', True, numpy)
 
 
-def _mend_resize_images() -> None:
+def _repair_resize_images() -> None:
     function = resize_images.compute_indices_and_weights
     resize_images.compute_indices_and_weights = _reading(function, float=float)
 
@@ -75,7 +71,7 @@ def _try_categorical() -> None:
     distribution.log_prob(numpy.zeros(1))
 
 
-def _mend_categorical() -> None:
+def _repair_categorical() -> None:
     def meshgrid(*args: Any, **kwargs: Any) -> List[numpy.ndarray]:
         return list(numpy.meshgrid(*args, **kwargs))
 
@@ -96,7 +92,7 @@ def _try_pad_sequence() -> None:
     pad_sequence.PadSequence(1, -1).forward((numpy.zeros(0, numpy.uint8),))
 
 
-def _mend_pad_sequence() -> None:
+def _repair_pad_sequence() -> None:
     original = pad_sequence.PadSequence.forward
 
     @functools.wraps(original)
@@ -111,7 +107,7 @@ def _try_concat_examples() -> None:
     convert._concat_arrays_with_padding([numpy.zeros(1, numpy.uint8)], -1)
 
 
-def _mend_concat_examples() -> None:
+def _repair_concat_examples() -> None:
     # It also passes `out` by its place, which NumPy 2.4 deprecates.
     def maximum(x: Any, y: Any, out: Any) -> Any:
         return numpy.maximum(x, y, out=out)
@@ -133,7 +129,7 @@ def _try_basic_math() -> None:
     basic_math._preprocess_const(numpy.zeros(1, numpy.uint8), -1)
 
 
-def _mend_basic_math() -> None:
+def _repair_basic_math() -> None:
     original = basic_math._preprocess_const
 
     @functools.wraps(original)
@@ -153,7 +149,7 @@ def _try_sparse_matmul() -> None:
         sparse_matmul._coo_matmul_cpu(x, i, i, (1, 1), x[None], x.dtype)
 
 
-def _mend_sparse_matmul() -> None:
+def _repair_sparse_matmul() -> None:
     original = sparse_matmul._coo_matmul_cpu
 
     @functools.wraps(original)
@@ -178,7 +174,7 @@ def _try_deconvolution_2d() -> None:
         chainer.grad([chainer.functions.deconvolution_2d(x, W)], [W])
 
 
-def _mend_deconvolution_2d() -> None:
+def _repair_deconvolution_2d() -> None:
     function = deconvolution_2d.Deconvolution2DFunction
     original = function._set_cover_all
 
@@ -189,84 +185,55 @@ def _mend_deconvolution_2d() -> None:
     function._set_cover_all = _set_cover_all
 
 
-class Repair(NamedTuple):
-    name: str
-    fault: str
-    needed: str
-    attempt: Callable[[], None]
-    error: Type[Exception]
-    mend: Callable[[], None]
-
-    def is_needed(self) -> bool:
-        # What only warns is not broken; and floating point errors are looked
-        # for in the result.
-        with warnings.catch_warnings(), numpy.errstate(all='ignore'):
-            warnings.simplefilter('ignore')
-            try:
-                self.attempt()
-            except Exception as error:
-                # Another error is not what `mend` can repair.
-                return isinstance(error, self.error)
-        return False
-
-
 # Each goes with the support of Chainer 7, or of what it is needed with.
 REPAIRS = (
     Repair('as_strided',
            'the backward of F.as_strided fails (chainer#8632)',
            'with NumPy 2',
-           _try_as_strided, AttributeError, _mend_as_strided),
+           _try_as_strided, AttributeError, _repair_as_strided),
     Repair('categorical',
            'log_prob of Categorical fails', 'with NumPy 2',
-           _try_categorical, TypeError, _mend_categorical),
+           _try_categorical, TypeError, _repair_categorical),
     Repair('pad_sequence',
            'F.pad_sequence fails with -1 in unsigned arrays', 'with NumPy 2',
-           _try_pad_sequence, OverflowError, _mend_pad_sequence),
+           _try_pad_sequence, OverflowError, _repair_pad_sequence),
     Repair('basic_math',
            'x - 1 of an unsigned Variable fails', 'with NumPy 2',
-           _try_basic_math, OverflowError, _mend_basic_math),
+           _try_basic_math, OverflowError, _repair_basic_math),
     Repair('numpy_scalars',
            'an eps, alpha or decay that is a numpy.float64 makes what four '
            'normalizations compute float64, or fails', 'with NumPy 2',
            nep50.try_numpy_scalars,
-           WrongResultError, nep50.mend_numpy_scalars),
+           WrongResultError, nep50.repair_numpy_scalars),
     Repair('summary',
            'a report of many float16 losses has a wrong mean',
            'with NumPy 2', nep50.try_summary,
-           WrongResultError, nep50.mend_summary),
+           WrongResultError, nep50.repair_summary),
     Repair('mean_squared_error',
            'of more than 65,519 float16 numbers it is 0 or NaN',
            'with NumPy 2', nep50.try_mean_squared_error,
-           WrongResultError, nep50.mend_mean_squared_error),
+           WrongResultError, nep50.repair_mean_squared_error),
     Repair('gradient_clipping',
            'GradientClipping makes large float16 gradients 0',
            'with NumPy 2', nep50.try_gradient_clipping,
-           WrongResultError, nep50.mend_gradient_clipping),
+           WrongResultError, nep50.repair_gradient_clipping),
     Repair('gradient_lars',
            'GradientLARS makes float16 gradients of 0 NaN',
            'with NumPy 2', nep50.try_gradient_lars,
-           WrongResultError, nep50.mend_gradient_lars),
+           WrongResultError, nep50.repair_gradient_lars),
     Repair('concat_examples',
            'concat_examples fails with -1 in unsigned arrays',
            'with NumPy 2.1 or newer',
-           _try_concat_examples, OverflowError, _mend_concat_examples),
+           _try_concat_examples, OverflowError, _repair_concat_examples),
     Repair('resize_images',
            'F.resize_images fails', 'with NumPy 1.24 or newer',
-           _try_resize_images, AttributeError, _mend_resize_images),
+           _try_resize_images, AttributeError, _repair_resize_images),
     Repair('sparse_matmul',
            'F.sparse_matmul of float16 fails',
            'with SciPy 1.15 or newer',
-           _try_sparse_matmul, ValueError, _mend_sparse_matmul),
+           _try_sparse_matmul, ValueError, _repair_sparse_matmul),
     Repair('deconvolution_2d',
            'its backward fails where the input needs no gradient, as in a '
            'first layer (chainer#8624)', 'with Chainer 7.8.1',
-           _try_deconvolution_2d, ValueError, _mend_deconvolution_2d),
+           _try_deconvolution_2d, ValueError, _repair_deconvolution_2d),
 )
-
-
-def repair() -> List[str]:
-    """Mends what fails, and returns the names."""
-    needed = [each for each in REPAIRS if each.is_needed()]
-    for each in needed:
-        each.mend()
-    return [each.name for each in needed]

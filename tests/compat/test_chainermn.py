@@ -7,14 +7,16 @@ import sys
 import textwrap
 import types
 
-from sn_function import _compat
+import sn_function  # isort: skip  # before chainer, which it repairs
 
-from sn_function._compat import chainermn as _chainermn  # isort: skip  # before chainer
 import chainer
 import numpy as np
 import pytest
 from chainer.backends import cuda
 
+from sn_function import _compat
+from sn_function._compat import chainermn as repaired
+from tests.compat.test_compat import OLD_STACK, run
 from tests.tools import nvrtc
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -39,8 +41,8 @@ def _chainermn_of_its_own(monkeypatch):
     monkeypatch.setitem(sys.modules, 'mpi4py.MPI', mpi)
     monkeypatch.setattr(sys, 'meta_path', [
         each for each in sys.meta_path
-        if type(each).__module__ != _chainermn.__name__])
-    monkeypatch.setattr(_chainermn, 'applied', [])
+        if not isinstance(each, _compat._ChainerMNFinder)])
+    monkeypatch.setattr(repaired, 'applied', [])
     yield
     for name in [*sys.modules]:
         if name.split('.')[0] == 'chainermn':
@@ -48,7 +50,7 @@ def _chainermn_of_its_own(monkeypatch):
 
 
 def repair(name):
-    each, = [each for each in _chainermn.REPAIRS if each.name == name]
+    each, = [each for each in repaired.REPAIRS if each.name == name]
     return each
 
 
@@ -65,33 +67,33 @@ def refuses(f, *args, **kwargs):
 @pytest.mark.filterwarnings('ignore')
 class TestRepairs:
 
-    def test_what_is_broken_is_mended_when_it_is_imported(self):
-        _chainermn.install()
-        assert not _chainermn.applied
+    def test_what_is_broken_is_repaired_when_it_is_imported(self):
+        _compat.install()
+        assert not repaired.applied
         importlib.import_module('chainermn')
         expected = ['allreduce_persistent']
         if refuses(int, np.ones(1)):
             expected.append('multi_node_iterator')
-        assert _chainermn.applied == expected
+        assert repaired.applied == expected
         importlib.import_module(MEMORY)
         if refuses(np.array, np.ones(1, 'e'), copy=False, dtype='f'):
             expected.append('unpack_params')
-        if 'batched_copy' in _chainermn.applied:
+        if 'batched_copy' in repaired.applied:
             expected.append('batched_copy')     # of a CuPy that is here
-        assert _chainermn.applied == expected
-        for each in _chainermn.REPAIRS:
+        assert repaired.applied == expected
+        for each in repaired.REPAIRS:
             each.attempt()
             assert not each.is_needed()
 
-    def test_what_is_imported_already_is_mended_at_once(self):
+    def test_what_is_imported_already_is_repaired_at_once(self):
         chainermn = importlib.import_module('chainermn')
-        assert not _chainermn.applied
-        _chainermn.install()
-        assert 'allreduce_persistent' in _chainermn.applied
+        assert not repaired.applied
+        _compat.install()
+        assert 'allreduce_persistent' in repaired.applied
         assert chainermn is sys.modules['chainermn']
 
     def test_every_name_is_explained(self):
-        for each in _chainermn.REPAIRS:
+        for each in repaired.REPAIRS:
             fault, needed = _compat.explain(each.name)
             assert 'ChainerMN' in fault
             assert needed.startswith('with ')
@@ -101,9 +103,9 @@ class TestRepairs:
         module = sys.modules['chainermn.extensions.allreduce_persistent']
         module._namedpersistents = lambda model: iter(())
         before = module._namedpersistents
-        _chainermn.mend('chainermn')
+        repaired.repair('chainermn')
         assert module._namedpersistents is before
-        assert 'allreduce_persistent' not in _chainermn.applied
+        assert 'allreduce_persistent' not in repaired.applied
 
 
 def test_chainermn_is_not_imported_without_need():
@@ -123,7 +125,7 @@ class TestMultiNodeIterator:
     @pytest.mark.filterwarnings('ignore')   # NumPy 1.25 to 2.3 only warn
     def test_slave_takes_its_size_from_an_array(self):
         importlib.import_module('chainermn')
-        _chainermn.mend('chainermn')
+        repaired.repair('chainermn')
         module = sys.modules['chainermn.iterators.multi_node_iterator']
         answers = [np.array([7.], 'f'), np.array([2., 0., 1.], 'f'),
                    np.array([0, 1, 0, 1, 5], 'f'), np.array([4., 6.], 'f')]
@@ -140,9 +142,8 @@ class TestAllreducePersistent:
     @pytest.mark.parametrize('hook', ['sn_function', 'chainer'])
     @pytest.mark.parametrize('is_called', [False, True])
     def test_leaves_vectors_out(self, hook, is_called):
-        import sn_function
         chainermn = importlib.import_module('chainermn')
-        _chainermn.mend('chainermn')
+        repaired.repair('chainermn')
         kind = {'sn_function': sn_function.SpectralNormalization,
                 'chainer': chainer.link_hooks.SpectralNormalization}[hook]
         model = chainer.Chain(
@@ -158,6 +159,31 @@ class TestAllreducePersistent:
         chainermn.extensions.AllreducePersistent(model, comm)()
         assert sorted(seen) == sorted(map(id, (
             model.l1.W_u, model.bn.avg_mean, model.bn.avg_var)))
+
+
+MPI = '''
+import types
+mpi4py = module('mpi4py', MPI=module('mpi4py.MPI', FLOAT=None))
+'''
+
+
+@pytest.mark.parametrize('imports', [
+    'sn_function, chainer, chainermn',
+    'sn_function.link_hooks, chainermn',
+    'chainermn, sn_function',
+    'chainermn, sn_function.link_hooks',
+    'chainer, sn_function, chainermn'])
+def test_vectors_are_left_out_in_any_order_of_imports(imports):
+    run(OLD_STACK, MPI, f'''
+        import {imports}
+        import chainer.link_hooks
+        link = chainer.links.Linear(2, 2).add_hook(
+            chainer.link_hooks.SpectralNormalization())
+        link(numpy.zeros((1, 2), 'f'))
+        assert hasattr(link, 'W_u')
+        comm = types.SimpleNamespace(_multi_node_mean=None)
+        chainermn.extensions.AllreducePersistent(link, comm)()
+    ''')
 
 
 class Buffer:
@@ -176,7 +202,7 @@ class Buffer:
 @pytest.mark.parametrize('sent', ['e', 'f', 'd'])
 def test_unpack_params(sent, attribute):
     module = importlib.import_module(MEMORY)
-    _chainermn.mend(MEMORY)
+    repaired.repair(MEMORY)
     params = [chainer.Parameter(np.zeros(shape, dtype)) for shape, dtype in (
         ((2, 3), 'e'), ((), 'f'), ((4,), 'd'), ((1, 2), 'f'))]
     for param in params:
@@ -202,7 +228,7 @@ IDS = {'e': 6, 'f': 7, 'd': 8}      # of NCCL
 def test_kernels_that_gather_and_spread(sent):
     module = importlib.import_module(MEMORY)
     if repair('batched_copy').is_needed() or module.cp is None:
-        _chainermn._mend_half()     # on the host the header is CuPy 14's
+        repaired._repair_half()     # on the host the header is CuPy 14's
     xp = cuda.cupy
     arrays = [xp.array(np.random.uniform(-3, 3, n).astype(dtype))
               for n, dtype in ((3, 'e'), (130, 'f'), (1, 'd'), (5, 'f'))]
@@ -230,7 +256,7 @@ def test_kernels_that_gather_and_spread(sent):
 
 
 @pytest.mark.parametrize('arch', nvrtc.ARCHS)
-@pytest.mark.parametrize('kernel', _chainermn._KERNELS)
+@pytest.mark.parametrize('kernel', repaired._KERNELS)
 def test_kernels_compile(kernel, arch, monkeypatch):
     try:
         cupy = nvrtc.load()
@@ -238,7 +264,7 @@ def test_kernels_compile(kernel, arch, monkeypatch):
         reason, *_ = str(e).splitlines()
         pytest.skip(f'{reason}: pip install ".[nvrtc]"')
     module = importlib.import_module(MEMORY)
-    _chainermn.mend(MEMORY)
+    repaired.repair(MEMORY)
     monkeypatch.setattr(cuda, 'raw', lambda code, name: code)
     code = getattr(module, kernel)()
     with nvrtc._without_device():

@@ -2,9 +2,13 @@
 
 An interpreter that has imported Chainer cannot show what importing it does.
 """
+import ast
 import functools
+import importlib
 import os
 import pathlib
+import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,16 +19,14 @@ import numpy
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sn_function import _compat
-from sn_function._compat import (
-    pkg_resources,
-    repairs,  # before Chainer
-)
+import sn_function  # isort: skip  # before chainer, which it repairs
 
-# isort: split
 import chainer
 import chainer.functions as F
 from chainer.functions.array import as_strided, resize_images
+
+from sn_function import _compat
+from sn_function._compat import pkg_resources, repairs, trials
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -41,6 +43,15 @@ class Hidden:
 
 def hide(*names):
     sys.meta_path.insert(0, Hidden(*names))
+'''
+
+# sitecustomize.py: an interpreter in which packages are not installed.
+WITHOUT = '''
+from importlib import machinery
+find_spec = machinery.PathFinder.find_spec
+machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, path=None, target=None:
+    None if name in {names} else find_spec(name, path, target))
 '''
 
 # What Chainer's own stack has and later ones lack.
@@ -93,7 +104,7 @@ class TestImport:
             import sys, types
             import numpy
             before = dict(vars(numpy))
-            import sn_function
+            import sn_function, chainer
             after = vars(numpy)
             assert {n for n in before if after.get(n) is not before[n]} <= {
                 '__warningregistry__'}
@@ -124,7 +135,7 @@ class TestImport:
                 gradient_clipping, gradient_lars)
             from chainer.training.extensions import MicroAverage
 
-            # Mended by whoever maintains this Chainer.
+            # Repaired by whoever maintains this Chainer.
             def _set_cover_all(self, x, W):
                 self.cover_all = False
             def add(self, value):
@@ -199,6 +210,7 @@ class TestImport:
         run(HIDE, '''
             hide('setuptools', 'pkg_resources', 'numpy.distutils')
             from sn_function import _compat
+            import chainer
             assert _compat.applied[:2] == (
                 'pkg_resources', 'numpy.distutils.system_info')
             from chainer import gradient_check, testing
@@ -231,8 +243,8 @@ class TestImport:
             'import pkgutil; pkgutil.no_such_thing')
         run('''
             from sn_function import _compat
-            assert _compat.applied[0] == 'pkg_resources'
             from chainer import testing
+            assert _compat.applied[0] == 'pkg_resources'
         ''', paths=[tmp_path])
 
     @pytest.mark.parametrize('category', ['DeprecationWarning', 'UserWarning'])
@@ -250,6 +262,7 @@ class TestImport:
         run('''
             import sys
             from sn_function import _compat
+            import chainer
             assert 'pkg_resources' not in _compat.applied
             assert sys.modules['pkg_resources'].__file__
             del sys.modules['pkg_resources']
@@ -275,10 +288,11 @@ class TestImport:
                 hide('numpy.distutils')
             before = vars(numpy).get('distutils')
             from sn_function import _compat
+            import chainer
             assert 'numpy.distutils.system_info' in _compat.applied
             # What Chainer does on macOS.
             from sn_function._compat import loans
-            with loans._lent(loans._lend_system_info()):
+            with loans.lent(loans._lend_system_info()):
                 import numpy.distutils.system_info
                 assert not numpy.distutils.system_info.get_info('blas_opt')
             assert vars(numpy).get('distutils') is before
@@ -294,9 +308,9 @@ class TestImport:
             numpy.meshgrid = lambda *args, **kwargs: tuple(
                 meshgrid(*args, **kwargs))
             from sn_function import _compat
+            import chainer
             assert {'numpy.sctypes', 'as_strided', 'categorical'} <= set(
                 _compat.applied)
-            import chainer
             import chainer.functions as F
             x = chainer.Variable(numpy.zeros(3, numpy.float32))
             F.sum(F.as_strided(x, (2, 2), (1, 1))).backward()
@@ -317,7 +331,7 @@ class TestImport:
             import warnings
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter('always')
-                import sn_function
+                import sn_function, chainer
             for warning in caught:
                 print(warning.message)
         ''', paths=[tmp_path])
@@ -327,18 +341,37 @@ class TestImport:
     def test_without_chainer_says_how_to_install_it(self):
         printed = run(HIDE, '''
             hide('chainer')
-            try:
-                import sn_function
-            except ImportError as error:
-                print(error)
+            import sn_function
+            for use in (
+                    'sn_function.SpectralNormalization',
+                    'from sn_function import functions',
+                    'from sn_function import *'):
+                try:
+                    exec(use)
+                except ImportError as error:
+                    print(error)
         ''')
-        assert '--no-build-isolation chainer==7.8.1' in printed
+        assert printed.count('--no-build-isolation chainer==7.8.1') == 3
+
+    def test_without_chainer_none_is_found(self, tmp_path):
+        (tmp_path / 'sitecustomize.py').write_text(WITHOUT.format(
+            names=['chainer']))
+        run('''
+            import importlib.util
+            import sn_function
+            assert importlib.util.find_spec('chainer') is None
+            try:
+                import chainer
+            except ModuleNotFoundError as error:
+                assert error.name == 'chainer'
+        ''', paths=[tmp_path])
 
     def test_error_inside_chainer_is_not_taken_for_its_absence(self):
         printed = run(HIDE, '''
             hide('six')
+            import sn_function
             try:
-                import sn_function
+                sn_function.SpectralNormalization
             except ImportError as error:
                 print(error)
         ''')
@@ -349,6 +382,7 @@ class TestImport:
             import sys
             sys.modules['pkg_resources'] = None
             from sn_function import _compat
+            import chainer
             assert _compat.applied[0] == 'pkg_resources'
             import chainer.testing
             assert sys.modules['pkg_resources'] is None
@@ -371,6 +405,161 @@ class TestImport:
             assert before[0]
             importlib.reload(_compat)
             assert state() == before
+        ''')
+
+
+class TestLazyImport:
+
+    def test_imports_neither_numpy_nor_chainer(self):
+        run('''
+            import sys
+            import sn_function
+            import sn_function.bake, sn_function.cli, sn_function.doctor
+            assert not {'numpy', 'chainer', 'cupy', 'click', 'onnx',
+                        'mpi4py'} & set(sys.modules)
+            assert sn_function._compat.applied == ()
+            assert set(sn_function.__all__) <= set(dir(sn_function))
+        ''')
+
+    def test_every_public_name_is_found(self):
+        for name in sn_function.__all__:
+            code = f'''
+                import sn_function
+                assert sn_function.{name} is not None
+                from sn_function import {name} as found
+                assert found is sn_function.{name}
+            '''
+            exec(textwrap.dedent(code), {})
+        names = {}
+        exec('from sn_function import *', names)
+        assert set(sn_function.__all__) <= set(names)
+
+    def test_unknown_name(self):
+        with pytest.raises(AttributeError, match="no attribute 'unknown'"):
+            _ = sn_function.unknown
+        with pytest.raises(ImportError, match='unknown'):
+            exec('from sn_function import unknown')
+        assert not hasattr(sn_function, '__wrapped__')
+
+    def test_type_checkers_see_what_is_found(self):
+        source = pathlib.Path(sn_function.__file__).read_text()
+        block, = [node for node in ast.parse(source).body
+                  if isinstance(node, ast.If)]
+        seen = {}
+        for node in block.body:
+            for alias in node.names:
+                seen[alias.name] = node.module
+        for name, home in seen.items():
+            if home == 'sn_function':
+                value = importlib.import_module(f'{home}.{name}')
+            else:
+                value = getattr(importlib.import_module(home), name)
+            assert getattr(sn_function, name) is value
+        assert set(seen) == set(sn_function.__all__) - {'__version__', 'bake'}
+
+    @pytest.mark.parametrize('use', [
+        'import chainer', 'import chainer.functions as F',
+        'from chainer import links', 'sn_function.summary',
+        'import sn_function.functions',
+        'from sn_function.link_hooks import SpectralNormalization',
+        '_compat.explain("summary")'])
+    def test_chainer_is_repaired_whoever_imports_it(self, use):
+        names = run(f'''
+            import sn_function
+            from sn_function import _compat
+            {use}
+            print(*_compat.applied)
+        ''').split()
+        assert names == list(_compat.applied)
+
+    def test_chainer_looks_as_if_imported_without_it(self):
+        run('''
+            import importlib, inspect
+            import sn_function, chainer
+            assert type(chainer.__loader__).__name__ == 'SourceFileLoader'
+            assert chainer.__spec__.loader is chainer.__loader__
+            assert 'import' in inspect.getsource(chainer)
+            applied = sn_function._compat.applied
+            assert applied
+            importlib.reload(chainer)
+            assert sn_function._compat.applied == applied
+        ''')
+
+    def test_chainer_in_an_archive(self, tmp_path):
+        folder = pathlib.Path(chainer.__file__).parent
+        shutil.make_archive(
+            str(tmp_path / 'a'), 'zip', folder.parent, folder.name)
+        run('''
+            import sn_function
+            import chainer
+            assert 'a.zip' in chainer.__file__
+            assert 'deconvolution_2d' in sn_function._compat.applied
+        ''', paths=[tmp_path / 'a.zip'])
+
+    def test_chainer_that_another_finder_finds(self):
+        # As that of a package which is installed as editable, or is frozen.
+        run('''
+            import sys
+            from importlib import machinery, util
+
+            class Finder:
+                def find_spec(self, name, path=None, target=None):
+                    if name == 'chainer':
+                        return util.spec_from_file_location(name, origin)
+
+            origin = machinery.PathFinder.find_spec('chainer').origin
+            find_spec = machinery.PathFinder.find_spec
+            machinery.PathFinder.find_spec = classmethod(
+                lambda cls, name, path=None, target=None:
+                None if name == 'chainer' else find_spec(name, path, target))
+            sys.meta_path.append(Finder())
+            import sn_function
+            import chainer
+            assert 'deconvolution_2d' in sn_function._compat.applied
+        ''')
+
+    def test_many_threads(self):
+        names = run('''
+            import threading
+            import sn_function
+            errors = []
+            barrier = threading.Barrier(16)
+
+            def use(i):
+                try:
+                    barrier.wait()
+                    if i % 2:
+                        import chainer.functions
+                        import numpy
+                        x = chainer.Variable(numpy.zeros(2, 'f'))
+                        chainer.functions.as_strided(x, (2,), (1,))
+                    else:
+                        getattr(sn_function, sn_function.__all__[i - 2])
+                except BaseException as error:
+                    errors.append(error)
+
+            threads = [threading.Thread(target=use, args=[i])
+                       for i in range(16)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert not errors, errors
+            print(*sn_function._compat.applied)
+        ''').split()
+        assert names == list(_compat.applied)
+
+    def test_model_is_unpickled(self, tmp_path):
+        link = chainer.links.Linear(2, 2).add_hook(
+            sn_function.SpectralNormalization())
+        (tmp_path / 'model').write_bytes(pickle.dumps(link))
+        run(f'''
+            import pickle
+            import sn_function
+            with open({str(tmp_path / 'model')!r}, 'rb') as f:
+                link = pickle.load(f)
+            hook, = link.local_link_hooks.values()
+            assert type(hook) is sn_function.SpectralNormalization
         ''')
 
 
@@ -397,7 +586,7 @@ if __name__ == '__main__':
 LATE = SCRIPT.replace('import sn_function ', '').replace(
     'import job', 'import sn_function, job')
 PRELOAD = LATE.replace(
-    'worker.start', """multiprocessing.set_forkserver_preload(['sn_function'])
+    'worker.start', """multiprocessing.set_forkserver_preload({})
     worker.start""")
 ITERATOR = '''
 import sn_function
@@ -433,8 +622,10 @@ class TestWorkers:
         done = self.run(tmp_path, script, method)
         assert done.returncode == 0, done.stderr
 
-    def test_forkserver_that_preloads_sn_function(self, tmp_path):
-        done = self.run(tmp_path, PRELOAD, 'forkserver')
+    @pytest.mark.parametrize('more', [[], ['chainer']], ids=str)
+    def test_forkserver_that_preloads_sn_function(self, tmp_path, more):
+        script = PRELOAD.format(['sn_function', *more])
+        done = self.run(tmp_path, script, 'forkserver')
         assert done.returncode == 0, done.stderr
 
     def test_without_either_the_worker_cannot_import_chainer(self, tmp_path):
@@ -528,8 +719,8 @@ def test_only_the_expected_error_calls_for_a_repair():
     def attempt():
         raise KeyError
 
-    assert repairs.Repair('', '', '', attempt, KeyError, None).is_needed()
-    other = repairs.Repair('', '', '', attempt, ValueError, None)
+    assert trials.Repair('', '', '', attempt, KeyError, None).is_needed()
+    other = trials.Repair('', '', '', attempt, ValueError, None)
     assert not other.is_needed()
 
 
@@ -538,7 +729,7 @@ def test_warning_of_an_attempt_is_neither_shown_nor_an_error():
         warnings.warn('', DeprecationWarning, stacklevel=1)
         raise KeyError
 
-    assert repairs.Repair('', '', '', attempt, KeyError, None).is_needed()
+    assert trials.Repair('', '', '', attempt, KeyError, None).is_needed()
 
 
 class TestAsStrided:

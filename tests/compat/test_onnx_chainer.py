@@ -1,4 +1,4 @@
-"""Chainer's exporter, mended, beside Chainer itself: in onnxruntime."""
+"""Chainer's exporter, repaired, beside Chainer itself: in onnxruntime."""
 import importlib.util
 import os
 import pathlib
@@ -20,8 +20,9 @@ from sn_function import (
     errors,
     functions,
 )
-from sn_function._compat import onnx_chainer as _exporter
+from sn_function._compat import onnx_chainer as repaired
 from sn_function.bake import bake
+from tests.compat.test_compat import OLD_STACK
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -215,12 +216,12 @@ def test_functions_of_chainer(name):
 class TestRepairs:
 
     def test_nothing_stays_broken(self):
-        for repair in _exporter.REPAIRS:
+        for repair in repaired.REPAIRS:
             repair.attempt()
             assert not repair.is_needed()
 
     def test_every_name_is_explained(self):
-        for repair in _exporter.REPAIRS:
+        for repair in repaired.REPAIRS:
             fault, needed = _compat.explain(repair.name)
             assert len(fault) > 15
             assert needed.startswith('with onnx')
@@ -247,10 +248,11 @@ class TestRepairs:
 
     def test_without_the_repairs_it_fails(self):
         done = self.python('''
-            import sn_function, onnx, sys
-            from sn_function._compat import onnx_chainer as _exporter
-            sys.meta_path[:] = [each for each in sys.meta_path
-                                if not isinstance(each, _exporter._Finder)]
+            import onnx, sys
+            from sn_function import _compat
+            sys.meta_path[:] = [
+                each for each in sys.meta_path
+                if not isinstance(each, _compat._ExporterFinder)]
             import chainer, numpy
             import onnx_chainer
             model = onnx_chainer.export(
@@ -260,7 +262,7 @@ class TestRepairs:
             from onnx.mapping import NP_TYPE_TO_TENSOR_TYPE
             NP_TYPE_TO_TENSOR_TYPE[numpy.dtype('f')]
         ''')
-        assert bool(done.returncode) == bool(_exporter.applied), done.stderr
+        assert bool(done.returncode) == bool(repaired.applied), done.stderr
 
     def test_onnx_is_not_imported_without_the_exporter(self):
         done = self.python('''
@@ -284,7 +286,7 @@ class TestRepairs:
         assert done.returncode == 0, done.stderr
 
     def test_exporter_of_its_own_time(self):
-        """With what onnx 1.6 had, nothing is lent or mended."""
+        """With what onnx 1.6 had, nothing is lent or repaired."""
         done = self.python('''
             import sys, types
             import numpy, onnx
@@ -294,12 +296,38 @@ class TestRepairs:
             sys.modules['onnx.mapping'] = onnx.mapping = mapping
             onnx.IR_VERSION = 6
             import sn_function, onnx_chainer
-            from sn_function._compat import onnx_chainer as _exporter
-            assert _exporter.applied == []
+            from sn_function._compat import onnx_chainer as repaired
+            assert repaired.applied == []
             for name in 'export', 'context':
                 assert sys.modules['onnx_chainer.' + name].onnx is onnx
             assert sys.modules['onnx.mapping'] is mapping
         ''')
+        assert done.returncode == 0, done.stderr
+
+    @pytest.mark.parametrize('imports', [
+        'sn_function, chainer, onnx_chainer',
+        'sn_function.link_hooks, onnx_chainer',
+        'chainer, onnx_chainer, sn_function',
+        'onnx_chainer, sn_function.link_hooks',
+        'chainer, sn_function, onnx_chainer'])
+    def test_hooks_are_refused_in_any_order_of_imports(self, imports):
+        done = self.python(OLD_STACK + f'''
+import onnx
+mapping = module('onnx.mapping', NP_TYPE_TO_TENSOR_TYPE={{
+    numpy.dtype('f'): 1}}, STORAGE_TENSOR_TYPE_TO_FIELD={{1: 'float_data'}})
+onnx.mapping = mapping
+import {imports}
+import chainer
+link = chainer.links.Linear(2, 2)
+onnx_chainer.export(link, numpy.zeros((1, 2), 'f'))
+link.add_hook(sn_function.SpectralNormalization())
+try:
+    onnx_chainer.export(link, numpy.zeros((1, 2), 'f'))
+except sn_function.errors.HookedExportError:
+    pass
+else:
+    raise AssertionError('it is exported')
+''')
         assert done.returncode == 0, done.stderr
 
     def test_mapping_that_announces_its_end(self):
@@ -319,8 +347,8 @@ class TestRepairs:
             mapping.STORAGE_TENSOR_TYPE_TO_FIELD = Deprecated()
             sys.modules['onnx.mapping'] = onnx.mapping = mapping
             import sn_function, onnx_chainer, chainer, numpy
-            from sn_function._compat import onnx_chainer as _exporter
-            assert 'onnx.mapping' in _exporter.applied
+            from sn_function._compat import onnx_chainer as repaired
+            assert 'onnx.mapping' in repaired.applied
             x = numpy.zeros((1, 2), 'f')
             onnx_chainer.export(chainer.Sequential(
                 lambda x: chainer.functions.clip(x, 0, 1)), x)
@@ -332,16 +360,16 @@ class TestRepairs:
         done = self.python('''
             import importlib, sys
             from sn_function import _compat
-            from sn_function._compat import onnx_chainer as _exporter
+            from sn_function._compat import onnx_chainer as repaired
             before = list(sys.meta_path)
             importlib.reload(_compat)
             assert sys.meta_path == before
             import onnx_chainer
             module = sys.modules['onnx_chainer.export']
-            before = module._export, module.onnx, list(_exporter.applied)
+            before = module._export, module.onnx, list(repaired.applied)
             importlib.reload(_compat)
             assert before == (
-                module._export, module.onnx, _exporter.applied)
+                module._export, module.onnx, repaired.applied)
         ''')
         assert done.returncode == 0, done.stderr
 

