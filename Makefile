@@ -71,8 +71,10 @@ $(STAMP):
 # More threads of BLAS than needed wait for each other where others work, too.
 PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PY) -m pytest
 
-# The arithmetic, the functions and the hook.
-CORE := tests/arithmetic tests/test_functions.py tests/test_link_hooks.py
+# From the arithmetic to what is done to a model, on the host, in this process.
+CORE := $(addprefix tests/, arithmetic graph test_functions.py \
+	test_link_hooks.py test_chain.py test_optimizer_hooks.py test_bake.py \
+	test_snapshot.py test_parity.py test_errors.py test_docs.py)
 
 check: lint
 	$(PYTEST) -q -n auto -m 'not slow and not gpu' $(CORE)

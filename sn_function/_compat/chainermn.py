@@ -28,7 +28,7 @@ def _module(name: str) -> Any:
 
 
 def _with_chainer(function: Callable, **names: Any) -> Callable:
-    """A copy of a function of ChainerMN for which Chainer has only these."""
+    """A copy of a function of ChainerMN whose `chainer` has these names."""
     scope = {**function.__globals__,
              'chainer': types.SimpleNamespace(**names)}
     copy = types.FunctionType(
@@ -84,8 +84,8 @@ def _repair_allreduce_persistent() -> None:
         namedpersistents)
 
 
-# The array that receives what was sent in another dtype is a copy, which
-# NumPy 2 and what follows it refuse to make for copy=False.
+# What was sent in another dtype has to be copied, which NumPy 2, and CuPy
+# after it, refuse where copy=False.
 
 class _NoBuffer:
     """A buffer of the device that leaves an array as it is."""
@@ -102,7 +102,7 @@ def _try_unpack_params() -> None:
 
 def _repair_unpack_params() -> None:
     def array(x: Any, copy: bool, dtype: Any) -> Any:
-        return x.astype(dtype)      # asked for where it is another one
+        return x.astype(dtype)      # called where the dtype differs
 
     xp = types.SimpleNamespace(array=array)
     module = _module('communicators._memory_utility')
@@ -111,7 +111,8 @@ def _repair_unpack_params() -> None:
         backend=types.SimpleNamespace(get_array_module=lambda _: xp))
 
 
-# The kernels that gather gradients use `half`, which came with CuPy's header.
+# The kernels that gather gradients use `half`, which the header of CuPy
+# included before CuPy 14.
 
 _KERNELS = '_cupy_batched_pack_params', '_cupy_batched_unpack_params'
 
@@ -139,8 +140,8 @@ def _repair_half() -> None:
             getattr(module, name), cuda=types.SimpleNamespace(raw=raw)))
 
 
-# By the module that has been imported.  Each goes with the support of
-# Chainer 7, or of what it is needed with.
+# By the name of the module.  Each goes with the support of Chainer 7, or of
+# what it is needed with.
 BY_MODULE: Dict[str, Tuple[Repair, ...]] = {
     'chainermn': (
         Repair('allreduce_persistent',

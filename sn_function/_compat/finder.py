@@ -36,7 +36,7 @@ class Finder:
             find = getattr(finder, 'find_spec', None)
             spec = find and find(fullname, path, target)
             if spec is not None:
-                if hasattr(spec.loader, 'exec_module'):
+                if spec.loader is not None:
                     spec.loader = _Loader(spec.loader, self)
                 return spec
         return None
@@ -64,6 +64,8 @@ class _Loader:
         self._finder = finder
 
     def create_module(self, spec: Any) -> Any:
+        if self._is_old():
+            return None
         return self._loader.create_module(spec)
 
     def exec_module(self, module: types.ModuleType) -> None:
@@ -71,8 +73,15 @@ class _Loader:
         vars(module)['__spec__'].loader = self._loader
         vars(module)['__loader__'] = self._loader
         with self._finder.lending():
-            self._loader.exec_module(module)
+            if self._is_old():
+                self._loader.load_module(module.__name__)
+            else:
+                self._loader.exec_module(module)
         self._finder.repair(module.__name__)
+
+    def _is_old(self) -> bool:
+        # As that of zipimport is before Python 3.10.
+        return not hasattr(self._loader, 'exec_module')
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

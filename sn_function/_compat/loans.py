@@ -44,9 +44,9 @@ def _works(name: str) -> bool:
     has a `pkg_resources` that fails with an AttributeError.
     """
     with warnings.catch_warnings():
-        # Both modules announce their own end.  That is Chainer's concern and
-        # settled here, so these imports are silent even where warnings are
-        # errors.  No other warning is touched, nor any other import.
+        # Both modules warn that they are deprecated.  That is no concern of
+        # the user, so these imports are silent even where warnings are
+        # errors.  Other warnings and other imports are left alone.
         warnings.simplefilter('ignore', DeprecationWarning)
         warnings.filterwarnings(
             'ignore', 'pkg_resources is deprecated', UserWarning)
@@ -99,8 +99,8 @@ def _lend_pkg_resources() -> List[Loan]:
 class _TestingFinder(finder.Finder):
     """Lends pkg_resources to the modules of chainer.testing that import it.
 
-    `import chainer` does not import them, and importing them with it would
-    take pytest along.  A stand-in left in `sys.modules` for them would be
+    `import chainer` does not import them, and importing them at once would
+    also import pytest.  A stand-in left in `sys.modules` for them would be
     found by every `try: import pkg_resources` of other packages.
     """
 
@@ -185,4 +185,4 @@ def _cupy_has_no_cudnn() -> bool:
         return (importlib.util.find_spec('cupy') is not None
                 and importlib.util.find_spec('cupy.cudnn') is None)
     except Exception:
-        return False  # a broken CuPy: Chainer tells
+        return False  # a broken CuPy: Chainer reports it

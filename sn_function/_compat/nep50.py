@@ -26,7 +26,7 @@ from chainer.training.extensions import micro_average
 
 from sn_function._compat.trials import WrongResultError
 
-# These compute with a hyperparameter of the user as it is given.
+# These compute with a hyperparameter in the type in which the user gives it.
 _HYPERPARAMETERS = (
     batch_normalization.FixedBatchNormalization,
     batch_renormalization.BatchRenormalizationFunction,
@@ -95,7 +95,7 @@ def repair_summary() -> None:
 
 
 # The sum is divided by the number of elements, and 65,520 is inf in float16.
-# In float32 the sum is more exact than NumPy 1 had it.
+# The sum in float32 is more exact than that of NumPy 1.
 
 def try_mean_squared_error() -> None:
     x = numpy.full(65520, .1, numpy.float16)

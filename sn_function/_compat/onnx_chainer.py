@@ -40,7 +40,7 @@ def _richer(**names: object) -> types.ModuleType:
     return module
 
 
-# onnx.mapping announces its end from onnx 1.13 on, and is gone after 1.18.
+# onnx.mapping is deprecated since onnx 1.13, and removed after 1.18.
 
 def _mapping() -> types.ModuleType:
     """What the exporter reads of it."""
@@ -68,7 +68,7 @@ def lend_mapping() -> List[loans.Loan]:
     try:
         return [loans.Loan(sys.modules, 'onnx.mapping', _mapping())]
     except (ImportError, AttributeError):
-        return []       # without onnx, or a broken one: the exporter tells
+        return []   # without onnx, or a broken one: the exporter reports it
 
 
 def _try_mapping() -> None:
@@ -85,8 +85,8 @@ def _repair_mapping() -> None:
     _module('context').onnx = _richer(mapping=_mapping())
 
 
-# The exporter calls its files as new as onnx is, whatever is in them; a
-# runtime that is older than that onnx then refuses them.
+# The exporter writes the IR version of the installed onnx into its files,
+# whatever is in them; a runtime that is older than that onnx refuses them.
 
 def _try_ir_version() -> None:
     if _module('export').onnx.IR_VERSION > IR_VERSION:

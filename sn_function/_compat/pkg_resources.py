@@ -1,8 +1,8 @@
-"""What Chainer needs of pkg_resources, on top of importlib.metadata.
+"""What Chainer needs of pkg_resources, built on importlib.metadata.
 
-It has what Chainer uses, and looks at the named distributions only: the real
-one goes through their dependencies, too.  `loans` lends it to Chainer where
-setuptools no longer brings the real one.
+It has what Chainer uses, and looks at the named distributions only, while the
+real one checks their dependencies, too.  :mod:`.loans` lends it to Chainer
+where setuptools no longer has the real one.
 """
 import operator
 import re

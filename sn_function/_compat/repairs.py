@@ -3,6 +3,9 @@
 `REPAIRS` says of each repair what is wrong without it, and when it is needed;
 :mod:`.trials` finds out whether it is.  An old stack stays as it is: only
 Deconvolution2D is broken everywhere.
+
+An import of Chainer ends with these repairs, and this module imports Chainer:
+so Chainer has to be imported before it.
 """
 import functools
 import types
@@ -37,7 +40,7 @@ def _reading(function: Callable, **names: object) -> Callable:
     return functools.update_wrapper(copy, function)
 
 
-# Names that NumPy no longer has, or means otherwise
+# Names that NumPy removed or changed
 
 # chainer#8632: the class reads np.sctypes['float'], gone in NumPy 2.
 
@@ -52,7 +55,7 @@ def _repair_as_strided() -> None:
     grad.forward = _reading(grad.forward, sctypes=loans.SCTYPES)
 
 
-# np.float was the builtin; gone in NumPy 1.24.
+# np.float was the builtin; NumPy 1.24 removed it.
 
 def _try_resize_images() -> None:
     resize_images.compute_indices_and_weights(
@@ -64,7 +67,8 @@ def _repair_resize_images() -> None:
     resize_images.compute_indices_and_weights = _reading(function, float=float)
 
 
-# log_prob adds a list to what np.meshgrid returns: since NumPy 2 a tuple.
+# log_prob adds a list to what np.meshgrid returns, which is a tuple since
+# NumPy 2.
 
 def _try_categorical() -> None:
     distribution = distributions.Categorical(p=numpy.ones((1, 1)))
@@ -79,8 +83,8 @@ def _repair_categorical() -> None:
     categorical.log_prob = _reading(categorical.log_prob, meshgrid=meshgrid)
 
 
-# Python numbers that do not fit an integer type.  Where NumPy 2 refuses one,
-# it wraps around as it did before, and as astype still does.
+# Python numbers that do not fit an integer type, which NumPy 2 refuses.  They
+# wrap around, as they did before, and as astype still does.
 
 def _wrapped(value: Any, dtype: numpy.dtype) -> Any:
     if dtype.kind in 'iu' and isinstance(value, (int, float)):
@@ -108,7 +112,7 @@ def _try_concat_examples() -> None:
 
 
 def _repair_concat_examples() -> None:
-    # It also passes `out` by its place, which NumPy 2.4 deprecates.
+    # It also passes `out` by position, which NumPy 2.4 deprecates.
     def maximum(x: Any, y: Any, out: Any) -> Any:
         return numpy.maximum(x, y, out=out)
 
@@ -139,9 +143,9 @@ def _repair_basic_math() -> None:
     basic_math._preprocess_const = preprocess
 
 
-# Others
+# Other faults
 
-# Before 1.15 SciPy made float32 of float16, now it refuses it.
+# SciPy before 1.15 converts float16 to float32; newer ones refuse it.
 
 def _try_sparse_matmul() -> None:
     if sparse_matmul._scipy_available:

@@ -4,12 +4,19 @@ import chainer.links as L
 import numpy as np
 import pytest
 
-from sn_function import errors
-from sn_function._links import gamma
+from sn_function import SpectralNormalization, errors
+from sn_function._links import gamma, hooked_weight
 from sn_function._links.hooked_weight import HookedWeight
 from sn_function._links.state import LinkState
 from tests import reference
 from tests.links.hooks import Hook
+
+
+def test_the_real_hook_has_these_settings():
+    """As mypy cannot tell: its base class is Chainer's, which has no types."""
+    settings = hooked_weight.Hook.__annotations__
+    assert settings.keys() <= vars(SpectralNormalization()).keys()
+    assert settings.keys() <= vars(Hook()).keys()
 
 
 def hooked(link, **settings):

@@ -84,6 +84,13 @@ def test_after_an_update(model):
     assert scope.normalize(weight_of(model[0]))[0] is not Ys[0]
 
 
+def test_after_an_array_is_replaced(model):
+    scope = scopes.Scope([model], Hook)
+    Y, _ = scope.normalize(weight_of(model[0]))
+    model[0].W.array = model[0].W.array.copy()
+    assert scope.normalize(weight_of(model[0]))[0] is not Y
+
+
 def test_hooks_of_another_kind(model):
     class Other(Hook):
         pass

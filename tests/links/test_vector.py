@@ -2,6 +2,7 @@
 import chainer.links as L
 import numpy as np
 import pytest
+from chainer.backends import cuda
 
 from sn_function import errors
 from sn_function._links import vector
@@ -53,6 +54,18 @@ def test_one_of_another_dtype(link):
     assert link.u is u
     assert u.dtype == 'd'
     np.testing.assert_array_equal(u, 1)
+
+
+@pytest.mark.gpu
+def test_one_on_another_device(link):
+    """Such as that of a snapshot that was loaded before the move."""
+    link.to_device('@cupy:0')
+    W = link.W.array
+    link.u = np.ones(W.shape[axis_of(link)], 'f')
+    u = vector.find(link, 'u', W, 10)
+    assert link.u is u
+    assert isinstance(u, cuda.ndarray)
+    np.testing.assert_array_equal(cuda.to_cpu(u), 1)
 
 
 def test_warm_up(link):
