@@ -102,11 +102,10 @@ def test_norm_of_Y_where_sigma_overflows():
     assert abs(np.linalg.norm(Y.array.astype('d'), 2) - 1) < 1e-5
 
 
-@pytest.mark.parametrize(('char', 'smallest'), [('f', 2e-45), ('d', 5e-324)])
-def test_norm_of_Y_where_sigma_has_few_digits(char, smallest):
-    W = np.random.RandomState(0).randint(1, 8, (40, 30)).astype(char)
-    W *= np.array(smallest, char)
-    Y = SF.spectral_normalize(W, np.ones(40, char), 4, eps=0.0).array
+def test_norm_of_Y_where_sigma_has_few_digits():
+    W = np.random.RandomState(0).randint(1, 8, (40, 30)).astype('f')
+    W *= np.array(2e-45, 'f')
+    Y = SF.spectral_normalize(W, np.ones(40, 'f'), 4, eps=0.0).array
     assert abs(np.linalg.norm(Y.astype('d'), 2) - 1) < 1e-5
 
 

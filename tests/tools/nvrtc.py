@@ -334,7 +334,7 @@ def source(case: Case) -> str:
     infos = []
     for i, (p, dtype, array) in enumerate(zip(
             params, (*in_types, *out_types), arrays)):
-        if array is None:
+        if array is None and i < n_in and not p.raw:
             infos.append(_number(dtype))
         elif p.raw:
             infos.append(_array(dtype, 1, True, index_32_bits))
