@@ -121,16 +121,10 @@ class SpectralNormalize(node.Node):
         with_graph, = node.config('enable_backprop')
         inputs = (self.get_retained_inputs() if with_graph
                   else [x.data for x in self.inputs])
-        arrays = iter(inputs)
-        wanted, places = self._wanted(indexes, grad_outputs)
-        grads = iter(grad_outputs)
-        calls, weights = [], []
-        for weight, names in zip(self.weights, wanted):
-            gY, gsigma = _upstream(weight, grads, with_graph)
-            call = weight.backward(arrays, names, gY, gsigma, reuse=True)
-            if names:
-                calls.append(call)
-                weights.append(weight)
+        if not with_graph:
+            grad_outputs = [
+                None if g is None else g.array for g in grad_outputs]
+        weights, calls, places = self._calls(inputs, indexes, grad_outputs)
         found: list[Any] = []
         if with_graph:
             for weight, call in zip(weights, calls):
@@ -144,43 +138,41 @@ class SpectralNormalize(node.Node):
         of_places = dict(zip(places, found))
         return tuple([of_places.get(i) for i in indexes])
 
-    def _wanted(
-            self, indexes: Sequence[int], grad_outputs: Grads,
-    ) -> tuple[list[list[str]], list[int]]:
-        """Which inputs of each weight get a gradient.
+    def _calls(
+            self, inputs: Sequence[Any], indexes: Sequence[int],
+            grad_outputs: Grads,
+    ) -> tuple[list[Normalization], list[Backward], list[int]]:
+        """What each weight is asked for in backward, if anything.
 
         Returns:
-            Their names, for each weight, and their places among the inputs.
+            The weights that get a gradient, their calls, and the places, among
+            the inputs, of what these return.
 
         """
+        arguments, grads = iter(inputs), iter(grad_outputs)
         asked = set(indexes)
-        all_names: list[list[str]] = []
-        places: list[int] = []
-        i = k = 0
+        weights, calls, places = [], [], []
+        i = 0
         for weight in self.weights:
-            end = k + len(weight.output_names)
-            has_gradient = any([g is not None for g in grad_outputs[k:end]])
-            k = end
-            names = []
+            gY = gsigma = None
+            for name in weight.output_names:
+                if name == 'Y':
+                    gY = next(grads)
+                else:
+                    gsigma = next(grads)
+            is_used = gY is not None or gsigma is not None
+            wanted = []
             for name in weight.names:
-                if has_gradient and i in asked and not (
+                if is_used and i in asked and not (
                         name == 'u' and weight.settings.detach_uv):
-                    names.append(name)
+                    wanted.append(name)
                     places.append(i)
                 i += 1
-            all_names.append(names)
-        return all_names, places
-
-
-def _upstream(
-        weight: Normalization, grads: Iterator[Any], with_graph: bool,
-) -> tuple[Any, Any]:
-    """Takes the gradients of a weight's outputs; returns gY and gsigma."""
-    given: dict[str, Any] = {}
-    for name in weight.output_names:
-        g = next(grads)
-        given[name] = g if with_graph or g is None else g.array
-    return given.get('Y'), given.get('sigma')
+            call = weight.backward(arguments, wanted, gY, gsigma, True)
+            if wanted:
+                weights.append(weight)
+                calls.append(call)
+        return weights, calls, places
 
 
 class SpectralNormalizeGrad(node.Node):
