@@ -170,7 +170,7 @@ def spectral_normalize(
     outputs, = normalize.normalize([normalize.make_weight(
         W, u, gamma, settings, ('Y', 'sigma') if return_sigma else ('Y',),
         update_u)])
-    return outputs if return_sigma else outputs[0]
+    return (outputs[0], outputs[1]) if return_sigma else outputs[0]
 
 
 def spectral_norm(
