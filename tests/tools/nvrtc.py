@@ -324,8 +324,9 @@ def source(case: Case) -> str:
     # alone, so a number can have a type of its own only if it is spelled out.
     n_in = len(made.in_params)
     arrays = [
-        dtypes[p.ctype] if p.dtype is None and p.name not in numbers else None
-        for p in (*made.in_params, *made.out_params)]
+        None if p.name in numbers or (p.dtype and not (p.raw or i >= n_in))
+        else numpy.dtype(p.dtype) if p.dtype else dtypes[p.ctype]
+        for i, p in enumerate((*made.in_params, *made.out_params))]
     in_types, out_types, type_map = cp.reduction._decide_params_type(
         made.in_params, made.out_params,
         tuple(arrays[:n_in]), tuple(arrays[n_in:]))
@@ -334,7 +335,7 @@ def source(case: Case) -> str:
     infos = []
     for i, (p, dtype, array) in enumerate(zip(
             params, (*in_types, *out_types), arrays)):
-        if array is None and i < n_in and not p.raw:
+        if array is None:
             infos.append(_number(dtype))
         elif p.raw:
             infos.append(_array(dtype, 1, True, index_32_bits))
