@@ -1,8 +1,8 @@
-"""Memory of what is computed from one weight, used again when that has died.
+"""Memory for arrays computed from one weight, reused when they are gone.
 
 Fresh memory of a large array is slow: the system has to find its pages, one
 by one, and to fill them with zeros.  For a weight that does not fit in the
-cache that takes as long as all that is done with it.
+cache this takes as long as the whole computation.
 """
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Any, Callable
 
 import numpy
 
-# Smaller arrays are left to NumPy, in bytes.
+# In bytes; smaller arrays are left to NumPy.
 MIN_SIZE = 1 << 18
 # The normalized weight and its gradient.
 MAX_KEPT = 2
-# Of a cache line, which NumPy does not look to; whole ones are written faster.
+# The size of a cache line.  NumPy does not align arrays to it, and whole lines
+# are written faster.
 ALIGNMENT = 64
 
 
-# By the id of the weight's array: a reference to it, and its buffers.
+# By the id of the weight's array: a weak reference to it, and its buffers.
 _of: dict[int, tuple[Any, Buffers]] = {}
 
 
 def empty_of(array: Any, reuse: bool = True) -> Callable[..., Any]:
-    """Returns what makes arrays of the size of that of a weight.
+    """Returns a function like :func:`numpy.empty`, for results of a weight.
 
     Args:
-        array: Of the weight.  What is kept for it goes when it does.
-        reuse: In the memory that the weight has needed before, if that is
-            free by now.
+        array: The array of the weight.  Its buffers go when it does.
+        reuse: Whether to use memory of earlier results that is free by now.
 
     """
     if not reuse or array.nbytes < MIN_SIZE:
@@ -45,12 +45,12 @@ def empty_of(array: Any, reuse: bool = True) -> Callable[..., Any]:
 
 
 def release(array: Any) -> None:
-    """Gives up the memory that is kept for the array of a weight."""
+    """Frees the memory that is kept for the array of a weight."""
     _of.pop(id(array), None)
 
 
 class Buffers:
-    """Makes arrays, out of the memory of those that nobody has any more."""
+    """Makes arrays in the memory of those that nothing refers to."""
 
     def __init__(self) -> None:
         self._kept: list[Any] = []
@@ -71,7 +71,7 @@ class Buffers:
         return array
 
     def _take(self, size: int) -> Any:
-        """Returns memory that no array is in, and does not keep it."""
+        """Returns memory that no array uses, and does not keep it."""
         for _ in range(len(self._kept)):
             try:
                 memory, is_free = _pop(self._kept)
@@ -90,7 +90,7 @@ def _pop(memories: list[Any]) -> tuple[Any, bool]:
     """
     memory = memories.pop(0)
     other = numpy.empty(0)  # which nothing else refers to
-    # Counted here and now: versions of Python differ in how many references
-    # are made by the asking, and whoever traces this may hold all locals.
+    # Both are counted in one place: versions of Python differ in how many
+    # references the question makes, and a tracer may hold all locals.
     of_other, of_memory = map(sys.getrefcount, (other, memory))
     return memory, of_memory <= of_other

@@ -1,7 +1,7 @@
 """The arithmetic of NumPy, as :mod:`.device` is that of CuPy.
 
-Each weight is done by :mod:`.power_iteration`, but small ones of one kind
-together, by :mod:`.stacks`.
+:mod:`.power_iteration` computes each weight, and :mod:`.stacks` small ones of
+one kind together.
 """
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _run(
         calls: Sequence[Any], kind: Callable[[Any], Any],
         together: Callable[[Sequence[Any]], Sequence[Any]],
         one: Callable[[Any], Any]) -> list[Any]:
-    """Returns the result of each call; those of a kind are done together."""
+    """Returns the result of each call; those of a kind are run together."""
     if len(calls) == 1:
         return [one(calls[0])]
     groups: dict[Any, list[int]] = {}

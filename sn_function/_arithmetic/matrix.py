@@ -11,9 +11,9 @@ matrix is never transposed in memory:
 Where ``l`` or ``r`` is 1 these are one matrix-vector product of BLAS, else a
 batch of them over ``a``.
 
-What takes several passes over a large weight is done block by block, so that
-each pass finds in the cache what the one before has left there, and nothing
-of the size of the weight is made but the result, if it is of ordinary size.
+Several passes over a large weight are done block by block, so that each pass
+finds in the cache what the one before has left there, and only the result has
+the size of the weight.
 """
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from sn_function import errors
 
 # Entries of a block.
 BLOCK_SIZE = 1 << 17
-# Up to so many entries, fewer calls count for more than fewer passes.
+# Up to so many entries, the number of calls decides, not that of passes.
 SMALL_SIZE = 1 << 14
-# From so many on, a weight does not stay in a cache from pass to pass.
+# From so many entries on, a weight does not stay in the cache between passes.
 LARGE_SIZE = 1 << 22
 
 

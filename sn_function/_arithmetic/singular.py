@@ -106,8 +106,8 @@ def _bidiagonalized(A: Any, v: Any) -> tuple[float, Any, Any, float]:
 def _extend(basis: Any, k: int, x: Any) -> float:
     """Makes ``x`` the next vector of an orthonormal basis; returns its norm.
 
-    The norm is that of what is orthogonal to the others.  It is zero where
-    that is but rounding.
+    The norm is that of the part orthogonal to the others, and zero where that
+    part is rounding only.
     """
     size = numpy.linalg.norm(x)
     for _ in range(2):

@@ -1,13 +1,13 @@
 """K power iterations and their adjoint on small weights of one shape at once.
 
-What a small weight costs is calls of NumPy, not arithmetic.  So weights of one
+The cost of a small weight is calls of NumPy, not arithmetic.  So weights of one
 shape, dtype and settings are copied into an array of shape ``(b, m, n)``, and
 each line of :mod:`.power_iteration` is one call for all of them.
 ``numpy.matmul`` calls the same routine of BLAS for each of them as ``dot``
 does for one, so that the numbers are the same, up to rounding on old BLAS.
 
-Ordinary numbers only: where a norm is zero, not finite or of extreme size, the
-weights are to be done one by one.
+This is for ordinary numbers only: where a norm is zero, not finite or of
+extreme size, the weights are computed one by one.
 """
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from sn_function._arithmetic.power_iteration import (
     coefficients,
 )
 
-# Larger weights are not copied into a stack, and no larger stacks are made, in
-# entries: fresh memory costs more than calls.
+# In entries: larger weights are not copied into a stack, and no larger stacks
+# are made, as fresh memory costs more than calls.
 MAX_SIZE = 1 << 12
 MAX_STACK_SIZE = 1 << 16
-# Fewer weights are done sooner one by one.
+# Fewer weights are faster one by one.
 MIN_LENGTH = 4
 
 
@@ -50,7 +50,7 @@ class Stack(NamedTuple):
 
 
 class OneByOneError(Exception):
-    """These weights cannot be done together."""
+    """These weights cannot be computed together."""
 
 
 def kind(call: Forward) -> Any:

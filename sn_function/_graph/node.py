@@ -1,8 +1,9 @@
-"""A node of Chainer's graph that costs less; Chainer 7.8.1 is the last.
+"""A node of Chainer's graph with less overhead, for NumPy arrays.
 
-Most of the time that a small weight takes is spent by Chainer around the
-arithmetic.  What is here leaves out what NumPy arrays have no use for, and
-hands everything else to Chainer.
+Chainer spends most of the time that a small weight takes, around the
+arithmetic.  :meth:`Node.apply` leaves out the steps that plain NumPy arrays do
+not need, and hands everything else to Chainer.  It relies on Chainer 7.8.1,
+which is the last release.
 """
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from sn_function._arithmetic.interface import Arithmetic, Outputs
 
 
 def config(*names: str) -> list[Any]:
-    """Values of :data:`chainer.config`, which takes 1 us for each."""
+    """Values of :data:`chainer.config`, which itself takes 1 us for each."""
     of_thread = chainer.config._local.__dict__
     of_all = chainer.global_config
     return [of_thread[name] if name in of_thread else getattr(of_all, name)
@@ -32,7 +33,8 @@ def variable(array: Any, requires_grad: bool = True) -> chainer.Variable:
 
 
 class Node(function_node.FunctionNode):
-    """Base class of nodes whose inputs are checked before, and retained."""
+    """Base class of nodes whose inputs were checked before; they are retained.
+    """
 
     def forward_cpu(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         self.retain_inputs(tuple(range(len(inputs))))

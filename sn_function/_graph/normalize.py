@@ -103,8 +103,8 @@ class SpectralNormalize(node.Node):
 
     def compute(self, arithmetic: Arithmetic, inputs: Outputs) -> Outputs:
         arrays = iter(inputs)
-        # Without a graph the normalized weights do not live side by side, so
-        # that keeping the memory of each would take more than it did.
+        # Without a graph the normalized weights do not live at the same time,
+        # so keeping memory for each would take more of it.
         reuse, = node.config('enable_backprop')
         outputs: list[Array] = []
         for weight, (of_weight, iterations) in zip(
@@ -129,7 +129,7 @@ class SpectralNormalize(node.Node):
         if with_graph:
             for weight, call in zip(weights, calls):
                 found += SpectralNormalizeGrad.of(weight, call)
-        elif calls:  # the cost of a node is spared
+        elif calls:  # without the cost of a node
             arithmetic = arithmetic_of(inputs[0])
             for of_weight in arithmetic.gradients_all(calls):
                 found += map(node.variable, of_weight)

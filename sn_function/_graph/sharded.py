@@ -18,9 +18,9 @@ and of n numbers in each step of the adjoint of
 
 ``<gY, W>`` goes with the first of these.
 
-No rank may take a branch, or raise, alone: the others would wait for it for
-ever.  So each decision is made from what ``MPI_Allreduce`` has returned, which
-MPI requires to be identical on all ranks.
+No rank may take a branch or raise alone: the others would wait for it forever.
+So each decision depends on a result of ``MPI_Allreduce``, which MPI requires
+to be identical on all ranks.
 """
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from sn_function._arithmetic.matrix import (
 from sn_function._graph import node
 from sn_function._graph.normalize import ArrayOrVariable, Number
 
-# What all ranks have to call with: else they would send different things.
+# Settings that must be equal on all ranks, or they would send different data.
 FACTS = (
     'the number of columns of W', 'the bytes of an entry of W',
     'n_power_iteration', 'factor (or cap)', 'eps (or cap)', 'detach_uv',
@@ -54,7 +54,7 @@ FACTS = (
 
 
 class Ranks:
-    """What the ranks of a communicator find out together.
+    """Collective operations of the ranks of a communicator.
 
     Args:
         comm: An intracommunicator of mpi4py, or a communicator of ChainerMN.
@@ -65,7 +65,7 @@ class Ranks:
     """
 
     def __init__(self, comm: Any) -> None:
-        # Who has a communicator has imported it; nobody else needs MPI.
+        # A communicator exists only where MPI has been imported.
         self._mpi: Any = sys.modules.get('mpi4py.MPI')
         self._comm = getattr(comm, 'mpi_comm', comm)
         if self._mpi is None or not isinstance(
