@@ -1,8 +1,8 @@
 """K power iterations and their adjoint on small weights of one shape at once.
 
 The cost of a small weight is calls of NumPy, not arithmetic.  So weights of
-one shape, dtype and settings are copied into an array of shape ``(b, m, n)``, and
-each line of :mod:`.power_iteration` is one call for all of them.
+one shape, dtype and settings are copied into an array of shape ``(b, m, n)``,
+and each line of :mod:`.power_iteration` is one call for all of them.
 ``numpy.matmul`` calls the same routine of BLAS for each of them as ``dot``
 does for one, so that the numbers are the same, up to rounding on old BLAS.
 
