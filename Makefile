@@ -72,7 +72,7 @@ $(STAMP):
 PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PY) -m pytest
 
 # From the arithmetic to what is done to a model, on the host, in this process.
-CORE := $(addprefix tests/, arithmetic graph test_functions.py \
+CORE := $(addprefix tests/, arithmetic graph links test_functions.py \
 	test_link_hooks.py test_chain.py test_optimizer_hooks.py test_bake.py \
 	test_snapshot.py test_parity.py test_errors.py test_docs.py)
 
