@@ -8,6 +8,7 @@ import sys
 import weakref
 
 import sn_function  # isort: skip  # before chainer, which it repairs
+import sn_function._bake  # isort: skip
 import chainer
 import numpy as np
 from hypothesis import stateful
@@ -23,6 +24,10 @@ from tests.state_machine.links import (
     settings_of,
 )
 from tests.state_machine.record import Record
+
+# Public names are imported on first use, which is not to be in a step.
+for name in sn_function.__all__:
+    getattr(sn_function, name)
 
 MAX_LINKS = 4
 COUNTS: collections.Counter = collections.Counter()
