@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from chainer import gradient_check, testing
 
-from sn_function import _checks, errors
+from sn_function import SpectralNormalization, _checks, errors
 from sn_function import functions as F
 from sn_function._arithmetic import matrix, power_iteration
 from tests import reference
@@ -764,6 +764,38 @@ class TestExtremes:
             assert gg is None or not gg.any()  # linear, below the floor
         else:
             assert np.isfinite(gg).all()
+
+    @pytest.mark.parametrize(('W_scale', 'u_scale'), [
+        (0, 1), (1e-20, 1), (1e20, 1), (1, 1e-20)])
+    @pytest.mark.parametrize('dtype', ['e', 'f'])
+    def test_second_order_of_sigma(self, dtype, W_scale, u_scale):
+        """It has one dtype, however it was computed."""
+        if dtype == 'e' and W_scale:
+            W_scale, u_scale = 1e-3, 1
+        W = chainer.Variable((W_scale * random(4, 3)).astype(dtype))
+        u = (u_scale * random(4)).astype('f')
+        _, sigma = F.spectral_normalize(W, u, return_sigma=True)
+        g, = chainer.grad([sigma], [W], enable_double_backprop=True)
+        gg, = grad([g], [W], [random(4, 3).astype(dtype)])
+        assert gg.dtype == dtype
+        assert np.isfinite(gg).all()
+
+    def test_second_run_of_an_extreme_weight_is_the_same(self):
+        link = chainer.links.Linear(3, 4).add_hook(
+            SpectralNormalization())
+        for scale in (1e-30, 1e30):
+            link.W.array[...] = scale * random(4, 3)
+            for _ in range(10):
+                u, grads = link.W_u.copy(), []
+                x = random(2, 3).astype('f')
+                for f in (link, lambda x: chainer.functions.forget(link, x)):
+                    link.W_u[...] = u
+                    link.cleargrads()
+                    y = f(chainer.Variable(x))
+                    y.grad = np.ones_like(y.array)
+                    y.backward()
+                    grads.append(link.W.grad)
+                np.testing.assert_array_equal(*grads)
 
     def test_below_the_floor_Y_is_W_over_eps(self):
         W, u = chainer.Variable(1e-9 * random(4, 3)), random(4)

@@ -207,8 +207,6 @@ __device__ double rescue(
   const double u_largest = largest(u, m, shared);
   if (isinf(w_largest)) {
     const double nan = infinity() - infinity();
-    for (int k = threadIdx.x; k < 2 * K; k += blockDim.x)
-      numbers[N_NUMBERS + k] = nan;
     // u_0 stays: it may be good.
     for (Size j = m + threadIdx.x; j < (K + 1) * m + K * n; j += blockDim.x)
       vectors[j] = nan;
@@ -224,6 +222,11 @@ __device__ double rescue(
     for (int i = threadIdx.x; i < m; i += blockDim.x)
       vectors[i] = static_cast<A>(static_cast<double>(u[i]) / u_largest);
     u_norm = normalize(vectors, m, shared) * u_largest;
+    if (is_ordinary(u_norm)) {
+      u_norm = 1;
+      for (int i = threadIdx.x; i < m; i += blockDim.x)
+        vectors[i] = static_cast<A>(u[i]);
+    }
   }
   bool ordinary = true;  // nobody asks here
   double sigma = iterate(W, unit, numbers, vectors, K, &ordinary, shared);
@@ -272,7 +275,7 @@ __device__ void finish(
 __device__ void settle_gradients(
     const double* numbers, double* coefficients, double dot, bool has_gy,
     const A* gsigma, A* ggamma, double factor) {
-  dot /= numbers[DIVISOR];
+  dot = has_gy ? dot / numbers[DIVISOR] : 0;
   double c = gsigma ? static_cast<double>(*gsigma) : 0;
   if (has_gy && numbers[ABOVE] != 0) c -= dot * numbers[COEF];
   coefficients[GY] = has_gy ? numbers[COEF] : 0;

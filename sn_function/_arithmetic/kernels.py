@@ -255,7 +255,9 @@ extern "C" __global__ void __launch_bounds__(512, 1) sn_settle_fwd(
   const double s = normalize(v, W.n(), shared);
   const double t = normalize(us + static_cast<Size>(k + 1) * m, m, shared);
   double sigma = t / s;
-  ordinary = ordinary && is_ordinary(s) && is_ordinary(sigma);
+  // t is s sigma, and its square must have all digits, too.
+  ordinary = ordinary && is_ordinary(s) && is_ordinary(sigma)
+             && t > (sizeof(A) == 4 ? 1e-30 : 1e-140);
   if (threadIdx.x == 0) {
     norms[k] = s;
     norms[K + k] = sigma;
@@ -263,9 +265,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) sn_settle_fwd(
     start(numbers);
   }
   if (k + 1 < K) return;
-  __syncthreads();
   if (!ordinary) sigma = rescue(W, u, numbers, vectors, K, shared);
-  __syncthreads();
   finish(W, sigma, u, numbers, vectors, sigma_out, gamma, K, factor, eps,
          update);
 }
@@ -323,7 +323,6 @@ __device__ void sn_fused_fwd_of({_FORWARD_OF_EACH}, {_FORWARD_OF_ALL}) {{
   if (threadIdx.x == 0) start(numbers);
   double sigma = iterate(W, 1, numbers, vectors, K, &ordinary, shared);
   if (!ordinary) sigma = rescue(W, u, numbers, vectors, K, shared);
-  __syncthreads();
   finish(W, sigma, u, numbers, vectors, sigma_out, gamma, K, factor, eps,
          update);
   if (!y) return;

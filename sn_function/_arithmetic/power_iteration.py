@@ -35,9 +35,9 @@ and, where sigma is below eps, that constant in its place and c = gsigma.
 :mod:`.device` for a CUDA device.
 
 Where a norm is so large or small that its square has lost digits, all is done
-again in float64, from ``u_0 = u / |u|`` and with norms that divide by the
-largest entry first.  That is enough for any float16 or float32, and for
-float64 weights from 1e-300 to 1e300.
+again in float64, with norms that divide by the largest entry first, and from
+``u_0 = u / |u|`` if u is the extreme one.  That is enough for any float16 or
+float32, and for float64 weights from 1e-300 to 1e300.
 """
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ from sn_function._arithmetic.interface import (
     Settings,
 )
 from sn_function._arithmetic.matrix import (
+    ORDINARY,
     ExtremeNormError,
     Matrix,
     accumulator_dtype,
@@ -148,7 +149,12 @@ def power_iteration(A: Matrix, u: Any, n: int) -> PowerIteration:
     if not 0 < u_norm < math.inf:
         raise errors.VectorValueError(u)
     A = A.astype(numpy.float64)
-    start = (u.astype(numpy.float64) / u_norm).astype(u.dtype, copy=False)
+    low, high = ORDINARY[u.dtype.char]
+    start = u
+    if low < u_norm < high:
+        u_norm = 1.0
+    else:
+        start = (u.astype(numpy.float64) / u_norm).astype(u.dtype, copy=False)
     iterations = _iterate(A, start, n, careful=True)
     if iterations.sigma == 0 and not A.is_zero():
         # W^T u_0 is zero and W is not: u_0 would be stuck, and sigma 0.

@@ -18,6 +18,7 @@ from chainer import backend
 from chainer import functions as F
 
 from sn_function._arithmetic.interface import Iterations, Settings
+from sn_function._arithmetic.matrix import accumulator_dtype
 
 
 def compose(
@@ -28,6 +29,8 @@ def compose(
     dtype = iterations.u.dtype
     xp = backend.get_array_module(iterations.u)
     in_full = F.cast(W, dtype)
+    if isinstance(u, chainer.Variable):
+        u = F.cast(u, dtype)  # once: its gradients are added in that dtype
     root = _root(iterations.sigma, dtype)
     scaled = _times(in_full, root, root)
     sigma = _estimate(settings, iterations, scaled, u)
@@ -51,7 +54,8 @@ def compose(
     if not isinstance(coefficient, chainer.Variable):
         coefficient = chainer.as_variable(xp.asarray(coefficient, dtype))
     Y = Y * F.broadcast_to(coefficient, Y.shape)
-    return F.cast(Y, W.dtype), sigma / root / root
+    return F.cast(Y, W.dtype), F.cast(
+        sigma / root / root, accumulator_dtype(W.dtype))
 
 
 def _root(sigma: Any, dtype: Any) -> Any:
@@ -89,7 +93,7 @@ def _start(iterations: Iterations, u: Any) -> chainer.Variable:
     start = chainer.as_variable(iterations.start.astype(dtype, copy=False))
     if not isinstance(u, chainer.Variable) or iterations.restarted is True:
         return start
-    u = _unit(F.cast(u, dtype))
+    u = _unit(u)
     if iterations.restarted is False:
         return u
     return _where(iterations.restarted, start, u)

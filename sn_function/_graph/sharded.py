@@ -251,7 +251,7 @@ class ShardedNormalizeGrad(node.Node):
         given = dict(zip(self.names, grads))
         with numpy.errstate(all='ignore'):
             gW = self._gradient(W, given.get('gY'), given.get('gsigma'))
-        return gW.astype(W.dtype, copy=False),
+            return gW.astype(W.dtype, copy=False),
 
     def _gradient(self, W: Any, gY: Any, gsigma: Any) -> Any:
         settings, iterations = self.of.settings, self.of.iterations

@@ -53,7 +53,7 @@ EQUIVALENT = {
     ('_BLOCK', '__syncthreads();', 'strided_product: __syncthreads();'):
         'who reads an entry next is the thread that wrote it, so far',
     ('_BLOCK', '>=', 'contiguous_product: if (r >= 32) {'): _TUNING,
-    ('sn_fused_bwd', '&&', 'sn_fused_bwd_of: if (!detach && (gw || gu))'):
+    ('sn_fused_bwd', '&&', 'sn_fused_bwd_of: if (!detach && (gw || gu)) {'):
         'what is computed is not used',
 }
 for _operator in '-/':
@@ -147,6 +147,8 @@ def tests():
     yield t.test_all_vectors_of_a_bad_weight_are_nan, (1,)
     yield t.test_all_vectors_of_a_bad_weight_are_nan, (3,)
     yield t.test_no_gradient_of_a_u_that_was_replaced, ()
+    yield t.test_the_product_of_two_norms_may_be_extreme, (1e-81,)
+    yield t.test_no_gradient_of_gamma_from_sigma, (np.nan,)
     extremes, update = t.TestExtremes(), t.TestUpdate()
     yield extremes.test_zero_weight, (0, 2)
     yield extremes.test_zero_weight, (1e-6, 2)
