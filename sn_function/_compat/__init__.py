@@ -57,6 +57,9 @@ class _ChainerFinder(finder.Finder):
         from sn_function._compat import loans, repairs, trials
         _record(loans.lend_to_testing())
         _record(trials.repair(repairs.REPAIRS))
+        # An attribute of chainer from now on.  Programs that import only
+        # `sn_function` and `chainer` use it.
+        importlib.import_module('chainer.link_hooks')
 
 
 class _ExporterFinder(finder.Finder):

@@ -434,6 +434,13 @@ class TestLazyImport:
         exec('from sn_function import *', names)
         assert set(sn_function.__all__) <= set(names)
 
+    def test_chainer_has_its_link_hooks(self):
+        run("""
+            import sn_function
+            import chainer
+            assert chainer.link_hooks.SpectralNormalization
+        """)
+
     def test_unknown_name(self):
         with pytest.raises(AttributeError, match="no attribute 'unknown'"):
             _ = sn_function.unknown
