@@ -496,15 +496,16 @@ class TestErrors:
 
 
 @pytest.mark.parametrize('statements', [
-    'from sn_function.bake import bake',
-    'import sn_function.bake',
-    'from sn_function import bake',
-    'sn_function.bake(link()); import sn_function.bake',
     'sn_function.bake(link()); from sn_function.bake import bake',
     'import sn_function.bake as module; assert module is sn_function.bake',
-    'import importlib; importlib.import_module("sn_function.bake")',
-    'import importlib; importlib.reload(sys.modules["sn_function.bake"])',
-])
+    *[pytest.param(text, marks=pytest.mark.slow) for text in (
+        'from sn_function.bake import bake',
+        'import sn_function.bake',
+        'from sn_function import bake',
+        'sn_function.bake(link()); import sn_function.bake',
+        'import importlib; importlib.import_module("sn_function.bake")',
+        'import importlib; importlib.reload(sys.modules["sn_function.bake"])',
+    )]])
 def test_function_is_not_replaced_by_the_module_of_its_name(statements):
     run(f'''
         import sys

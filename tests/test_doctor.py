@@ -230,6 +230,7 @@ class TestBroken:
             'onnxruntime: importing it ends the process, with 3':
             'pip install --force-reinstall onnxruntime'})
 
+    @pytest.mark.slow
     def test_package_that_never_returns(self, tmp_path, look, monkeypatch):
         write(tmp_path, onnxruntime='import time; time.sleep(600)')
         monkeypatch.setattr(doctor, '_SECONDS', 3)

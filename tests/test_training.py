@@ -395,6 +395,7 @@ def with_workers(request, data, tmp_path_factory):
 class TestWorkers:
     """The workers of an iterator change nothing."""
 
+    @pytest.mark.slow
     def test_multiprocess_iterator(self, with_workers):
         training.assert_same(
             with_workers['state'], state(run(make_trainer())))

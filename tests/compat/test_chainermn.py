@@ -169,10 +169,11 @@ mpi4py = module('mpi4py', MPI=module('mpi4py.MPI', FLOAT=None))
 
 @pytest.mark.parametrize('imports', [
     'sn_function, chainer, chainermn',
-    'sn_function.link_hooks, chainermn',
-    'chainermn, sn_function',
-    'chainermn, sn_function.link_hooks',
-    'chainer, sn_function, chainermn'])
+    *[pytest.param(text, marks=pytest.mark.slow) for text in (
+        'sn_function.link_hooks, chainermn',
+        'chainermn, sn_function',
+        'chainermn, sn_function.link_hooks',
+        'chainer, sn_function, chainermn')]])
 def test_vectors_are_left_out_in_any_order_of_imports(imports):
     run(OLD_STACK, MPI, f'''
         import {imports}

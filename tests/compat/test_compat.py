@@ -465,11 +465,12 @@ class TestLazyImport:
         assert set(seen) == set(sn_function.__all__) - {'__version__', 'bake'}
 
     @pytest.mark.parametrize('use', [
-        'import chainer', 'import chainer.functions as F',
-        'from chainer import links', 'sn_function.summary',
-        'import sn_function.functions',
-        'from sn_function.link_hooks import SpectralNormalization',
-        '_compat.explain("summary")'])
+        'import chainer', 'sn_function.summary',
+        *[pytest.param(text, marks=pytest.mark.slow) for text in (
+            'import chainer.functions as F', 'from chainer import links',
+            'import sn_function.functions',
+            'from sn_function.link_hooks import SpectralNormalization',
+            '_compat.explain("summary")')]])
     def test_chainer_is_repaired_whoever_imports_it(self, use):
         names = run(f'''
             import sn_function
@@ -629,6 +630,7 @@ class TestWorkers:
         done = self.run(tmp_path, script, method)
         assert done.returncode == 0, done.stderr
 
+    @pytest.mark.slow
     @pytest.mark.parametrize('more', [[], ['chainer']], ids=str)
     def test_forkserver_that_preloads_sn_function(self, tmp_path, more):
         script = PRELOAD.format(['sn_function', *more])

@@ -306,10 +306,11 @@ class TestRepairs:
 
     @pytest.mark.parametrize('imports', [
         'sn_function, chainer, onnx_chainer',
-        'sn_function.link_hooks, onnx_chainer',
-        'chainer, onnx_chainer, sn_function',
-        'onnx_chainer, sn_function.link_hooks',
-        'chainer, sn_function, onnx_chainer'])
+        *[pytest.param(text, marks=pytest.mark.slow) for text in (
+            'sn_function.link_hooks, onnx_chainer',
+            'chainer, onnx_chainer, sn_function',
+            'onnx_chainer, sn_function.link_hooks',
+            'chainer, sn_function, onnx_chainer')]])
     def test_hooks_are_refused_in_any_order_of_imports(self, imports):
         done = self.python(OLD_STACK + f'''
 import onnx
