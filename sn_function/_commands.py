@@ -31,7 +31,7 @@ def cli() -> None:
       sn-function inspect result/dis.npz
       sn-function bake result/dis.npz dis-plain.npz
       sn-function convert dis.npz dis.safetensors --to torch
-      sn-function repair broken.npz mended.npz
+      sn-function repair broken.npz repaired.npz
 
     \b
     Exit codes:
@@ -226,7 +226,7 @@ def repair(
 
     \b
     Examples:
-      sn-function repair broken.npz mended.npz
+      sn-function repair broken.npz repaired.npz
       sn-function repair snapshot_iter_2000 snapshot_iter_2000 --overwrite
     """
     print_outcome(snapshot.repair(

@@ -51,7 +51,7 @@ class WeightReport(NamedTuple):
         sigma: Its largest singular value.
         estimate: What its vectors give for sigma, in test mode.
         condition: ``sigma`` over the smallest singular value; ``inf`` where
-            that is zero, but for rounding.
+            that is zero up to rounding.
         status: ``'ok'``; ``'lags'``, for an estimate more than 10% too low;
             or what is wrong with the vector, or the weight.
         healthy: Whether the vector can be used: ``'ok'`` or ``'lags'``.
@@ -286,7 +286,7 @@ def convert(
 
     The vectors are such that the normalized weights, in test mode, stay the
     same: those of Chainer with ``n_power_iteration`` iterations, and those of
-    PyTorch with none, are equal but for rounding.  For that, PyTorch gets the
+    PyTorch with none, are equal up to rounding.  For that, PyTorch gets the
     vectors that the iterations end with, and Chainer a vector from which one
     iteration comes to the sigma of PyTorch, if there is one; :class:`Outcome`
     has the difference that is left.

@@ -228,7 +228,7 @@ __device__ double rescue(
         vectors[i] = static_cast<A>(u[i]);
     }
   }
-  bool ordinary = true;  // nobody asks here
+  bool ordinary = true;  // not used here
   double sigma = iterate(W, unit, numbers, vectors, K, &ordinary, shared);
   if (sigma == 0 && w_largest > 0 && !restarted) {
     restarted = true;

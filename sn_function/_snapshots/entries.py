@@ -84,7 +84,7 @@ def gamma_state(
 ) -> Iterator[tuple[str, Any]]:
     """Yields an optimizer's entry for a gamma, for another layout.
 
-    What it keeps is of the shape of the gamma, but for the number of updates.
+    Its entries have the shape of the gamma, except for the number of updates.
     """
     state = reader.read(key)
     shape = reader.entry(weight.gamma or '').shape
