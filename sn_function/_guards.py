@@ -28,8 +28,8 @@ class HookGuards(guards.Guards):
         raise errors.HookedExportError([])
 
     def vector_names(self, link: chainer.Link) -> Collection[str]:
-        from sn_function import distributed
-        return distributed.vector_names(link)
+        from sn_function import _models
+        return _models.vector_names(link)
 
 
 def register() -> None:

@@ -41,6 +41,11 @@ def is_hooked(link: chainer.Link, weight_name: str = 'W') -> bool:
     return any(hook.weight_name == weight_name for hook in hooks_of(link))
 
 
+def vector_names(link: chainer.Link) -> list[str]:
+    """Returns the names of the vectors that hooks keep on the link."""
+    return [hook.vector_name for hook in hooks_of(link)]
+
+
 # Models
 
 class LinkWeight(NamedTuple):

@@ -35,6 +35,7 @@ from sn_function._graph.sharded import (
 )
 from sn_function._links import call
 from sn_function._links.hooked_weight import HookedWeight
+from sn_function._models import vector_names as vector_names
 from sn_function.extensions import SpectralNormPenaltyState
 from sn_function.link_hooks import SpectralNormalization
 from sn_function.optimizer_hooks import VECTOR
@@ -110,11 +111,6 @@ def assert_synchronized(communicator: Any, model: chainer.Link) -> None:
     if not _agree(communicator, digests):
         raise errors.NotSynchronizedError(_from_root(
             communicator, communicator.gather_obj(digests), _compare))
-
-
-def vector_names(link: chainer.Link) -> list[str]:
-    """Returns the names of the vectors that hooks keep on the link."""
-    return [hook.vector_name for hook in _models.hooks_of(link)]
 
 
 # The optimizer
