@@ -27,6 +27,7 @@ from chainer.functions.array import as_strided, resize_images
 
 from sn_function import _compat
 from sn_function._compat import pkg_resources, repairs, trials
+from tests.test_doctor import WITHOUT
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -43,15 +44,6 @@ class Hidden:
 
 def hide(*names):
     sys.meta_path.insert(0, Hidden(*names))
-'''
-
-# sitecustomize.py: an interpreter in which packages are not installed.
-WITHOUT = '''
-from importlib import machinery
-find_spec = machinery.PathFinder.find_spec
-machinery.PathFinder.find_spec = classmethod(
-    lambda cls, name, path=None, target=None:
-    None if name in {names} else find_spec(name, path, target))
 '''
 
 # What Chainer's own stack has and later ones lack.
