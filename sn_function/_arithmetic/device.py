@@ -22,9 +22,9 @@ from chainer.backends import cuda
 from sn_function._arithmetic import kernels
 from sn_function._arithmetic.interface import (
     Array,
+    Arrays,
     Backward,
     Forward,
-    Outputs,
     Settings,
 )
 from sn_function._arithmetic.kernels import COEFFICIENTS, NULL, NUMBERS
@@ -107,12 +107,12 @@ class Iterations:
 
 
 def normalize_all(
-        calls: Sequence[Forward]) -> list[tuple[Outputs, Iterations]]:
+        calls: Sequence[Forward]) -> list[tuple[Arrays, Iterations]]:
     """Small weights of a kind share a launch."""
     return _run(kernels.fused_fwd, [_Forward(call) for call in calls])
 
 
-def gradients_all(calls: Sequence[Backward]) -> list[Outputs]:
+def gradients_all(calls: Sequence[Backward]) -> list[Arrays]:
     """Small weights of a kind share a launch."""
     return _run(kernels.fused_bwd, [_Backward(call) for call in calls])
 
@@ -181,7 +181,7 @@ class _Forward:
         if 'Y' in self.call.output_names:
             self.Y = kernels.scale_fwd(W, it.numbers)
 
-    def result(self) -> tuple[Outputs, Iterations]:
+    def result(self) -> tuple[Arrays, Iterations]:
         if self.call.update_u and self.vector is not self.call.u:
             self.call.u[...] = self.vector
         outputs = {'Y': self.Y, 'sigma': self.sigma}
@@ -220,7 +220,7 @@ class _Backward:
                 self.coefficients, self.bars, self.gW, self.gu, self.ggamma,
                 *it.sizes, self.call.settings.factor)
 
-    def result(self) -> Outputs:
+    def result(self) -> Arrays:
         grads = {'W': self.gW, 'u': self.gu, 'gamma': self.ggamma}
         if 'gamma' in self.call.wanted:
             grads['gamma'] = self.ggamma.astype(

@@ -13,14 +13,14 @@ import numpy
 from sn_function._arithmetic import power_iteration, stacks
 from sn_function._arithmetic.interface import (
     Array,
+    Arrays,
     Backward,
     Forward,
-    Outputs,
     Settings,
 )
 
 
-def normalize_all(calls: Sequence[Forward]) -> list[tuple[Outputs, Any]]:
+def normalize_all(calls: Sequence[Forward]) -> list[tuple[Arrays, Any]]:
     # NaN and overflow show in the results; they need no warning as well.
     with numpy.errstate(all='ignore'):
         results = _run(
@@ -31,7 +31,7 @@ def normalize_all(calls: Sequence[Forward]) -> list[tuple[Outputs, Any]]:
         return results
 
 
-def gradients_all(calls: Sequence[Backward]) -> list[Outputs]:
+def gradients_all(calls: Sequence[Backward]) -> list[Arrays]:
     with numpy.errstate(all='ignore'):
         return _run(
             calls, stacks.stack_of, stacks.gradients,

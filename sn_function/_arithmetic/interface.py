@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, Sequence, Tuple
 
 Array = Any  # numpy.ndarray or cupy.ndarray
-Outputs = Tuple[Array, ...]
+Arrays = Tuple[Array, ...]
 
 
 class Settings(NamedTuple):
@@ -106,7 +106,7 @@ class Arithmetic(Protocol):
 
     def normalize_all(
             self, calls: Sequence[Forward],
-    ) -> list[tuple[Outputs, Any]]:
+    ) -> list[tuple[Arrays, Any]]:
         """Returns ``Y`` and ``sigma``, as named, and :class:`Iterations`.
 
         Raises:
@@ -115,7 +115,7 @@ class Arithmetic(Protocol):
 
         """
 
-    def gradients_all(self, calls: Sequence[Backward]) -> list[Outputs]:
+    def gradients_all(self, calls: Sequence[Backward]) -> list[Arrays]:
         """Returns ``gW``, ``gu`` and ``ggamma``, as wanted."""
 
     def warm_up(self, W: Array, u: Array, axis: int, n: int) -> None:

@@ -32,7 +32,6 @@ SMALL_SIZE = 1 << 14
 # From so many entries on, a weight does not stay in the cache between passes.
 LARGE_SIZE = 1 << 22
 
-
 # Norms, by dtype, whose squares and cubes surely have all their digits.
 ORDINARY = {'f': (1e-12, 1e12), 'd': (1e-100, 1e100)}
 
@@ -59,6 +58,12 @@ def as_matrix(W: Any, axis: int) -> Any:
     return W if W.ndim == 2 else W.reshape(W.shape[0], -1)
 
 
+def is_ordinary(norm: float, dtype: Any) -> bool:
+    """Whether a norm is in the range of :data:`ORDINARY`."""
+    low, high = ORDINARY[dtype.char]
+    return low < norm < high
+
+
 def ordinary_norm(x: Any) -> float:
     """Returns the norm of a vector.
 
@@ -67,8 +72,7 @@ def ordinary_norm(x: Any) -> float:
 
     """
     norm = math.sqrt(x.dot(x))
-    low, high = ORDINARY[x.dtype.char]
-    if not low < norm < high:
+    if not is_ordinary(norm, x.dtype):
         raise ExtremeNormError
     return norm
 
@@ -132,7 +136,7 @@ class Matrix:
 
     def astype(self, dtype: Any) -> Matrix:
         """Returns the matrix with entries of another dtype."""
-        return type(self)(self.array.astype(dtype, copy=False), self._axis)
+        return Matrix(self.array.astype(dtype, copy=False), self._axis)
 
     def is_zero(self) -> bool:
         """Whether all entries are zero."""

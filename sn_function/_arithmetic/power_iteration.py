@@ -49,16 +49,16 @@ import numpy
 from sn_function import errors
 from sn_function._arithmetic import buffers, matrix
 from sn_function._arithmetic.interface import (
+    Arrays,
     Backward,
     Forward,
-    Outputs,
     Settings,
 )
 from sn_function._arithmetic.matrix import (
-    ORDINARY,
     ExtremeNormError,
     Matrix,
     accumulator_dtype,
+    is_ordinary,
 )
 
 
@@ -149,9 +149,8 @@ def power_iteration(A: Matrix, u: Any, n: int) -> PowerIteration:
     if not 0 < u_norm < math.inf:
         raise errors.VectorValueError(u)
     A = A.astype(numpy.float64)
-    low, high = ORDINARY[u.dtype.char]
     start = u
-    if low < u_norm < high:
+    if is_ordinary(u_norm, u.dtype):
         u_norm = 1.0
     else:
         start = (u.astype(numpy.float64) / u_norm).astype(u.dtype, copy=False)
@@ -210,7 +209,7 @@ def adjoint(
     return P, Q, ubar
 
 
-def normalize(call: Forward) -> tuple[Outputs, PowerIteration]:
+def normalize(call: Forward) -> tuple[Arrays, PowerIteration]:
     """Returns ``Y`` and ``sigma``, as named, and what backward needs.
 
     Call it with NumPy's warnings off, as :func:`power_iteration`.
@@ -226,7 +225,7 @@ def normalize(call: Forward) -> tuple[Outputs, PowerIteration]:
     array = iterations.matrix.array
     if array is not W:  # made anew, rather than kept
         iterations = iterations._replace(matrix=None)
-    outputs: Outputs = ()
+    outputs: Arrays = ()
     if 'Y' in call.output_names:
         divisor, _ = iterations.floored(settings.eps)
         coefficient = as_float(call.gamma) * settings.factor / divisor
@@ -242,7 +241,7 @@ def normalize(call: Forward) -> tuple[Outputs, PowerIteration]:
     return outputs, iterations
 
 
-def gradients(call: Backward) -> Outputs:
+def gradients(call: Backward) -> Arrays:
     """Returns ``gW``, ``gu`` and ``ggamma``, as wanted.
 
     Call it with NumPy's warnings off, as :func:`power_iteration`.

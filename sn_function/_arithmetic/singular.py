@@ -18,6 +18,11 @@ MAX_STEPS = 512
 MAX_STARTS = 20
 
 
+def as_matrix(W: Any, axis: int) -> Any:
+    """Returns a weight as a matrix of float64."""
+    return matrix.as_matrix(W, axis).astype(numpy.float64)
+
+
 def norm(W: Any, axis: int) -> Any:
     """Returns the largest singular value of a weight, of NumPy or of CuPy.
 
@@ -31,7 +36,7 @@ def norm(W: Any, axis: int) -> Any:
 
     """
     xp = chainer.backend.get_array_module(W)
-    A = matrix.as_matrix(W, axis).astype(numpy.float64)
+    A = as_matrix(W, axis)
     with numpy.errstate(all='ignore'):
         peak = abs(A).max()
         scale = xp.where((peak > 0) & xp.isfinite(peak), peak, 1.)
@@ -41,11 +46,6 @@ def norm(W: Any, axis: int) -> Any:
         gram = A.dot(A.T) if len(A) <= A.shape[1] else A.T.dot(A)
         largest = xp.linalg.eigvalsh(gram)[-1]
         return xp.sqrt(xp.maximum(largest, 0.)) * scale + 0 * peak
-
-
-def as_matrix(W: Any, axis: int) -> Any:
-    """Returns a weight as a matrix of float64."""
-    return matrix.as_matrix(W, axis).astype(numpy.float64)
 
 
 def singular_values(W: Any, axis: int) -> tuple[float, float | None]:

@@ -16,7 +16,7 @@ from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy
 
-from sn_function._arithmetic.interface import Backward, Forward, Outputs
+from sn_function._arithmetic.interface import Arrays, Backward, Forward
 from sn_function._arithmetic.matrix import ORDINARY
 from sn_function._arithmetic.power_iteration import (
     PowerIteration,
@@ -64,7 +64,7 @@ def kind(call: Forward) -> Any:
 
 
 def normalize(
-        calls: Sequence[Forward]) -> list[tuple[Outputs, PowerIteration]]:
+        calls: Sequence[Forward]) -> list[tuple[Arrays, PowerIteration]]:
     """:func:`.power_iteration.normalize` of weights of one kind.
 
     Raises:
@@ -136,7 +136,7 @@ def stack_of(call: Backward) -> Any:
     return None if stack is None else id(stack)
 
 
-def gradients(calls: Sequence[Backward]) -> list[Outputs]:
+def gradients(calls: Sequence[Backward]) -> list[Arrays]:
     """:func:`.power_iteration.gradients` of the weights of one stack.
 
     Raises:

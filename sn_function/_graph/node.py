@@ -15,7 +15,7 @@ import numpy
 from chainer import function_node
 
 from sn_function._arithmetic import device, host
-from sn_function._arithmetic.interface import Arithmetic, Outputs
+from sn_function._arithmetic.interface import Arithmetic, Arrays
 
 
 def config(*names: str) -> list[Any]:
@@ -45,7 +45,7 @@ class Node(function_node.FunctionNode):
         return self.compute(device, inputs)
 
     def compute(
-            self, arithmetic: Arithmetic, inputs: Outputs) -> Outputs:
+            self, arithmetic: Arithmetic, inputs: Arrays) -> Arrays:
         """Returns the outputs, by the arithmetic of NumPy or of CuPy."""
         raise NotImplementedError
 

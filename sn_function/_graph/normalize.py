@@ -15,9 +15,9 @@ from sn_function._arithmetic.choose import arithmetic_of
 from sn_function._arithmetic.interface import (
     Arithmetic,
     Array,
+    Arrays,
     Backward,
     Forward,
-    Outputs,
     Settings,
 )
 from sn_function._graph import higher_order, node
@@ -101,7 +101,7 @@ class SpectralNormalize(node.Node):
         if not self.is_shared:
             super().unchain()
 
-    def compute(self, arithmetic: Arithmetic, inputs: Outputs) -> Outputs:
+    def compute(self, arithmetic: Arithmetic, inputs: Arrays) -> Arrays:
         arrays = iter(inputs)
         # Without a graph the normalized weights do not live at the same time,
         # so keeping memory for each would take more of it.
@@ -203,7 +203,7 @@ class SpectralNormalizeGrad(node.Node):
             iter(inputs[:n]), self.wanted, given.get('gY'),
             given.get('gsigma'))
 
-    def compute(self, arithmetic: Arithmetic, inputs: Outputs) -> Outputs:
+    def compute(self, arithmetic: Arithmetic, inputs: Arrays) -> Arrays:
         grads, = arithmetic.gradients_all([self._call(inputs)])
         return grads
 

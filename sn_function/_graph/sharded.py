@@ -34,13 +34,13 @@ import numpy
 from sn_function import _checks, errors
 from sn_function._arithmetic import power_iteration
 from sn_function._arithmetic.choose import is_on_device
-from sn_function._arithmetic.interface import Arithmetic, Outputs, Settings
+from sn_function._arithmetic.interface import Arithmetic, Arrays, Settings
 from sn_function._arithmetic.matrix import (
-    ORDINARY,
     ExtremeNormError,
     Matrix,
     accumulator_dtype,
     careful_norm,
+    is_ordinary,
     ordinary_norm,
 )
 from sn_function._graph import node
@@ -166,8 +166,7 @@ class ShardedMatrix(Matrix):
                 return 0 * largest
             return largest * self._norm(t / largest)
         norm = self._norm(t if self._is_ordinary else numpy.array([math.nan]))
-        low, high = ORDINARY[t.dtype.char]
-        if not low < norm < high:
+        if not is_ordinary(norm, t.dtype):
             raise ExtremeNormError  # on all ranks together
         return norm
 
@@ -207,7 +206,7 @@ class ShardedNormalize(node.Node):
         self.iterations: Any = None
 
     def compute(
-            self, arithmetic: Arithmetic, inputs: Outputs) -> Outputs:
+            self, arithmetic: Arithmetic, inputs: Arrays) -> Arrays:
         W, = inputs
         u, update_u = self._start
         dtype = accumulator_dtype(W.dtype)
@@ -219,7 +218,7 @@ class ShardedNormalize(node.Node):
                 self.settings.n_power_iteration)
             divisor, _ = iterations.floored(self.settings.eps)
             Y = iterations.matrix.array * (self.settings.factor / divisor)
-            outputs: Outputs = Y.astype(W.dtype, copy=False),
+            outputs: Arrays = Y.astype(W.dtype, copy=False),
             if self.has_sigma:
                 outputs += numpy.array(iterations.sigma, dtype),
             if update_u:
@@ -246,7 +245,7 @@ class ShardedNormalizeGrad(node.Node):
         self.names = names
 
     def compute(
-            self, arithmetic: Arithmetic, inputs: Outputs) -> Outputs:
+            self, arithmetic: Arithmetic, inputs: Arrays) -> Arrays:
         W, *grads = inputs
         given = dict(zip(self.names, grads))
         with numpy.errstate(all='ignore'):
