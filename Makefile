@@ -21,8 +21,8 @@ STAMP := $(VENV)/.made-$(shell { echo $(ENVIRONMENT) "$(PYTHON_PATH)"; \
 	| cksum | tr ' ' '-')
 
 .PHONY: help setup check test test-all test-slow test-mpi test-nvrtc ci \
-	matrix demo demo-short defects bench truth nvrtc mutants gpu gpu-bundle \
-	lint docs clean
+	matrix extremes demo demo-short defects bench truth nvrtc mutants gpu \
+	gpu-bundle lint docs clean
 # All targets share the environment, and the cores.
 .NOTPARALLEL:
 
@@ -32,7 +32,7 @@ help:
 	@echo 'make test     the tests but the slow ones, with coverage (3 minutes)'
 	@echo 'make test-all all tests, with coverage (6 minutes)'
 	@echo 'make test-mpi ChainerMN on 2 to 4 ranks, CPU (2 minutes)'
-	@echo 'make ci       what is run for each change (20 minutes)'
+	@echo 'make ci       what is run for each change (15 minutes)'
 	@echo 'make matrix   the tests with all supported versions (an hour, 2 cores)'
 	@echo 'make defects  the built-in hook beside this one, fault by fault'
 	@echo 'make bench    time weights and models beside others (CPU, 25 minutes)'
