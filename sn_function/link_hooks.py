@@ -7,7 +7,6 @@ only, and may serve any number of links.
 from __future__ import annotations
 
 import contextlib
-import warnings
 import weakref
 from typing import Any, Callable
 
@@ -249,9 +248,6 @@ class SpectralNormalization(LocalHook):
                 type(link).__name__, self.weight_name)
         own = HookedWeight(self, link, W)
         state = own.state
-        if not isinstance(W, chainer.Parameter):
-            # Another hook has replaced the weight: nothing to compare with.
-            state.forget_copied()
         is_train, is_second_run, will_be_run_again = node.config(
             'train', 'in_recomputing', '_will_recompute')
         scope = None if is_second_run else scopes.covering(link)
@@ -262,7 +258,10 @@ class SpectralNormalization(LocalHook):
                 Y, iterations = own.normalize(
                     is_train and not is_second_run, is_second_run)
         except errors.VectorValueError:
-            self._discard_vector(own)
+            # Other hooks leave such a vector behind after one NaN.
+            own.discard_vector(
+                f'{self.vector_name} was zero or not finite, as in a snapshot '
+                f'of a model that had met a NaN.')
             return self.normalize_weight(link)
         state.v = iterations.v
         _LATEST[self] = weakref.ref(state)
@@ -271,15 +270,6 @@ class SpectralNormalization(LocalHook):
         if is_second_run or will_be_run_again:
             recompute.record(link, state, iterations.start)
         return Y
-
-    def _discard_vector(self, own: HookedWeight) -> None:
-        # Other hooks leave such a vector behind after one NaN.
-        warnings.warn(
-            f'{type(own.link).__name__}.{self.vector_name} was zero or not '
-            f'finite, as in a snapshot of a model that had met a NaN. It '
-            f'was made anew.', stacklevel=3)
-        setattr(own.link, self.vector_name, None)
-        own.state.start = None
 
     def reshape_W(self, W: Any) -> Any:
         """Returns ``W``, a Variable or an array, as a matrix.
