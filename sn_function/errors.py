@@ -275,6 +275,31 @@ class NoLinkError(SpectralNormalizationError, ValueError):
             f'with, or add SpectralNormalization to the links themselves.')
 
 
+class ModelCopyError(SpectralNormalizationError, TypeError):
+    """A model that is to be run cannot be copied."""
+
+    def __init__(self, model: Any, cause: BaseException) -> None:
+        super().__init__(
+            f'The run needs a deep copy of the model, but copy.deepcopy of '
+            f'this {type(model).__name__} raised {type(cause).__name__}: '
+            f'{cause} Define __deepcopy__ for what cannot be copied, or ask '
+            f'for the summary without a run.')
+
+
+class RunArgumentError(SpectralNormalizationError, ValueError):
+    """A run does not use the copy of the model that it is given."""
+
+    def __init__(self, model: Any, link: Any) -> None:
+        name = type(model).__name__
+        what = ('called no link of it' if link is None else
+                f'called a {type(link).__name__} of the model itself')
+        super().__init__(
+            f'run is called with a copy of the {name}, so that the model '
+            f'stays as it is, but {what}. Use the argument and no other '
+            f'name of the model, e.g. summary(model, lambda model: '
+            f'model(x)).')
+
+
 # Monitoring and the penalty
 
 class NothingToReportError(SpectralNormalizationError, ValueError):

@@ -1,5 +1,8 @@
 """What of a model is normalized."""
+import copy
 import pickle
+import random
+import threading
 
 import sn_function  # isort: skip  # before chainer, which it repairs
 import chainer
@@ -8,8 +11,13 @@ import chainer.links as L
 import numpy as np
 import pytest
 from chainer import link_hooks
+from chainer.backends import cuda
 
-from sn_function import ChainSpectralNormalization, SpectralNormalization
+from sn_function import (
+    ChainSpectralNormalization,
+    SpectralNormalization,
+    errors,
+)
 
 
 class Model(chainer.Chain):
@@ -129,6 +137,135 @@ def test_the_model_is_left_alone():
     assert pickle.dumps(model) == before
     assert not chainer._get_link_hooks()
     assert not chainer.get_function_hooks()
+
+
+class Aliases(chainer.ChainList):
+    """Has second names for its links, and links that are not registered."""
+
+    def __init__(self):
+        super().__init__(L.Linear(4, 4), L.Linear(None, 4))
+        self.first, self.all = self[0], list(self)
+        self.unregistered = [L.Linear(None, 2)]
+
+    def forward(self, x):
+        h = self.all[1](self.first(x))
+        return self.unregistered[0](h)
+
+
+def state_of(model):
+    """All arrays and names of a model, and of links outside of it."""
+    links = [*model.links(), *vars(model).get('unregistered', ())]
+    names = [(type(link), sorted(link._params), sorted(link._persistent),
+              sorted(link.local_link_hooks)) for link in links]
+    arrays = [copy.deepcopy(getattr(value, 'array', value)) for link in links
+              for name, value in sorted(vars(link).items())
+              if name in link._params | link._persistent]
+    return names, arrays
+
+
+def assert_same_state(a, b):
+    assert a[0] == b[0]
+    for x, y in zip(a[1], b[1]):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_links_under_other_names_are_those_of_the_copy():
+    model = Aliases()
+    model.add_hook(ChainSpectralNormalization())
+    before = state_of(model)
+    found = sn_function.summary(
+        model, lambda model: model(np.ones((1, 4), 'f')))
+    assert {row.path: row.note for row in found.rows
+            if row.status == 'normalized'} == dict.fromkeys(
+                ['/0/W', '/1/W'], 'SpectralNormalization')
+    assert_same_state(state_of(model), before)
+    assert model[1].W.array is model.unregistered[0].W.array is None
+    assert len(found.remarks) == 1
+    assert found.remarks[0].startswith('A Linear of the model was called')
+    assert str(found).splitlines()[-1] == found.remarks[0]
+    assert sn_function.summary(model).remarks == ()
+
+
+def test_a_run_leaves_random_numbers_as_they_were():
+    model = Aliases()
+    x = np.ones((1, 4), 'f')
+
+    def run(model):
+        random.random()
+        return model(x)
+
+    np.random.seed(3)
+    random.seed(4)
+    expected = np.random.random(3).tolist(), random.random()
+    np.random.seed(3)
+    random.seed(4)
+    sn_function.summary(model, run)
+    assert (np.random.random(3).tolist(), random.random()) == expected
+
+
+@pytest.mark.gpu
+def test_a_run_leaves_random_numbers_of_the_device_as_they_were():
+    cupy = cuda.cupy
+    model = chainer.Sequential(L.Linear(None, 3), L.Linear(3, 2))
+    model.to_device('@cupy:0')
+    model.add_hook(ChainSpectralNormalization())
+    x = cupy.ones((1, 4), 'f')
+    cupy.random.seed(3)
+    expected = cupy.random.normal(size=3).tolist()
+    cupy.random.seed(3)
+    found = sn_function.summary(model, lambda model: model(x))
+    assert cupy.random.normal(size=3).tolist() == expected
+    assert [row.status for row in found.rows if row.path[-1] == 'W'] == (
+        ['normalized', 'normalized'])
+    assert model[0].W.array is model[0].W_u is None
+
+
+def test_a_sequential_with_a_lambda():
+    model = chainer.Sequential(
+        L.Linear(3, 3), lambda x: x,
+        chainer.Sequential(L.Linear(3, 2), lambda x: x))
+    model.add_hook(ChainSpectralNormalization('/0*'))
+    found = rows(model, lambda model: model(np.ones((1, 3), 'f')))
+    assert sorted(
+        status for path, (status, _) in found.items() if path[-1] == 'W') == [
+            'filtered out', 'normalized']
+    assert not any(note.endswith('run') for _, note in found.values())
+
+
+class Captured(chainer.Chain):
+    """Calls a link of its own and one that it does not register."""
+
+    def __init__(self, other):
+        super().__init__()
+        with self.init_scope():
+            self.own = L.Linear(None, 3)
+        self.hidden = [L.Linear(None, 3)]
+        self.other = other
+
+    def forward(self, x):
+        return self.own(x)
+
+
+@pytest.mark.parametrize('which', [
+    lambda model: model, lambda model: model.own,
+    lambda model: model.hidden[0]])
+def test_a_run_of_the_model_itself_is_refused(which):
+    model = Captured(None)
+    model.own.add_hook(SpectralNormalization())
+    x = np.ones((1, 3), 'f')
+    with pytest.raises(errors.RunArgumentError, match='of the model itself'):
+        sn_function.summary(model, lambda _: which(model)(x))
+    assert model.own.W.array is model.hidden[0].W.array is None
+    assert model.own.W_u is None
+    with pytest.raises(errors.RunArgumentError, match='called no link of it'):
+        sn_function.summary(model, lambda model: L.Linear(3, 3)(x))
+
+
+def test_a_model_that_cannot_be_copied():
+    model = Captured(threading.Lock())
+    with pytest.raises(errors.ModelCopyError, match='TypeError: cannot '):
+        sn_function.summary(model, lambda model: model(X))
+    assert statuses(model)['/own/W'] == 'no hook'
 
 
 @pytest.mark.parametrize('kind', [

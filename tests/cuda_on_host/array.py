@@ -1054,6 +1054,9 @@ class _Random(types.ModuleType):
     def get_random_state(self):
         return self._state
 
+    def set_random_state(self, state):
+        self._state = state
+
     def default_rng(self, seed=None):
         return RandomState(seed)
 
