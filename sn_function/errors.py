@@ -74,6 +74,16 @@ class WeightNotFoundError(SpectralNormalizationError, ValueError):
             f'the hook to the child link that holds the weight.')
 
 
+class NStepWeightError(SpectralNormalizationError, ValueError):
+    """A hook for one weight is added to an n-step RNN."""
+
+    def __init__(self, link: Any, weight_name: str) -> None:
+        super().__init__(
+            f'{type(link).__name__} has no parameter {weight_name!r} of its '
+            f'own. A hook on an n-step RNN normalizes all matrices w0, w1, '
+            f'... of its layers: leave weight_name out.')
+
+
 class AxisError(SpectralNormalizationError, ValueError, IndexError):
     """The output axis is out of range."""
 
@@ -272,7 +282,8 @@ class NoLinkError(SpectralNormalizationError, ValueError):
             f'without spectral normalization, and passes the filter. Add the '
             f'hook when all links are in the chain, look at '
             f'chain.namedlinks() for the paths that the filter is called '
-            f'with, or add SpectralNormalization to the links themselves.')
+            f'with, put the class of an n-step RNN into the filter, or add '
+            f'SpectralNormalization to the links themselves.')
 
 
 class ModelCopyError(SpectralNormalizationError, TypeError):

@@ -1035,6 +1035,9 @@ class _Module(types.ModuleType):
 
 
 def _call_named(name, function, *args, **kwargs):
+    if name in ('split', 'array_split'):  # the indices are the host's
+        args = [x.tolist() if isinstance(x, numpy.ndarray) else x
+                for x in args]
     return _call(name, function, args, kwargs)
 
 
