@@ -4,9 +4,10 @@ from __future__ import annotations
 from typing import Any, Callable, NamedTuple
 
 import chainer
-from chainer.links.rnn import n_step_rnn
 
 from sn_function import _models
+from sn_function._links import n_step
+from sn_function._links.bypass import bypasses_hooks
 from sn_function._usage import Usage
 from sn_function.chain import ChainSpectralNormalization
 from sn_function.link_hooks import HOOKS
@@ -46,8 +47,8 @@ class Summary(NamedTuple):
     * ``'no hook'``: it could be normalized;
     * ``'unsupported'``: a matrix in a link of another kind, which is not
       normalized unless a hook is added to that link by itself;
-    * ``'never'``: it is used without a call of its link, so a hook has no
-      effect on it;
+    * ``'never'``: it has a hook without an effect, as the weight is used
+      without a call of its link, or the call calls no hooks;
     * ``'no matrix'``: a bias, or another parameter with fewer than 2
       dimensions;
     * ``'unknown'``: as ``'unsupported'`` or ``'no matrix'``, and not
@@ -79,9 +80,10 @@ def summary(
     """Reports for each parameter of a model whether it is normalized.
 
     A hook acts when its link is called.  Some models use a weight without
-    calling its link: :class:`~chainer.links.NStepLSTM` and similar links do,
-    and so does ``link.forward(x)``, or ``F.linear(x, link.W)``.  Those of
-    Chainer are known; ``run`` finds those of the model itself as well.
+    such a call: ``link.forward(x)`` does, and ``F.linear(x, link.W)``; a class
+    that defines ``__call__`` instead of ``forward`` calls no hooks, nor does
+    :class:`~chainer.links.NStepLSTM` those of its children.  The latter two
+    are known; ``run`` finds the others.
 
     Args:
         model (~chainer.Link): A link or chain.
@@ -144,9 +146,9 @@ def _amend(usage: Usage, path: str, note: str) -> tuple[str, str]:
 
 def _remarks(usage: Usage) -> tuple[str, ...]:
     return tuple(
-        f'A {name} of the model was called that is not in its namedlinks(): '
-        f'it has no rows, and optimizers, snapshots and hooks of chains do '
-        f'not find it either.' for name in usage.unregistered)
+        f'{name} of the model was called and is not in its namedlinks(): it '
+        f'has no rows, and optimizers, snapshots and hooks of chains do not '
+        f'find it either.' for name in usage.unregistered)
 
 
 def _shape(parameter: chainer.Parameter) -> tuple[int, ...] | None:
@@ -162,8 +164,8 @@ class _Structure:
 
     Attributes:
         filtered_out (set): Ids of links that the hook of a chain leaves out.
-        users (dict): Classes, by name, that use the weights of their child
-            links without calling them, by the ids of the children.
+        owners (dict): The n-step RNNs by the ids of their children, whose
+            weights they use without calling them.
 
     """
 
@@ -174,26 +176,34 @@ class _Structure:
             if isinstance(hook, ChainSpectralNormalization)
             for path, link in _models.supported_links(chain)
             if not hook.accepts(path, link)}
-        self.users = {
-            id(child): type(link).__name__ for link in model.links()
-            if isinstance(link, n_step_rnn.NStepRNNBase)
-            for child in link.children()}
+        self.owners = {
+            id(layer): link for link in model.links()
+            if n_step.is_n_step(link) for layer in link.children()}
 
     def status(
             self, link: chainer.Link, name: str,
             shape: tuple[int, ...] | None) -> tuple[str, str]:
         """Returns the status of a parameter of the link, and the note."""
-        hook_names = {
-            hook.weight_name: key for key, hook
-            in link.local_link_hooks.items() if isinstance(hook, HOOKS)}
-        if name in hook_names:
-            return NORMALIZED, hook_names[name]
+        for key, hook in link.local_link_hooks.items():
+            if isinstance(hook, HOOKS) and hook.weight_name == name:
+                return self._status_of_hooked(link, key, hook)
         if shape is not None and len(shape) < 2:
             return NO_MATRIX, ''
-        if id(link) in self.users:
-            return NEVER, f'{self.users[id(link)]} does not call this link'
+        owner = self.owners.get(id(link))
+        if owner is not None and name in n_step.weight_names(owner):
+            return NO_HOOK, ''
         if _models.is_supported(link) and name == 'W':
             is_left_out = id(link) in self.filtered_out
             return FILTERED_OUT if is_left_out else NO_HOOK, ''
         return (UNKNOWN if shape is None else UNSUPPORTED,
                 type(link).__name__)
+
+    def _status_of_hooked(
+            self, link: chainer.Link, key: str, hook: Any) -> tuple[str, str]:
+        owner = self.owners.get(id(link), link)
+        if bypasses_hooks(owner):
+            return NEVER, f'{type(owner).__name__}.__call__ calls no hooks'
+        if owner is not link and not n_step.is_of_layers(hook, owner):
+            return NEVER, (f'{type(owner).__name__} does not call this link: '
+                           f'it needs a hook itself')
+        return NORMALIZED, key

@@ -16,7 +16,7 @@ from chainer.backends import cuda
 
 from sn_function import errors
 from sn_function._graph import normalize
-from sn_function._links import call
+from sn_function._links import call, n_step
 
 
 class Usage:
@@ -98,7 +98,7 @@ class _Twin:
 def _same_random_state(model: chainer.Link) -> Iterator[None]:
     """Leaves the generators of random numbers as they were."""
     devices = {str(link.device): link.device for link in model.links()
-               if link.xp is cuda.cupy and cuda.available}
+               if link.xp is cuda.cupy}
     states = {}
     for name, device in devices.items():
         with chainer.using_device(device):
@@ -136,10 +136,12 @@ class _LinkRecorder(chainer.LinkHook):
         if not self.twin.is_copied(link):
             return
         self.has_called = True
-        paths = self.paths.get(id(link))
-        if paths is not None:
-            self.usage.called.update(paths)
-        elif link._params:
+        users = [link]
+        if n_step.is_n_step(link):  # it uses the weights of its children
+            users += link.children()
+        for each in users:
+            self.usage.called.update(self.paths.get(id(each), ()))
+        if id(link) not in self.paths and any(x._params for x in users):
             self.usage.unregistered.append(type(link).__name__)
             self.paths[id(link)] = []  # once
 

@@ -181,7 +181,7 @@ def test_links_under_other_names_are_those_of_the_copy():
     assert_same_state(state_of(model), before)
     assert model[1].W.array is model.unregistered[0].W.array is None
     assert len(found.remarks) == 1
-    assert found.remarks[0].startswith('A Linear of the model was called')
+    assert found.remarks[0].startswith('Linear of the model was called')
     assert str(found).splitlines()[-1] == found.remarks[0]
     assert sn_function.summary(model).remarks == ()
 
@@ -268,18 +268,95 @@ def test_a_model_that_cannot_be_copied():
     assert statuses(model)['/own/W'] == 'no hook'
 
 
-@pytest.mark.parametrize('kind', [
-    L.NStepLSTM, L.NStepBiLSTM, L.NStepGRU, L.NStepBiGRU, L.NStepRNNTanh,
-    L.NStepBiRNNReLU])
-def test_weights_of_n_step_links_never_are(kind):
-    model = chainer.Sequential(kind(2, 3, 4, 0.))
-    found = rows(model)
-    matrices = [x for x in found.values() if x[0] != 'no matrix']
-    assert len(matrices) >= 4
-    assert set(matrices) == {
-        ('never', f'{kind.__name__} does not call this link')}
-    with pytest.raises(sn_function.errors.NoLinkError):
-        model.add_hook(ChainSpectralNormalization())
+N_STEP = [L.NStepLSTM, L.NStepBiLSTM, L.NStepGRU, L.NStepBiGRU,
+          L.NStepRNNTanh, L.NStepBiRNNReLU]
+
+
+def run_n_step(model):
+    states = [None] * (2 if 'LSTM' in type(model.rnn).__name__ else 1)
+    model.rnn(*states, [np.ones((2, 3), 'f')])
+
+
+@pytest.mark.parametrize('kind', N_STEP)
+def test_n_step_links(kind):
+    model = Model(rnn=kind(2, 3, 4, 0.), unused=kind(1, 3, 4, 0.))
+    weights = {path for path, x in model.namedparams() if x.ndim == 2}
+    assert len(weights) >= 6
+    found = rows(model, run_n_step)
+    assert {path for path, x in found.items() if x == ('no hook', '')} == (
+        weights)
+    assert {x for path, x in found.items() if path not in weights} == {
+        ('no matrix', '')}
+    for link in model.children():
+        link.add_hook(SpectralNormalization())
+    found = rows(model, run_n_step)
+    for path in weights:
+        note = f'SpectralNormalization_{path[-2:]}'  # of the layer
+        if path.startswith('/unused'):
+            note += '; not called in this run'
+        assert found[path] == ('normalized', note)
+
+
+@pytest.mark.parametrize('kind', N_STEP)
+@pytest.mark.parametrize('hook', [
+    SpectralNormalization, link_hooks.SpectralNormalization])
+def test_a_hook_on_a_layer_of_an_n_step_link_never_acts(kind, hook):
+    model = Model(rnn=kind(2, 3, 4, 0.))
+    model.rnn[1].add_hook(hook(weight_name='w1'))
+    for args in (), (run_n_step,):
+        found = rows(model, *args)
+        assert found['/rnn/1/w1'] == (
+            'never', f'{kind.__name__} does not call this link: it needs a '
+                     f'hook itself')
+        assert found['/rnn/1/w0'] == found['/rnn/0/w1'] == ('no hook', '')
+
+
+def test_an_n_step_link_that_is_not_registered():
+    model = Model()
+    model.hidden = [L.NStepGRU(1, 3, 4, 0.)]
+    found = sn_function.summary(
+        model, lambda model: model.hidden[0](None, [np.ones((2, 3), 'f')]))
+    remark, = found.remarks
+    assert remark.startswith('NStepGRU of the model was called')
+
+
+def test_the_weights_of_an_n_step_link_that_others_use():
+    model = Model(rnn=L.NStepRNNTanh(1, 3, 4, 0.))
+    model.rnn.add_hook(SpectralNormalization())
+    assert rows(model, lambda model: F.linear(
+        model.rnn[0].w0, model.rnn.ws[0][0]))['/rnn/0/w0'] == (
+            'never', 'LinearFunction uses it without calling the link')
+
+
+class OldLinear(L.Linear):
+    """As before Chainer 5."""
+
+    def __call__(self, x):
+        return F.linear(x, self.W)
+
+
+class OldRNN(L.NStepRNNTanh):
+
+    def __call__(self, *args):
+        return self.forward(*args)
+
+
+def test_calls_that_call_no_hooks():
+    model = Model(
+        old=OldLinear(5, 5), new=L.Linear(5, 5), rnn=OldRNN(1, 3, 4, 0.))
+    for link in model.children():
+        link.add_hook(SpectralNormalization())
+    for args in (), (lambda model: (
+            model.old(np.ones((1, 5), 'f')), run_n_step(model)),):
+        found = rows(model, *args)
+        assert found['/old/W'] == (
+            'never', 'OldLinear.__call__ calls no hooks')
+        assert found['/rnn/0/w1'] == (
+            'never', 'OldRNN.__call__ calls no hooks')
+        assert found['/new/W'][0] == 'normalized'
+    for link in model.children():
+        link.delete_hook('SpectralNormalization')
+    assert statuses(model)['/old/W'] == 'no hook'
 
 
 def test_links_of_other_kinds():
