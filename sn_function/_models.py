@@ -8,6 +8,7 @@ import chainer
 from chainer import links as L
 
 from sn_function import errors
+from sn_function._links import n_step
 from sn_function.link_hooks import HOOKS, LocalHook
 
 # Links whose forward uses W, and that nothing else uses the W of.
@@ -123,3 +124,11 @@ def takes(filter: Filter, path: str, link: chainer.Link) -> bool:
     if isinstance(filter, type):
         return isinstance(link, filter)
     return bool(filter(path, link))
+
+
+def names_n_step_class(filter: Filter, link: chainer.Link) -> bool:
+    """Whether the link is an n-step RNN whose class is in the filter."""
+    if isinstance(filter, (list, tuple)):
+        return any(names_n_step_class(one, link) for one in filter)
+    return (isinstance(filter, type) and n_step.is_n_step_class(filter)
+            and isinstance(link, filter))

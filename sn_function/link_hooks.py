@@ -11,30 +11,18 @@ import weakref
 from typing import Any, Callable
 
 import chainer
-from chainer import link_hook
 from chainer import link_hooks as chainer_link_hooks
 
 from sn_function import _checks, errors
 from sn_function._arithmetic import buffers
 from sn_function._arithmetic.matrix import as_matrix
 from sn_function._graph import node
-from sn_function._links import call, gamma, recompute, weight
+from sn_function._links import call, gamma, n_step, recompute, weight
 from sn_function._links import scope as scopes
 from sn_function._links.hooked_weight import HookedWeight
+from sn_function._links.local_hook import LocalHook
 from sn_function._links.state import LinkState
 from sn_function._links.weight import output_axis
-
-
-class LocalHook(link_hook.LinkHook):
-    """A hook that belongs on a link."""
-
-    def __enter__(self) -> None:
-        raise NotImplementedError(
-            f'This hook is not supposed to be used as context manager. Add '
-            f'it to a link: link.add_hook({type(self).__name__}()).')
-
-    def __exit__(self, *_: Any) -> None:
-        raise NotImplementedError
 
 
 class SpectralNormalization(LocalHook):
@@ -60,6 +48,11 @@ class SpectralNormalization(LocalHook):
     weight.  Add it before ``optimizer.setup(model)`` if ``use_gamma`` is
     true, as that adds a parameter.
 
+    On an n-step RNN, such as :class:`~chainer.links.NStepLSTM`, it normalizes
+    every matrix ``w0``, ``w1``, ... of every layer, each by its own norm and
+    with its own ``u``.  These, and gammas, are on the children of the link,
+    as ``link[0].w0_u``; so are the hooks, one for each weight.
+
     ``SpectralNormalization(detach_uv=True, n_warmup=0)`` follows the numbers
     of Chainer's hook.
 
@@ -73,7 +66,7 @@ class SpectralNormalization(LocalHook):
             ``weight_name + '_gamma'``.
         factor (float or None): Divides sigma, and so multiplies the weight;
             above 0.  ``None`` means 1.
-        weight_name (str): Name of the link's weight.
+        weight_name (str): Name of the link's weight; left out for n-step RNNs.
         name (str or None): Name of this hook, ``'SpectralNormalization'`` if
             ``None``.  Hooks on one link need different names.
         detach_uv (bool): Treat u and v as constants in the gradient, as
@@ -176,6 +169,9 @@ class SpectralNormalization(LocalHook):
     def added(self, link: chainer.Link) -> None:
         """Registers the vector and, with ``use_gamma``, the parameter."""
         weight_name = self.weight_name
+        if n_step.holds_weights(link, weight_name):
+            n_step.replace_hook(self, link)
+            return
         try:
             self._check_link(link)
             gamma_name = (
