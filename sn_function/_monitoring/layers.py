@@ -11,8 +11,7 @@ from sn_function import _checks
 from sn_function._arithmetic import quality
 from sn_function._links import call
 from sn_function._links.hooked_weight import renewal_of
-from sn_function._links.state import LinkState
-from sn_function._models import LinkWeight
+from sn_function._models import LinkWeight, gamma_of
 from sn_function.link_hooks import output_axis
 
 
@@ -73,18 +72,10 @@ class MonitoredWeight:
             W, u, hook.axis if is_of_chainer else output_axis(link),
             hook.n_power_iteration, true_sigma,
             None if is_of_chainer else renewal_of(hook, is_train=False))
-        gamma = self._gamma()
+        gamma = gamma_of(link, hook)
         if gamma is not None and gamma.array is not None:
             numbers['gamma'] = gamma.array.astype(numpy.float64)
         return numbers
-
-    def _gamma(self) -> Any:
-        if not self.hook.use_gamma:
-            return None
-        if _is_of_chainer(self.hook):
-            return self.link.gamma
-        state = LinkState.of(self.link, self.hook.weight_name)
-        return state.gamma_name and getattr(self.link, state.gamma_name)
 
     def layer(self, numbers: dict[str, float]) -> Layer:
         """Returns what users see of the numbers."""
