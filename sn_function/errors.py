@@ -521,8 +521,9 @@ class SnapshotNameError(SnapshotError):
     def __init__(self, path: str, name: str, first: str, second: str) -> None:
         super().__init__(
             path, None, f'two entries would get the name {name!r}: '
-            f'{first!r} and {second!r}', 'Give one of them another: --rename OLD=NEW, or '
-            'rename={OLD: NEW}, of convert and bake.')
+            f'{first!r} and {second!r}',
+            'Give one of them another: --rename OLD=NEW, or rename={OLD: NEW}'
+            ', of convert and bake.')
 
 
 class SnapshotModelError(SnapshotError):

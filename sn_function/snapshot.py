@@ -274,7 +274,8 @@ def bake(
                 weight.iterations(n_power_iteration), factor_, eps_)
             name = names.plain(weight)
             changes.append(WeightChange(
-                plan.name_of(name), 'baked', sigma))
+                plan.name_of(name), 'baked', sigma,
+                note=entries.note_of(reader, weight)))
             yield name, Y
 
         weights = entries.find(reader, plan.prefix, axes)
@@ -318,9 +319,9 @@ def convert(
             snapshot the one that has such weights.
         axes (dict or None): Output axes of weights, by their entry or by a
             pattern; see :doc:`cli`.
-        rename (dict or None): New paths of links, or names of entries, by old
-            ones, in the names of the input.  Dots and slashes are the same
-            there, only whole parts count, and of those that fit the longest.
+        rename (dict or None): New paths of links, or names of entries, by
+            those of the input.  Dots and slashes are the same, only whole
+            parts count, and of those that fit the longest.
         overwrite (bool): Whether ``dst`` may exist, or be ``src``.
         compress (bool or None): Whether a .npz or HDF5 file is compressed;
             ``None``: as the input is.
@@ -377,7 +378,8 @@ def convert(
             converted = vectors.converted(arrays, to_torch, n, converge)
             sigma, difference = vectors.compare(converted, arrays, n)
             changes.append(WeightChange(
-                plan.name_of(new.W), 'converted', sigma, difference))
+                plan.name_of(new.W), 'converted', sigma, difference,
+                entries.note_of(reader, weight)))
             return entries.named(new, converted)
 
         weights = entries.find(reader, plan.prefix, axes)
@@ -442,8 +444,9 @@ def _rename_others(plan: Plan, reader: Reader, names: Names) -> list[str]:
 
 def repair(
         src: Path, dst: Path, *, all: bool = False,
-        add_u: Sequence[str] = (), axes: Axes | None = None, overwrite: bool = False,
-        compress: bool | None = None, progress: Progress = iter) -> Outcome:
+        add_u: Sequence[str] = (), axes: Axes | None = None,
+        overwrite: bool = False, compress: bool | None = None,
+        progress: Progress = iter) -> Outcome:
     """Writes a snapshot in which each vector can be used.
 
     Vectors that are zero, not finite, of the wrong shape, or were never

@@ -43,10 +43,19 @@ def read(reader: Reader, weight: WeightKeys, axes: Axes) -> WeightArrays:
         fault = fault or fault_of_v
     if weight.layout == layouts.WRAPPER:
         v = None  # made anew from u in each call
-    elif weight.layout == layouts.TORCH_OLD and fault is None:
-        v = vectors.partner(singular.as_matrix(W, axis), u)
     arrays = WeightArrays(W, axis, u, v, gamma, fault, is_unclear)
-    if v is not None and fault is None and vectors.estimate(arrays) < 0:
+    if fault is None and weight.is_torch:
+        with numpy.errstate(all='ignore'):  # of a weight that is not finite
+            return _checked_of_torch(weight, arrays)
+    return arrays
+
+
+def _checked_of_torch(
+        weight: WeightKeys, arrays: WeightArrays) -> WeightArrays:
+    if weight.layout == layouts.TORCH_OLD:
+        A = singular.as_matrix(arrays.W, arrays.axis)
+        return arrays._replace(v=vectors.partner(A, arrays.u))
+    if arrays.v is not None and vectors.estimate(arrays) < 0:
         return arrays._replace(fault='opposite to v')
     return arrays
 

@@ -24,7 +24,7 @@ read, and not written.  A trainer's snapshot has the entries of a model below
 from __future__ import annotations
 
 import re
-from typing import Iterable, NamedTuple, Sequence
+from typing import Iterable, NamedTuple
 
 from sn_function import errors
 from sn_function._snapshots import readers

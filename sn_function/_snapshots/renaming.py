@@ -51,7 +51,10 @@ class Names:
         self._children = [each.child for each in weights if each.child]
         self._n_wrappers = 0
         self._n_wrappers = self._count_wrappers()
-        self._rename = _Rename(reader.path, rename)
+        self._rename = _Rename(reader.path, {
+            old: (self._parts(prefix + ''.join(
+                part + self._separator for part in _parts_of(old))),
+                _parts_of(new)) for old, new in rename.items()})
 
     def of_weight(self, weight: WeightKeys, layout: str) -> WeightKeys:
         """Returns the names of a weight's entries in a layout."""
@@ -106,7 +109,7 @@ class Names:
         if self._to_torch or not self.is_other_library:
             return parts
         parts = tuple(x for x in parts if x != layouts.COMPILED)
-        return parts[self._n_wrappers:]
+        return parts[min(self._n_wrappers, _depth(parts)):]
 
     def _split(self, path: str) -> tuple[str, ...]:
         rest = path[len(self._prefix):]
@@ -114,14 +117,9 @@ class Names:
 
     def _count_wrappers(self) -> int:
         """Returns how often DataParallel is before all names."""
-        depths = []
-        for key in self._reader.keys:
-            if key.startswith(self._prefix):
-                parts = self._parts(layouts.split(key)[0])
-                depths.append(next((
-                    i for i, part in enumerate(parts)
-                    if part != layouts.DATA_PARALLEL), len(parts)))
-        return min(depths)
+        return min(_depth(self._parts(layouts.split(key)[0]))
+                   for key in self._reader.keys
+                   if key.startswith(self._prefix))
 
     def _names_beside(self, key: str) -> dict[str, str]:
         """Returns the names of the arrays of the layer that has an entry."""
@@ -145,18 +143,20 @@ class Names:
 class _Rename:
     """What users rename: of the old paths that fit, the longest counts."""
 
-    def __init__(self, path: str, rename: Rename) -> None:
+    def __init__(
+            self, path: str,
+            rename: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]],
+    ) -> None:
         self._path = path
         self._new: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._given: dict[tuple[str, ...], str] = {}
         self._seen: dict[str, None] = {}  # an ordered set
-        for old, new in rename.items():
-            parts = _parts_of(old)
+        for old, (parts, new) in rename.items():
             if parts in self._new:
                 raise errors.SnapshotRenameError(
                     path, old, f'so is {self._given[parts]!r}, which is the '
                     f'same', [])
-            self._given[parts], self._new[parts] = old, _parts_of(new)
+            self._given[parts], self._new[parts] = old, new
         self._unused = dict(self._given)
 
     def __call__(
@@ -181,6 +181,12 @@ class _Rename:
         for old in self._unused.values():
             raise errors.SnapshotRenameError(
                 self._path, old, 'no entry is below it', list(self._seen))
+
+
+def _depth(parts: tuple[str, ...]) -> int:
+    """How many of the first parts are those of DataParallel."""
+    return next((i for i, part in enumerate(parts)
+                 if part != layouts.DATA_PARALLEL), len(parts))
 
 
 def _parts_of(path: str) -> tuple[str, ...]:
