@@ -3,7 +3,8 @@
 :func:`inspect` reports the norm of each weight and how good its vector is,
 :func:`bake` puts the normalized weights in the place of the raw ones,
 :func:`convert` converts between Chainer, sngan_projection and PyTorch, and
-:func:`repair` replaces vectors that are zero or not finite.  The files may
+:func:`repair` replaces vectors that are zero or not finite, and makes those
+that are missing.  The files may
 be those of :func:`chainer.serializers.save_npz` and ``save_hdf5``, of a model
 or of a trainer, or state dicts of PyTorch in .npz, .safetensors or .pt.
 
@@ -298,6 +299,9 @@ def convert(
         overwrite: bool = False, compress: bool | None = None,
         progress: Progress = iter) -> Outcome:
     """Writes a snapshot as another library names and stores it.
+
+    :doc:`cli` lists what is read.  Of the names of PyTorch, those of modules
+    that wrap a model or a layer are no parts of Chainer's paths.
 
     The vectors are such that the normalized weights, in test mode, stay the
     same: those of Chainer with ``n_power_iteration`` iterations, and those of

@@ -168,9 +168,7 @@ def _find_torch(reader: Reader, keys: Sequence[str]) -> list[WeightKeys]:
     found = []
     # Several entries are of one weight: these are an ordered set.
     for weight in dict.fromkeys(_torch_weights(keys, known)):
-        # BigGAN's sv0 is a mark of it, though it has no use.
-        there = [key for key in (weight.u, weight.v, *weight.extras[:(
-            weight.layout == layouts.BIGGAN)]) if key in known]
+        there = _marks(reader, weight, known)
         if weight.W in known and there:
             found.append(weight)
         elif len(there) > 1 or (
@@ -178,6 +176,19 @@ def _find_torch(reader: Reader, keys: Sequence[str]) -> list[WeightKeys]:
             raise _missing_weight(reader, weight.W, there[0], weight.path)
         # Others are of weight_norm, of pruning, or of something else.
     return found
+
+
+def _marks(
+        reader: Reader, weight: WeightKeys, known: set[str]) -> list[str]:
+    """Returns the entries that show that a weight is normalized."""
+    marks = [weight.u, weight.v]
+    if weight.layout == layouts.BIGGAN:
+        log_of_sigma = weight.extras[0]
+        if log_of_sigma not in known and (
+                len(reader.entry(weight.u).shape or ()) != 2):
+            return []  # some other u0
+        marks = [weight.u, log_of_sigma]
+    return [key for key in marks if key is not None and key in known]
 
 
 def _torch_weights(

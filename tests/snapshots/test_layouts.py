@@ -489,6 +489,7 @@ class TestCorrupt:
     {'l.weight_orig': np.eye(3), 'l.weight_mask': np.eye(3)},
     {'l.weight': np.eye(3), 'l.weight_u': np.ones(3)},
     {'l.u0': np.ones((1, 3))}, {'l.weight': np.eye(3)},
+    {'l.weight': np.eye(3), 'l.u0': np.ones(3)},
 ], ids=lambda arrays: ','.join(arrays))
 def test_layouts_that_are_not_known(arrays):
     np.savez('in.npz', **arrays)
