@@ -49,7 +49,7 @@ class Names:
         self._to_torch = is_torch if to_torch is None else to_torch
         self.is_other_library = self._to_torch != is_torch
         self._children = [each.child for each in weights if each.child]
-        self._n_wrappers = 0
+        self._n_wrappers = 0  # none is taken away before they are counted
         self._n_wrappers = self._count_wrappers()
         self._rename = _Rename(reader.path, {
             old: (self._parts(prefix + ''.join(
@@ -60,10 +60,8 @@ class Names:
         """Returns the names of a weight's entries in a layout."""
         path, name, is_given = self._new(weight.path, weight.name)
         if self.is_other_library and not is_given:
-            theirs, ours = 'weight', 'W'
-            if self._to_torch:
-                theirs, ours = ours, theirs
-            name = ours if name == theirs else name
+            names = {'W': 'weight'} if self._to_torch else {'weight': 'W'}
+            name = names.get(name, name)
         if layout in layouts.OF_TORCH:
             return layouts.torch_keys(layout, path, name)
         u = path + (f'{name}_u' if layout == layouts.CHAINER else 'u')
