@@ -122,7 +122,8 @@ def spectral_normalize(
             ``Y``, once u has converged, when gamma is 1.
         eps (float): Floor :math:`\\epsilon` on sigma, in units of sigma.
             Below it ``Y`` is ``W`` times a constant, and so tends to zero
-            as ``W`` does.
+            as ``W`` does.  Where ``W`` is zero, the gradient is that of
+            ``gamma factor W``, without the floor, so that it can learn.
         axis (int): Output axis of ``W``; may be negative.
         detach_uv (bool): Take ``u`` and ``v`` as constants in the gradient.
         update_u (bool): Overwrite the array ``u`` with the last ``u``,
