@@ -86,7 +86,13 @@ class SpectralNormalization(LocalHook):
             sigma is below ``cap`` is used as it is, one above it is divided
             by ``sigma / cap``, as in H. Gouk et al., `Regularisation of
             Neural Networks by Enforcing Lipschitz Continuity
-            <https://arxiv.org/abs/1804.04368>`_.
+            <https://arxiv.org/abs/1804.04368>`_.  Above the cap the result
+            does not depend on the size of the weight, so no gradient brings
+            the weight back: it keeps the norm ``cap`` in use, as if
+            ``factor=cap`` were given.  There the weights are scaled after
+            each update instead, as
+            :class:`~sn_function.optimizer_hooks.SpectralNormProjection`
+            does, and come back.
 
     Attributes:
         vector_name (str): Name of the link's vector, ``weight_name + '_u'``.
