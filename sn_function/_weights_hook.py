@@ -80,13 +80,13 @@ def vector_of(link: chainer.Link, W: Any, name: str, n_warmup: int) -> Any:
         if is_on_device(u) or (numpy.isfinite(u).all() and u.any()):
             setattr(rule, name, u)
             return u
-    u = _unit_vector_of_largest_row(W, axis, dtype)
+    u = unit_vector_of_largest_row(W, axis, dtype)
     arithmetic_of(W).warm_up(W, u, axis, n_warmup)
     setattr(rule, name, u)
     return u
 
 
-def _unit_vector_of_largest_row(W: Any, axis: int, dtype: Any) -> Any:
+def unit_vector_of_largest_row(W: Any, axis: int, dtype: Any) -> Any:
     """Returns a start vector that depends on nothing but the weight.
 
     It is hardly ever orthogonal to the leading singular vector.

@@ -12,7 +12,10 @@ from sn_function import _checks, _models, errors
 from sn_function._arithmetic import quality
 from sn_function._arithmetic.choose import arithmetic_of, is_on_device
 from sn_function._arithmetic.interface import Backward, Forward
-from sn_function._weights_hook import WeightsHook
+from sn_function._weights_hook import (
+    WeightsHook,
+    unit_vector_of_largest_row,
+)
 
 # Attributes of a parameter's update rule, which is copied and pickled with
 # the parameter.  One for each hook, as both may be used together.
@@ -171,13 +174,16 @@ class SpectralNormProjection(WeightsHook):
     :doc:`monitoring` has measured both.
 
     Each weight has a vector ``u`` of its own, made and kept as for the
-    penalty, with more iterations for the first update.  Add
+    penalty, with more iterations for the first update.  As it may miss a
+    singular value that becomes the largest one, each update also runs
+    iterations from the largest row, and the larger estimate counts.  Add
     ``trainer.extend(extensions.SpectralNormPenaltyState(optimizer))`` to
     resume with the same numbers.
 
     Args:
         c (float): Largest norm of a weight, above 0.
-        n_power_iteration (int): Number of iterations in each update.
+        n_power_iteration (int): Number of iterations in each update, from
+            each of the two vectors.
         filter (str, type, callable, list or None): Which links, as for
             :class:`SpectralNormPenalty`.
 
@@ -234,29 +240,40 @@ class SpectralNormProjection(WeightsHook):
 
     def _project(self, links: list[chainer.Link]) -> None:
         """Scales the weights on one device."""
-        forwards = [
-            self._forward(link, _updated_array(link.W)) for link in links]
-        arithmetic = arithmetic_of(links[0].W.array)
-        for link, call, ((sigma,), iterations) in zip(
-                links, forwards, arithmetic.normalize_all(forwards)):
-            W = call.W
-            scale = self._scale(call, sigma, iterations)
+        kept = [self._forward(link, _updated_array(link.W)) for link in links]
+        # The kept vector may be an exact singular vector, but no longer that
+        # of the largest value: then it stays where it is.
+        fresh = [call._replace(update_u=False, u=unit_vector_of_largest_row(
+            call.W, call.settings.axis, call.u.dtype)) for call in kept]
+        results = arithmetic_of(links[0].W.array).normalize_all(kept + fresh)
+        for link, call, *both in zip(
+                links, kept, results, results[len(links):]):
+            W, scale = call.W, self._scale(call, *both)
             # Only the host knows at once that there is nothing to do.
             if is_on_device(W) or scale < 1:
                 W[...] = W.astype(scale.dtype, copy=False) * scale
                 if W is not link.W.array:
                     link.W.array[...] = W
 
-    def _scale(self, call: Forward, sigma: Any, iterations: Any) -> Any:
-        """Returns what the weight is multiplied by, shape ``()``; 1 if its
-        norm is below the bound, or not a number."""
+    def _scale(self, call: Forward, kept: Any, fresh: Any) -> Any:
+        """Keeps the better vector, and returns what the weight is multiplied
+        by, shape ``()``; 1 if its norm is below the bound, or not a number."""
+        ((sigma,), iterations), ((other,), others) = kept, fresh
         xp = chainer.backend.get_array_module(sigma)
         with numpy.errstate(all='ignore'):
-            r = quality.residual(
-                call.W, call.settings.axis, sigma, iterations)
-            norm = sigma * (1 + r / math.sqrt(2))
+            is_better = other > sigma
+            call.u[...] = xp.where(is_better, others.u, call.u)
+            norm = xp.where(
+                is_better, _upper_end(call, other, others),
+                _upper_end(call, sigma, iterations))
             is_above = (norm > self.c) & (norm < math.inf)
             return xp.where(is_above, self.c / norm, 1.).astype(sigma.dtype)
+
+
+def _upper_end(call: Forward, sigma: Any, iterations: Any) -> Any:
+    """Returns the upper end of the range that has some singular value."""
+    r = quality.residual(call.W, call.settings.axis, sigma, iterations)
+    return sigma * (1 + r / math.sqrt(2))
 
 
 def _is_updated(W: chainer.Parameter) -> bool:

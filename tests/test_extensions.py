@@ -439,7 +439,7 @@ class TestPenaltyState:
     def test_a_projection_resumes_from_a_snapshot_of_a_penalty(
             self, tmp_path):
         self.run(tmp_path, 3)
-        W, b, W2, b2 = self.run(
+        W, *_ = self.run(
             tmp_path, 4, tmp_path / 'snapshot_iter_3', hooks='both')
         assert reference.true_norm(W) == pytest.approx(0.5, rel=1e-3)
 

@@ -619,6 +619,18 @@ class TestTheNormAfterEachUpdate:
 
 class TestVectorOfTheProjection:
 
+    def test_another_singular_value_becomes_the_largest(self):
+        """The vector is exact, so its iterations stay where they are."""
+        link = L.Linear(3, 3, initialW=np.diag([1., 0.5, 0.2]))
+        optimizer = make(link, SpectralNormProjection(1, 1))
+        update(optimizer)
+        link.W.array[1, 1] = 4
+        update(optimizer)
+        np.testing.assert_allclose(
+            link.W.array, np.diag([0.25, 1, 0.05]), rtol=1e-5)
+        u = getattr(link.W.update_rule, PROJECTION_VECTOR)
+        np.testing.assert_allclose(abs(u), [0, 1, 0], atol=1e-6)
+
     @pytest.mark.parametrize('clone', [
         copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
     def test_a_copy_goes_on_with_the_same_numbers(self, clone):
