@@ -130,16 +130,20 @@ def measured(
         for norm in run(SpectralNormProjection(1., K), seed)])
     return [f'{max(0., norms.max() - 1):.0e}',
             f'{100 * np.mean(norms > 1 + TOLERANCE):.1f}%',
-            f'{np.median(norms):.4f}']
+            f'{np.median(norms):.3f}']
+
+
+def show(row: list[str]) -> None:
+    print('  '.join(cell.ljust(24) for cell in row).rstrip(), flush=True)
 
 
 def main() -> None:
     print(machine())
-    print('weights, iterations, largest excess, updates above, median norm')
+    print('Largest excess, updates with an excess above 1e-6, median norm:')
+    show(['iterations', *map(str, ITERATIONS)])
     for name, run, n_seeds in CASES:
-        for K in ITERATIONS:
-            print(', '.join([name.replace(',', ''), str(K),
-                             *measured(run, n_seeds, K)]), flush=True)
+        show([name, *(', '.join(measured(run, n_seeds, K))
+                      for K in ITERATIONS)])
 
 
 if __name__ == '__main__':
