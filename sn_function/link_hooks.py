@@ -88,11 +88,10 @@ class SpectralNormalization(LocalHook):
             Neural Networks by Enforcing Lipschitz Continuity
             <https://arxiv.org/abs/1804.04368>`_.  Above the cap the result
             does not depend on the size of the weight, so no gradient brings
-            the weight back: it keeps the norm ``cap`` in use, as if
-            ``factor=cap`` were given.  There the weights are scaled after
-            each update instead, as
-            :class:`~sn_function.optimizer_hooks.SpectralNormProjection`
-            does, and come back.
+            the weight back: it is used with the norm ``cap``, as with
+            ``factor=cap``.  In that paper the weights themselves are scaled
+            after each update, and come back:
+            :class:`~sn_function.optimizer_hooks.SpectralNormProjection`.
 
     Attributes:
         vector_name (str): Name of the link's vector, ``weight_name + '_u'``.
