@@ -311,7 +311,7 @@ class RunArgumentError(SpectralNormalizationError, ValueError):
             f'model(x)).')
 
 
-# Monitoring and the penalty
+# Monitoring and optimizer hooks
 
 class NothingToReportError(SpectralNormalizationError, ValueError):
     """A model has no weight whose sigma could be reported."""
@@ -342,16 +342,39 @@ class PenaltyRateError(SpectralNormalizationError, ValueError):
             f'of at least 0, but is {rate!r}.')
 
 
-class NoPenaltyError(SpectralNormalizationError, ValueError):
-    """No weight of the optimizer's target gets the penalty."""
+class ProjectionNormError(SpectralNormalizationError, ValueError):
+    """The bound of the projection is not a positive number."""
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, c: Any) -> None:
+        super().__init__(
+            f'c, the largest norm that a weight has after an update, must be '
+            f'a finite number above 0, but is {c!r}.')
+
+
+class NoWeightError(SpectralNormalizationError, ValueError):
+    """An optimizer hook finds no weight; base of those below."""
+
+    def __init__(self, target: Any, verb: str) -> None:
         super().__init__(
             f'{type(target).__name__} has no link that is a Linear, an '
             f'EmbedID, a convolution or a deconvolution, has no spectral '
             f'normalization, and passes the filter, so there is nothing to '
-            f'penalize. Look at target.namedlinks() for the paths that the '
+            f'{verb}. Look at target.namedlinks() for the paths that the '
             f'filter is called with, or remove the hook from the optimizer.')
+
+
+class NoPenaltyError(NoWeightError):
+    """No weight of the optimizer's target gets the penalty."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__(target, 'penalize')
+
+
+class NoProjectionError(NoWeightError):
+    """No weight of the optimizer's target is projected."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__(target, 'project')
 
 
 class SpectralNormalizationWarning(UserWarning):

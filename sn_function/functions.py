@@ -133,7 +133,10 @@ def spectral_normalize(
             norm :math:`c` above 0 that ``W`` may keep, :math:`Y = \\gamma W /
             \\max(1, \\sigma / c)`.  A weight below it is left alone, and its
             gradient is that of ``gamma * W`` (H. Gouk et al.,
-            `arXiv:1804.04368 <https://arxiv.org/abs/1804.04368>`_).
+            `arXiv:1804.04368 <https://arxiv.org/abs/1804.04368>`_).  The
+            gradient of one above it is orthogonal to ``W``, so no step along
+            it leads back below; see
+            :class:`~sn_function.optimizer_hooks.SpectralNormProjection`.
 
     Returns:
         ~chainer.Variable: ``Y``, of the shape and dtype of ``W``.  With
@@ -318,7 +321,7 @@ def spectral_normalize_all(
             If a start vector is not valid, none is changed.
         return_sigma (bool): Return the sigmas, too.
         cap (float or None): Largest norm that a weight may keep, instead of
-            ``factor`` and ``eps``.
+            ``factor`` and ``eps``; gradients do not bring one back below it.
 
     Returns:
         tuple of ~chainer.Variable: The normalized weights.  With

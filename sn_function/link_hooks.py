@@ -81,7 +81,12 @@ class SpectralNormalization(LocalHook):
             sigma is below ``cap`` is used as it is, one above it is divided
             by ``sigma / cap``, as in H. Gouk et al., `Regularisation of
             Neural Networks by Enforcing Lipschitz Continuity
-            <https://arxiv.org/abs/1804.04368>`_.
+            <https://arxiv.org/abs/1804.04368>`_.  Above the cap the result
+            does not depend on the size of the weight, so no gradient brings
+            the weight back: it is used with the norm ``cap``, as with
+            ``factor=cap``.  In that paper the weights themselves are scaled
+            after each update, and come back:
+            :class:`~sn_function.optimizer_hooks.SpectralNormProjection`.
 
     Attributes:
         vector_name (str): Name of the link's vector, ``weight_name + '_u'``.
