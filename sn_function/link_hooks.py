@@ -63,8 +63,8 @@ class SpectralNormalization(LocalHook):
             :func:`~sn_function.functions.spectral_normalize`.
         use_gamma (bool): Multiply by a trainable parameter of shape ``()``,
             ``link.gamma``, that starts as the largest singular value of the
-            initial weight, or as 1 where that is zero.  If that name is taken, the parameter is called
-            ``weight_name + '_gamma'``.
+            initial weight, or as 1 where that is zero.  If that name is
+            taken, the parameter is called ``weight_name + '_gamma'``.
         factor (float or None): Divides sigma, and so multiplies the weight;
             above 0.  ``None`` means 1.
         weight_name (str): Name of the link's weight; left out for n-step RNNs.
