@@ -149,7 +149,8 @@ class _Structure:
             id(link) for chain in model.links()
             for hook in chain.local_link_hooks.values()
             if isinstance(hook, ChainSpectralNormalization)
-            for path, link in _models.supported_links(chain)
+            for path, link in _models.supported_links(
+                chain, groups=hook.hook.groups)
             if not hook.accepts(path, link)}
         self.users = {
             id(child): type(link).__name__ for link in model.links()
@@ -169,8 +170,8 @@ class _Structure:
             return NO_MATRIX, ''
         if id(link) in self.users:
             return NEVER, f'{self.users[id(link)]} does not call this link'
-        if _models.is_supported(link) and name == 'W':
-            is_left_out = id(link) in self.filtered_out
+        is_left_out = id(link) in self.filtered_out
+        if (is_left_out or _models.is_supported(link)) and name == 'W':
             return FILTERED_OUT if is_left_out else NO_HOOK, ''
         return (UNKNOWN if shape is None else UNSUPPORTED,
                 type(link).__name__)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Sequence, overload
 
 import chainer
 
-from sn_function import errors
+from sn_function import _checks, errors
 from sn_function._graph import normalize
 from sn_function._graph.normalize import ArrayOrVariable, Number
 
@@ -36,6 +36,7 @@ def spectral_normalize(
         update_u: bool = ...,
         return_sigma: Literal[False] = ...,
         cap: Number | None = ...,
+        groups: int = ...,
 ) -> chainer.Variable: ...
 
 
@@ -53,6 +54,7 @@ def spectral_normalize(
         update_u: bool = ...,
         return_sigma: Literal[True],
         cap: Number | None = ...,
+        groups: int = ...,
 ) -> tuple[chainer.Variable, chainer.Variable]: ...
 
 
@@ -70,6 +72,7 @@ def spectral_normalize(
         update_u: bool = ...,
         return_sigma: bool = ...,
         cap: Number | None = ...,
+        groups: int = ...,
 ) -> chainer.Variable | tuple[chainer.Variable, chainer.Variable]: ...
 
 
@@ -86,6 +89,7 @@ def spectral_normalize(
         update_u: bool = False,
         return_sigma: bool = False,
         cap: Number | None = None,
+        groups: int = 1,
 ) -> chainer.Variable | tuple[chainer.Variable, chainer.Variable]:
     """Divides a weight by an estimate of its largest singular value.
 
@@ -133,6 +137,11 @@ def spectral_normalize(
             \\max(1, \\sigma / c)`.  A weight below it is left alone, and its
             gradient is that of ``gamma * W`` (H. Gouk et al.,
             `arXiv:1804.04368 <https://arxiv.org/abs/1804.04368>`_).
+        groups (int): Number ``G`` of maps that ``W`` holds, one after
+            another along its first axis, as in a grouped convolution.  Each
+            has iterations of its own, and :math:`\\sigma` is the largest of
+            their norms.  ``u`` is their vectors, one after another: of shape
+            ``(m,)`` with ``axis=0``, else ``(G m,)``.
 
     Returns:
         ~chainer.Variable: ``Y``, of the shape and dtype of ``W``.  With
@@ -166,7 +175,8 @@ def spectral_normalize(
 
     """
     settings = normalize.make_settings(
-        n_power_iteration, axis, detach_uv, factor, eps, cap)
+        n_power_iteration, axis, detach_uv, factor, eps, cap,
+        _checks.check_groups(groups))
     outputs, = normalize.normalize([normalize.make_weight(
         W, u, gamma, settings, ('Y', 'sigma') if return_sigma else ('Y',),
         update_u)])
@@ -181,6 +191,7 @@ def spectral_norm(
         *,
         detach_uv: bool = False,
         update_u: bool = False,
+        groups: int = 1,
 ) -> chainer.Variable:
     """Estimates the largest singular value of a weight, differentiably.
 
@@ -198,6 +209,8 @@ def spectral_norm(
         detach_uv (bool): Take ``u`` and ``v`` as constants in the gradient.
         update_u (bool): Overwrite the array ``u`` with the last ``u``,
             unless that is zero or not finite.
+        groups (int): Number of maps along the first axis of ``W``, as in
+            :func:`spectral_normalize`; sigma is the largest of theirs.
 
     Returns:
         ~chainer.Variable: Sigma, of shape ``()`` and of the dtype of ``W``
@@ -223,7 +236,8 @@ def spectral_norm(
 
     """
     settings = normalize.make_settings(
-        n_power_iteration, axis, detach_uv, 1.0, 0.0, None)
+        n_power_iteration, axis, detach_uv, 1.0, 0.0, None,
+        _checks.check_groups(groups))
     outputs, = normalize.normalize([normalize.make_weight(
         W, u, None, settings, ('sigma',), update_u)])
     return outputs[0]

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol, Sequence, Tuple
 
+from sn_function._arithmetic.groups import Groups
+
 Array = Any  # numpy.ndarray or cupy.ndarray
 Arrays = Tuple[Array, ...]
 
 
 class Settings(NamedTuple):
-    """What the caller chose."""
+    """What the caller chose; without ``groups`` a weight is one matrix."""
 
     n_power_iteration: int
     axis: int
     detach_uv: bool
     factor: float = 1.0
     eps: float = 0.0
+    groups: Groups | None = None
 
 
 class Iterations(Protocol):
@@ -55,7 +58,7 @@ class Forward(NamedTuple):
     Attributes:
         settings: What the caller chose.
         W: Weight with 2 or more dimensions.
-        u: Start vector, shape ``(m,)``.
+        u: Start vector, shape ``(m,)``, or with groups ``(G m,)``.
         gamma: A float, or an array of shape ``()``.
         output_names: ``'Y'``, ``'sigma'``, both or none.
         update_u: Whether to overwrite ``u`` with ``u_K``, unless that is zero
@@ -118,6 +121,8 @@ class Arithmetic(Protocol):
     def gradients_all(self, calls: Sequence[Backward]) -> list[Arrays]:
         """Returns ``gW``, ``gu`` and ``ggamma``, as wanted."""
 
-    def warm_up(self, W: Array, u: Array, axis: int, n: int) -> None:
+    def warm_up(
+            self, W: Array, u: Array, axis: int, n: int,
+            groups: Groups | None = None) -> None:
         """Moves ``u`` on by ``n`` iterations, unless it would not be finite.
         """

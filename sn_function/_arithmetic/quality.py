@@ -23,6 +23,7 @@ import numpy
 
 from sn_function._arithmetic import singular
 from sn_function._arithmetic.choose import arithmetic_of
+from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import Forward, Settings
 from sn_function._arithmetic.matrix import accumulator_dtype, as_matrix
 from sn_function.errors import VectorValueError
@@ -30,6 +31,7 @@ from sn_function.errors import VectorValueError
 
 def measure(
         W: Any, u: Any, axis: int, n_power_iteration: int, true_sigma: bool,
+        groups: Groups | None = None,
 ) -> dict[str, Any]:
     """Returns numbers on one weight, on its device; nothing waits for them.
 
@@ -39,6 +41,8 @@ def measure(
         axis: Output axis.
         n_power_iteration: Number of iterations from ``u``.
         true_sigma: Whether the true sigma is wanted.
+        groups: The groups, if sigma is that of the largest one of them; the
+            residual is, too.
 
     Returns:
         Arrays of shape ``()`` and dtype float64: ``'peak'``, the largest
@@ -53,9 +57,9 @@ def measure(
         if u is not None:
             numbers['is_sound'] = xp.isfinite(u).all() & (u != 0).any()
             numbers['sigma'], numbers['residual'] = _estimate(
-                W, u, Settings(n_power_iteration, axis, True))
+                W, u, Settings(n_power_iteration, axis, True, groups=groups))
         if true_sigma:
-            numbers['true_sigma'] = singular.norm(W, axis)
+            numbers['true_sigma'] = singular.norm(W, axis, groups)
         return {name: xp.asarray(x).astype(numpy.float64)
                 for name, x in numbers.items()}
 
@@ -66,7 +70,11 @@ def _estimate(W: Any, u: Any, settings: Settings) -> tuple[Any, Any]:
             Forward(settings, W, u, 1.0, ('sigma',))])
     except VectorValueError:  # a device replaces it without a word
         return math.nan, math.nan
-    matrix = as_matrix(W, settings.axis).astype(
+    axis = settings.axis
+    if settings.groups is not None:
+        W, axis = settings.groups.split(W, axis)[iterations.largest][0], 1
+        iterations = iterations.of_largest()
+    matrix = as_matrix(W, axis).astype(
         accumulator_dtype(W.dtype), copy=False)
     # Divided first: then neither a large nor a small weight leaves the range.
     difference = (iterations.u / sigma).dot(matrix) - iterations.v

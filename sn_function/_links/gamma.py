@@ -12,6 +12,7 @@ import chainer
 
 from sn_function import errors
 from sn_function._arithmetic import singular
+from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.matrix import accumulator_dtype
 
 
@@ -25,9 +26,10 @@ def free_name(link: chainer.Link, weight_name: str) -> str:
 
 def register(
         link: chainer.Link, name: str, W: chainer.Parameter, axis: int,
+        groups: Groups | None = None,
 ) -> None:
     """Adds gamma to the parameters of the link."""
-    gamma = chainer.Parameter(LargestSingularValue(W, axis))
+    gamma = chainer.Parameter(LargestSingularValue(W, axis, groups))
     gamma.to_device(link.device)
     with link.init_scope():
         setattr(link, name, gamma)
@@ -65,12 +67,18 @@ class LargestSingularValue:
     Args:
         W: The weight, which may be initialized later.
         axis: Its output axis.
+        groups: Its groups, if the norm is that of the largest one.
 
     """
 
-    def __init__(self, W: chainer.Parameter, axis: int) -> None:
+    groups: Groups | None = None  # in pickles of versions before 0.2
+
+    def __init__(
+            self, W: chainer.Parameter, axis: int,
+            groups: Groups | None = None) -> None:
         self.W = W
         self.axis = axis
+        self.groups = groups
         self.value: Any = None
         self._dtype: Any = None
 
@@ -99,7 +107,7 @@ class LargestSingularValue:
         W: Any = self.W.array
         if W is None:
             return
-        norm = singular.norm(W, self.axis)
+        norm = singular.norm(W, self.axis, self.groups)
         if norm < math.inf:
             array[...] = norm
         self.value = float(array)

@@ -14,7 +14,7 @@ from sn_function._graph import normalize as _graph
 from sn_function._links import gamma as _gamma
 from sn_function._links import recompute, vector
 from sn_function._links.state import LinkState
-from sn_function._links.weight import output_axis
+from sn_function._links.weight import groups_of, output_axis
 
 
 class Hook(Protocol):
@@ -28,6 +28,7 @@ class Hook(Protocol):
     factor: float | None
     eps: float
     cap: float | None
+    groups: str | None
 
 
 class HookedWeight:
@@ -61,13 +62,14 @@ class HookedWeight:
         """
         hook, link, state, W = self.hook, self.link, self.state, self.W.array
         is_stale = state.is_stale(W, getattr(link, hook.vector_name))
-        u = vector.find(link, hook.vector_name, W, hook.n_warmup)
+        groups = groups_of(link, hook.groups)
+        u = vector.find(link, hook.vector_name, W, hook.n_warmup, groups)
         gamma = None
         if state.gamma_name is not None:
             gamma = getattr(link, state.gamma_name)
             _gamma.initialize(gamma, self.W, is_stale)
         if is_stale:  # the last, as it raises if u is zero
-            vector.warm_up(link, W, u, hook.n_warmup)
+            vector.warm_up(link, W, u, hook.n_warmup, groups)
         state.watch(self.W, u)
         return u, gamma
 
@@ -77,11 +79,12 @@ class HookedWeight:
         """Returns the weight for :func:`normalize`."""
         hook, state = self.hook, self.state
         given = (hook.n_power_iteration, hook.detach_uv, hook.factor,
-                 hook.eps, hook.cap)
+                 hook.eps, hook.cap, hook.groups)
         if state.settings[0] != given:
             state.settings = given, _graph.make_settings(
                 hook.n_power_iteration, output_axis(self.link),
-                hook.detach_uv, hook.factor, hook.eps, hook.cap)
+                hook.detach_uv, hook.factor, hook.eps, hook.cap,
+                groups_of(self.link, hook.groups))
         return _graph.make_weight(
             self.W, u, gamma, state.settings[1], ('Y',), update_u)
 

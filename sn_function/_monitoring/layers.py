@@ -11,6 +11,7 @@ from sn_function import _checks
 from sn_function._arithmetic import quality
 from sn_function._links import call
 from sn_function._links.state import LinkState
+from sn_function._links.weight import groups_of
 from sn_function._models import LinkWeight
 from sn_function.link_hooks import output_axis
 
@@ -69,7 +70,8 @@ class MonitoredWeight:
         u = link.device.send(u).astype(W.dtype, copy=False)
         numbers = quality.measure(
             W, u, hook.axis if _is_of_chainer(hook) else output_axis(link),
-            hook.n_power_iteration, true_sigma)
+            hook.n_power_iteration, true_sigma,
+            groups_of(link, None if _is_of_chainer(hook) else hook.groups))
         gamma = self._gamma()
         if gamma is not None and gamma.array is not None:
             numbers['gamma'] = gamma.array.astype(numpy.float64)
