@@ -257,6 +257,7 @@ def spectral_normalize_all(
         update_u: bool = ...,
         return_sigma: Literal[False] = ...,
         cap: Number | None = ...,
+        groups: int | Sequence[int] = ...,
 ) -> tuple[chainer.Variable, ...]: ...
 
 
@@ -274,6 +275,7 @@ def spectral_normalize_all(
         update_u: bool = ...,
         return_sigma: Literal[True],
         cap: Number | None = ...,
+        groups: int | Sequence[int] = ...,
 ) -> tuple[tuple[chainer.Variable, ...], tuple[chainer.Variable, ...]]: ...
 
 
@@ -291,6 +293,7 @@ def spectral_normalize_all(
         update_u: bool = ...,
         return_sigma: bool = ...,
         cap: Number | None = ...,
+        groups: int | Sequence[int] = ...,
 ) -> (tuple[chainer.Variable, ...]
       | tuple[tuple[chainer.Variable, ...], tuple[chainer.Variable, ...]]): ...
 
@@ -308,6 +311,7 @@ def spectral_normalize_all(
         update_u: bool = False,
         return_sigma: bool = False,
         cap: Number | None = None,
+        groups: int | Sequence[int] = 1,
 ) -> tuple[chainer.Variable, ...] | tuple[tuple[chainer.Variable, ...], ...]:
     """Normalizes many weights, such as all of a model, in one node.
 
@@ -332,6 +336,8 @@ def spectral_normalize_all(
         return_sigma (bool): Return the sigmas, too.
         cap (float or None): Largest norm that a weight may keep, instead of
             ``factor`` and ``eps``.
+        groups (int or list of int): Number of maps in a weight, one for all
+            or one for each; with several, a vector has their length.
 
     Returns:
         tuple of ~chainer.Variable: The normalized weights.  With
@@ -352,9 +358,11 @@ def spectral_normalize_all(
 
     """
     n = len(Ws)
-    axes = axis if isinstance(axis, (list, tuple)) else [axis] * n
+    axes, counts = ([x] * n if not isinstance(x, (list, tuple)) else x
+                    for x in (axis, groups))
     gammas = [None] * n if gammas is None else gammas
-    for name, given in (('us', us), ('gammas', gammas), ('axis', axes)):
+    for name, given in (('us', us), ('gammas', gammas), ('axis', axes),
+                        ('groups', counts)):
         if len(given) != n:
             raise errors.CountError(name, len(given), n)
     names = ('Y', 'sigma') if return_sigma else ('Y',)
@@ -362,9 +370,10 @@ def spectral_normalize_all(
         n_power_iteration, 0, detach_uv, factor, eps, cap)
     outputs = normalize.normalize([
         normalize.make_weight(
-            W, u, gamma, settings if type(axis) is int and axis == 0 else
-            settings._replace(axis=axis), names, update_u)
-        for W, u, gamma, axis in zip(Ws, us, gammas, axes)])
+            W, u, gamma, settings._replace(
+                axis=axis, groups=_checks.check_groups(count)),
+            names, update_u)
+        for W, u, gamma, axis, count in zip(Ws, us, gammas, axes, counts)])
     columns = tuple([
         tuple([of_weight[i] for of_weight in outputs])
         for i in range(len(names))])

@@ -173,6 +173,26 @@ def test_the_vectors_move_on_group_by_group():
     np.testing.assert_allclose(u, expected, rtol=1e-12)
 
 
+def test_many_weights_in_one_node():
+    """Those without groups are computed together beside them."""
+    groups = [1, 2, 1, 1, 3, 1]
+    pairs = [make((6, 4), 0, G) for G in groups]
+    Ws, us = zip(*pairs)
+    x = [chainer.Variable(W) for W in Ws]
+    Ys, sigmas = functions.spectral_normalize_all(
+        x, us, 2, groups=groups, return_sigma=True)
+    for (W, u), G, Y, sigma in zip(pairs, groups, Ys, sigmas):
+        expected = largest(W, u, 2, 0, G)
+        np.testing.assert_allclose(sigma.array, expected, rtol=1e-12)
+        np.testing.assert_allclose(Y.array, W / expected, rtol=1e-12)
+    grads = chainer.grad(sigmas, x)
+    for (W, u), G, g in zip(pairs, groups, grads):
+        np.testing.assert_allclose(g.array, reference.complex_step(
+            lambda z: largest(z, u, 2, 0, G), W), atol=1e-10)  # NOQA: B023
+    with pytest.raises(errors.CountError, match='groups'):
+        functions.spectral_normalize_all(Ws, us, groups=[1, 2])
+
+
 # Floor and cap
 
 @pytest.mark.parametrize('size', [0.5, 2.0])
@@ -262,6 +282,8 @@ class TestDegenerate:
         np.testing.assert_array_equal(Y.array[:2], 0)
         n = len(u) // 3
         np.testing.assert_array_equal(u[:n], before[:n])
+        iterations = Y.creator_node.weights[0].iterations
+        np.testing.assert_array_equal(iterations.start, before)
         np.testing.assert_allclose(
             np.linalg.norm(u.reshape(3, n)[1:], axis=1), 1)
         gY = random(*W.shape)
@@ -375,6 +397,25 @@ def test_a_device_replaces_a_bad_vector(bad):
         cuda.to_cpu(sigma.array), true_norm(W, 1, 3), rtol=1e-9)
     np.testing.assert_allclose(np.linalg.norm(
         cuda.to_cpu(device_u).reshape(3, 4), axis=1), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(('detach_uv', 'backward'), [(False, 48), (True, 30)])
+def test_launches(detach_uv, backward):
+    """As many as the documentation says."""
+    if cuda.ndarray is not on_host.DeviceArray:
+        pytest.skip('only the stand-in for a device counts launches')
+    W, gY = send(random(8, 3, 2, 2).astype('f')), send(
+        random(8, 3, 2, 2).astype('f'))
+    x, gamma = chainer.Variable(W), chainer.Variable(send(np.array(1, 'f')))
+    u = send(random(8).astype('f'))
+    with on_host.counted() as launches:
+        Y = functions.spectral_normalize(
+            x, u, gamma=gamma, groups=4, detach_uv=detach_uv, update_u=True)
+    assert len(launches) == 80
+    with on_host.counted() as launches:
+        chainer.grad([Y], [x, gamma], [chainer.Variable(gY)])
+    assert len(launches) == backward
 
 
 @pytest.mark.gpu
