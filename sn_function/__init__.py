@@ -26,6 +26,7 @@ __all__ = [
     'functions',
     'link_hooks',
     'optimizer_hooks',
+    'refresh',
     'spectral_norm',
     'spectral_normalize',
     'spectral_normalize_all',
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         link_hooks,
         optimizer_hooks,
     )
+    from sn_function._refresh import refresh
     from sn_function._summary import summary
     from sn_function.chain import ChainSpectralNormalization, cached
     from sn_function.functions import (
@@ -58,6 +60,7 @@ else:
         'ChainSpectralNormalization': 'chain',
         'SpectralNormalization': 'link_hooks',
         'cached': 'chain',
+        'refresh': '_refresh',
         'spectral_norm': 'functions',
         'spectral_normalize': 'functions',
         'spectral_normalize_all': 'functions',

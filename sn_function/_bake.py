@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import chainer
 
 from sn_function import errors
+from sn_function._links import n_step
 from sn_function._models import ALL_HOOKS, hooked_links, hooks_of
 from sn_function.link_hooks import SpectralNormalization
 
@@ -29,11 +30,16 @@ def bake(model: Model, in_place: bool) -> Model:
               for link in links]
     for link, weights in zip(links, folded):
         _replace(link, weights)
+    for link in model.links():
+        if n_step.is_n_step(link):
+            n_step.collect_weights(link)
     return model
 
 
 def _check(path: str, link: chainer.Link) -> None:
     where = f'{type(link).__name__} {path}'
+    if n_step.is_n_step(link) and n_step.is_in_use(link):
+        raise errors.WeightInUseError(where, 'ws')
     for hook in hooks_of(link):
         W = getattr(link, hook.weight_name)
         if not isinstance(W, chainer.Parameter):

@@ -19,12 +19,13 @@ from sn_function._arithmetic.groups import Groups, length_of_u
 
 def check_settings(
         n_power_iteration: int, factor: float | None, eps: float,
-        cap: float | None) -> tuple[float, float]:
+        cap: float | None) -> tuple[float, float, float]:
     """Raises an error that names the setting that is out of its range.
 
     Returns:
-        The factor and the floor on sigma.  With a cap ``c`` these are ``c``
-        and ``c``, as ``W / max(1, sigma / c)`` is ``c W / max(sigma, c)``.
+        The factor, the floor on sigma, and what stands for a sigma of zero.
+        With a cap all three are ``cap``, as ``W / max(1, sigma / cap)`` is
+        ``cap W / max(sigma, cap)``.
 
     """
     check_count('n_power_iteration', n_power_iteration, 1)
@@ -34,12 +35,12 @@ def check_settings(
     if not 0 <= as_float(eps) < math.inf:
         raise errors.EpsError(eps)
     if cap is None:
-        return float(factor), float(eps)
+        return float(factor), float(eps), 1.0
     if not 0 < as_float(cap) < math.inf:
         raise errors.CapError(cap)
     if factor != 1:
         raise errors.CapConflictError('factor', factor)
-    return float(cap), float(cap)
+    return float(cap), float(cap), float(cap)
 
 
 def check_count(name: str, value: int, least: int) -> None:

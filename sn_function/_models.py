@@ -8,7 +8,9 @@ import chainer
 from chainer import links as L
 
 from sn_function import errors
-from sn_function.link_hooks import HOOKS, LocalHook
+from sn_function._links import n_step
+from sn_function._links.state import LinkState
+from sn_function.link_hooks import HOOKS, LocalHook, SpectralNormalization
 
 # Links whose forward uses W, and that nothing else uses the W of.
 SUPPORTED = (
@@ -57,6 +59,16 @@ def is_hooked(link: chainer.Link, weight_name: str = 'W') -> bool:
 def vector_names(link: chainer.Link) -> list[str]:
     """Returns the names of the vectors that hooks keep on the link."""
     return [hook.vector_name for hook in hooks_of(link)]
+
+
+def gamma_of(link: chainer.Link, hook: Any) -> chainer.Parameter | None:
+    """Returns the gamma of a hook on the link, ours or Chainer's."""
+    if not hook.use_gamma:
+        return None
+    name = 'gamma'
+    if isinstance(hook, SpectralNormalization):
+        name = LinkState.of(link, hook.weight_name).gamma_name or name
+    return getattr(link, name)
 
 
 # Models
@@ -137,3 +149,11 @@ def takes(filter: Filter, path: str, link: chainer.Link) -> bool:
     if isinstance(filter, type):
         return isinstance(link, filter)
     return bool(filter(path, link))
+
+
+def names_n_step_class(filter: Filter, link: chainer.Link) -> bool:
+    """Whether the link is an n-step RNN whose class is in the filter."""
+    if isinstance(filter, (list, tuple)):
+        return any(names_n_step_class(one, link) for one in filter)
+    return (isinstance(filter, type) and n_step.is_n_step_class(filter)
+            and isinstance(link, filter))

@@ -1,15 +1,14 @@
 """A report on which parameters of a model are normalized."""
 from __future__ import annotations
 
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import chainer
-from chainer import link_hooks
-from chainer.links.rnn import n_step_rnn
 
 from sn_function import _models
-from sn_function._graph import normalize
-from sn_function._links import call
+from sn_function._links import n_step
+from sn_function._links.bypass import bypasses_hooks
+from sn_function._usage import Usage
 from sn_function.chain import ChainSpectralNormalization
 from sn_function.link_hooks import HOOKS
 
@@ -38,8 +37,9 @@ class Row(NamedTuple):
 class Summary(NamedTuple):
     """The parameters of a model, in the order of their paths.
 
-    ``print(summary)`` prints a table; ``rows`` holds the same as data.  A
-    parameter is
+    ``print(summary)`` prints a table; ``rows`` holds the same as data, and
+    ``remarks`` has a sentence for each link that was run but is not
+    registered, as in a plain list of links.  A parameter is
 
     * ``'normalized'``: its link has a hook, this package's or Chainer's;
     * ``'filtered out'``: by the filter of a
@@ -47,8 +47,8 @@ class Summary(NamedTuple):
     * ``'no hook'``: it could be normalized;
     * ``'unsupported'``: a matrix in a link of another kind, which is not
       normalized unless a hook is added to that link by itself;
-    * ``'never'``: it is used without a call of its link, so a hook has no
-      effect on it;
+    * ``'never'``: it has a hook without an effect, as the weight is used
+      without a call of its link, or the call calls no hooks;
     * ``'no matrix'``: a bias, or another parameter with fewer than 2
       dimensions;
     * ``'unknown'``: as ``'unsupported'`` or ``'no matrix'``, and not
@@ -57,6 +57,7 @@ class Summary(NamedTuple):
     """
 
     rows: tuple[Row, ...]
+    remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         cells = [('parameter', 'shape', 'status', 'note')]
@@ -68,8 +69,9 @@ class Summary(NamedTuple):
         matrices = [row for row in self.rows
                     if row.status not in (NO_MATRIX, UNKNOWN)]
         n = sum(row.status == NORMALIZED for row in matrices)
-        return '\n'.join([*lines, '', f'{n} of {len(matrices)} weights are '
-                                      f'normalized'])
+        return '\n'.join([
+            *lines, '', f'{n} of {len(matrices)} weights are normalized',
+            *self.remarks])
 
 
 def summary(
@@ -78,18 +80,25 @@ def summary(
     """Reports for each parameter of a model whether it is normalized.
 
     A hook acts when its link is called.  Some models use a weight without
-    calling its link: :class:`~chainer.links.NStepLSTM` and similar links do,
-    and so does ``link.forward(x)``, or ``F.linear(x, link.W)``.  Those of
-    Chainer are known; ``run`` finds those of the model itself as well.
+    such a call: ``link.forward(x)`` does, and ``F.linear(x, link.W)``; a class
+    that defines ``__call__`` instead of ``forward`` calls no hooks, nor does
+    :class:`~chainer.links.NStepLSTM` those of its children.  The latter two
+    are known; ``run`` finds the others.
 
     Args:
         model (~chainer.Link): A link or chain.
         run (callable or None): Called once with a copy of the model, in test
             mode and without a graph, such as ``lambda model: model(x)``.
-            The model itself and its state are left alone.
+            It must use its argument: the model itself, its state, and the
+            generators of random numbers are left alone.
 
     Returns:
         Summary: One row for each parameter.
+
+    Raises:
+        RunArgumentError: ``run`` calls a link of the model itself, before
+            that call changes anything; or it uses no model at all.
+        ModelCopyError: Something in the model cannot be copied.
 
     .. admonition:: Example
 
@@ -112,7 +121,7 @@ def summary(
         1 of 2 weights are normalized
 
     """
-    usage = None if run is None else _Usage.of(model, run)
+    usage = None if run is None else Usage.of(model, run)
     structure = _Structure(model)
     rows = []
     for path, link in model.namedlinks():
@@ -121,9 +130,25 @@ def summary(
             shape = _shape(link.__dict__[name])
             status, note = structure.status(link, name, shape)
             if usage is not None and status == NORMALIZED:
-                status, note = usage.amend(full, note)
+                status, note = _amend(usage, full, note)
             rows.append(Row(full, shape, status, note))
-    return Summary(tuple(rows))
+    return Summary(tuple(rows), () if usage is None else _remarks(usage))
+
+
+def _amend(usage: Usage, path: str, note: str) -> tuple[str, str]:
+    """Returns the status and the note of a weight that has a hook."""
+    if path in usage.raw:
+        return NEVER, f'{usage.raw[path]} uses it without calling the link'
+    if path.rpartition('/')[0] not in usage.called:
+        return NORMALIZED, f'{note}; not called in this run'
+    return NORMALIZED, note
+
+
+def _remarks(usage: Usage) -> tuple[str, ...]:
+    return tuple(
+        f'{name} of the model was called and is not in its namedlinks(): it '
+        f'has no rows, and optimizers, snapshots and hooks of chains do not '
+        f'find it either.' for name in usage.unregistered)
 
 
 def _shape(parameter: chainer.Parameter) -> tuple[int, ...] | None:
@@ -139,8 +164,8 @@ class _Structure:
 
     Attributes:
         filtered_out (set): Ids of links that the hook of a chain leaves out.
-        users (dict): Classes, by name, that use the weights of their child
-            links without calling them, by the ids of the children.
+        owners (dict): The n-step RNNs by the ids of their children, whose
+            weights they use without calling them.
 
     """
 
@@ -152,104 +177,34 @@ class _Structure:
             for path, link in _models.supported_links(
                 chain, groups=hook.hook.groups)
             if not hook.accepts(path, link)}
-        self.users = {
-            id(child): type(link).__name__ for link in model.links()
-            if isinstance(link, n_step_rnn.NStepRNNBase)
-            for child in link.children()}
+        self.owners = {
+            id(layer): link for link in model.links()
+            if n_step.is_n_step(link) for layer in link.children()}
 
     def status(
             self, link: chainer.Link, name: str,
             shape: tuple[int, ...] | None) -> tuple[str, str]:
         """Returns the status of a parameter of the link, and the note."""
-        hook_names = {
-            hook.weight_name: key for key, hook
-            in link.local_link_hooks.items() if isinstance(hook, HOOKS)}
-        if name in hook_names:
-            return NORMALIZED, hook_names[name]
+        for key, hook in link.local_link_hooks.items():
+            if isinstance(hook, HOOKS) and hook.weight_name == name:
+                return self._status_of_hooked(link, key, hook)
         if shape is not None and len(shape) < 2:
             return NO_MATRIX, ''
-        if id(link) in self.users:
-            return NEVER, f'{self.users[id(link)]} does not call this link'
+        owner = self.owners.get(id(link))
+        if owner is not None and name in n_step.weight_names(owner):
+            return NO_HOOK, ''
         is_left_out = id(link) in self.filtered_out
         if (is_left_out or _models.is_supported(link)) and name == 'W':
             return FILTERED_OUT if is_left_out else NO_HOOK, ''
         return (UNKNOWN if shape is None else UNSUPPORTED,
                 type(link).__name__)
 
-
-class _Usage:
-    """How a run of the model used its weights.
-
-    Attributes:
-        called (set of str): Paths of the links that were called.
-        raw (dict): Names of functions that used a parameter's own array, by
-            the path of the parameter.
-
-    """
-
-    def __init__(self) -> None:
-        self.called: set[str] = set()
-        self.raw: dict[str, str] = {}
-
-    @classmethod
-    def of(cls, model: chainer.Link, run: Callable[..., Any]) -> _Usage:
-        usage = cls()
-        model = model.copy('copy')
-        with chainer.using_config('train', False), \
-                chainer.no_backprop_mode(), \
-                _LinkRecorder(model, usage), _FunctionRecorder(model, usage):
-            run(model)
-        return usage
-
-    def amend(self, path: str, note: str) -> tuple[str, str]:
-        """Returns the status and the note of a weight that has a hook."""
-        if path in self.raw:
-            return NEVER, f'{self.raw[path]} uses it without calling the link'
-        if path.rpartition('/')[0] not in self.called:
-            return NORMALIZED, f'{note}; not called in this run'
-        return NORMALIZED, note
-
-
-class _LinkRecorder(chainer.LinkHook):
-    """Records which links are called."""
-
-    name = '_sn_link_recorder'
-
-    def __init__(self, model: chainer.Link, usage: _Usage) -> None:
-        self.usage = usage
-        self.paths: dict[int, list[str]] = {}
-        for path, link in model.namedlinks():
-            self.paths.setdefault(id(link), []).append(path.rstrip('/'))
-
-    def forward_preprocess(self, args: Any) -> None:
-        self.usage.called.update(self.paths.get(id(args.link), ()))
-
-
-class _FunctionRecorder(chainer.FunctionHook):
-    """Records which functions use the array of a parameter."""
-
-    name = '_sn_function_recorder'
-
-    def __init__(self, model: chainer.Link, usage: _Usage) -> None:
-        self.usage = usage
-        self.model = model
-
-    def _arrays(self) -> Iterator[tuple[str, Any]]:
-        # Listed in each call, as the run initializes some.
-        for path, link in self.model.namedlinks():
-            # Chainer's hook passes the weight itself to functions.
-            theirs = {hook.weight_name for hook
-                      in link.local_link_hooks.values()
-                      if isinstance(hook, link_hooks.SpectralNormalization)}
-            for name in link._params - theirs:
-                # Not link.W, which is the normalized weight during a call.
-                array = call.original(link, name).array
-                if array is not None:
-                    yield f'{path.rstrip("/")}/{name}', array
-
-    def forward_preprocess(self, function: Any, in_data: Any) -> None:
-        if isinstance(function, normalize.SpectralNormalize):
-            return
-        for path, array in self._arrays():
-            if any(x is array for x in in_data):
-                self.usage.raw.setdefault(path, function.label)
+    def _status_of_hooked(
+            self, link: chainer.Link, key: str, hook: Any) -> tuple[str, str]:
+        owner = self.owners.get(id(link), link)
+        if bypasses_hooks(owner):
+            return NEVER, f'{type(owner).__name__}.__call__ calls no hooks'
+        if owner is not link and not n_step.is_of_layers(hook, owner):
+            return NEVER, (f'{type(owner).__name__} does not call this link: '
+                           f'it needs a hook itself')
+        return NORMALIZED, key

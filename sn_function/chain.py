@@ -12,7 +12,7 @@ from typing import Any, Iterator
 import chainer
 
 from sn_function import _models, errors
-from sn_function._links import call
+from sn_function._links import call, n_step
 from sn_function._links import scope as scopes
 from sn_function._links.state import LinkState
 from sn_function.link_hooks import LocalHook, SpectralNormalization
@@ -79,6 +79,9 @@ class ChainSpectralNormalization(LocalHook):
     numbers, the same snapshots, also when a link is called by itself.  A call
     of the chain is a scope like :func:`cached`.
 
+    An n-step RNN is taken where the filter has its class, such as
+    ``[L.Linear, L.NStepLSTM]``, and otherwise is not.
+
     Links that already have such a hook for that weight keep it; links that are
     put into the chain later get none.  :meth:`~chainer.Link.delete_hook`
     removes the hooks that were added.
@@ -143,8 +146,8 @@ class ChainSpectralNormalization(LocalHook):
         except BaseException:
             for link in done:
                 link.delete_hook(self.hook.name)
-            # Link.add_hook registers the hook before it calls this.
-            del chain.local_link_hooks[self.name]
+            # Link.add_hook has put the hook in before it calls this.
+            chain.local_link_hooks.popitem()
             raise
 
     def _links(self, chain: chainer.Link) -> list[chainer.Link]:
@@ -155,6 +158,10 @@ class ChainSpectralNormalization(LocalHook):
                 chain, weight_name, self.hook.groups)
             if not LinkState.is_on(link, weight_name)
             and self.accepts(path, link)}
+        found.update(
+            (id(link), link) for link in chain.links()
+            if _models.names_n_step_class(self.filter, link)
+            and not n_step.is_hooked(link))
         return list(found.values())
 
     def accepts(self, path: str, link: chainer.Link) -> bool:

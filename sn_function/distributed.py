@@ -192,8 +192,7 @@ def _bcast_vectors(comm: Any, model: chainer.Link) -> None:
 def _settle(link: chainer.Link, hook: SpectralNormalization) -> None:
     """Does to u now what the hook would do once, in the next call.
 
-    The hook makes u where there is none, or where it is zero or not finite,
-    and warms it up where the weight was initialized again.
+    The hook makes u where there is none, or where it is zero or not finite.
     """
     W = call.original(link, hook.weight_name)
     if W.array is None:

@@ -86,6 +86,16 @@ class GroupCountError(SpectralNormalizationError, ValueError):
             + '. Give the groups of the convolution, or leave it out.')
 
 
+class NStepWeightError(SpectralNormalizationError, ValueError):
+    """A hook for one weight is added to an n-step RNN."""
+
+    def __init__(self, link: Any, weight_name: str) -> None:
+        super().__init__(
+            f'{type(link).__name__} has no parameter {weight_name!r} of its '
+            f'own. A hook on an n-step RNN normalizes all matrices w0, w1, '
+            f'... of its layers: leave weight_name out.')
+
+
 class AxisError(SpectralNormalizationError, ValueError, IndexError):
     """The output axis is out of range."""
 
@@ -298,7 +308,33 @@ class NoLinkError(SpectralNormalizationError, ValueError):
             f'without spectral normalization, and passes the filter. Add the '
             f'hook when all links are in the chain, look at '
             f'chain.namedlinks() for the paths that the filter is called '
-            f'with, or add SpectralNormalization to the links themselves.')
+            f'with, put the class of an n-step RNN into the filter, or add '
+            f'SpectralNormalization to the links themselves.')
+
+
+class ModelCopyError(SpectralNormalizationError, TypeError):
+    """A model that is to be run cannot be copied."""
+
+    def __init__(self, model: Any, cause: BaseException) -> None:
+        super().__init__(
+            f'The run needs a deep copy of the model, but copy.deepcopy of '
+            f'this {type(model).__name__} raised {type(cause).__name__}: '
+            f'{cause} Define __deepcopy__ for what cannot be copied, or ask '
+            f'for the summary without a run.')
+
+
+class RunArgumentError(SpectralNormalizationError, ValueError):
+    """A run does not use the copy of the model that it is given."""
+
+    def __init__(self, model: Any, link: Any) -> None:
+        name = type(model).__name__
+        what = ('called no link of it' if link is None else
+                f'called a {type(link).__name__} of the model itself')
+        super().__init__(
+            f'run is called with a copy of the {name}, so that the model '
+            f'stays as it is, but {what}. Use the argument and no other '
+            f'name of the model, e.g. summary(model, lambda model: '
+            f'model(x)).')
 
 
 # Monitoring and the penalty

@@ -7,35 +7,22 @@ only, and may serve any number of links.
 from __future__ import annotations
 
 import contextlib
-import warnings
 import weakref
 from typing import Any, Callable
 
 import chainer
-from chainer import link_hook
 from chainer import link_hooks as chainer_link_hooks
 
 from sn_function import _checks, errors
 from sn_function._arithmetic import buffers
 from sn_function._arithmetic.matrix import as_matrix
 from sn_function._graph import node
-from sn_function._links import call, gamma, recompute, weight
+from sn_function._links import call, gamma, n_step, recompute, weight
 from sn_function._links import scope as scopes
 from sn_function._links.hooked_weight import HookedWeight
+from sn_function._links.local_hook import LocalHook
 from sn_function._links.state import LinkState
 from sn_function._links.weight import groups_of, output_axis
-
-
-class LocalHook(link_hook.LinkHook):
-    """A hook that belongs on a link."""
-
-    def __enter__(self) -> None:
-        raise NotImplementedError(
-            f'This hook is not supposed to be used as context manager. Add '
-            f'it to a link: link.add_hook({type(self).__name__}()).')
-
-    def __exit__(self, *_: Any) -> None:
-        raise NotImplementedError
 
 
 class SpectralNormalization(LocalHook):
@@ -61,6 +48,11 @@ class SpectralNormalization(LocalHook):
     weight.  Add it before ``optimizer.setup(model)`` if ``use_gamma`` is
     true, as that adds a parameter.
 
+    On an n-step RNN, such as :class:`~chainer.links.NStepLSTM`, it normalizes
+    every matrix ``w0``, ``w1``, ... of every layer, each by its own norm and
+    with its own ``u``.  These, and gammas, are on the children of the link,
+    as ``link[0].w0_u``; so are the hooks, one for each weight.
+
     ``SpectralNormalization(detach_uv=True, n_warmup=0)`` follows the numbers
     of Chainer's hook.
 
@@ -74,7 +66,7 @@ class SpectralNormalization(LocalHook):
             ``weight_name + '_gamma'``.
         factor (float or None): Divides sigma, and so multiplies the weight;
             above 0.  ``None`` means 1.
-        weight_name (str): Name of the link's weight.
+        weight_name (str): Name of the link's weight; left out for n-step RNNs.
         name (str or None): Name of this hook, ``'SpectralNormalization'`` if
             ``None``.  Hooks on one link need different names.
         detach_uv (bool): Treat u and v as constants in the gradient, as
@@ -192,6 +184,9 @@ class SpectralNormalization(LocalHook):
     def added(self, link: chainer.Link) -> None:
         """Registers the vector and, with ``use_gamma``, the parameter."""
         weight_name = self.weight_name
+        if n_step.holds_weights(link, weight_name):
+            n_step.replace_hook(self, link)
+            return
         try:
             self._check_link(link)
             gamma_name = (
@@ -207,7 +202,7 @@ class SpectralNormalization(LocalHook):
         link.register_persistent(self.vector_name)
         if gamma_name is not None:
             gamma.register(link, gamma_name, W, self.axis,
-                           groups_of(link, self.groups))
+                           groups_of(link, self))
         if W.array is not None:
             HookedWeight(self, link, W).vector_and_gamma()
 
@@ -265,9 +260,6 @@ class SpectralNormalization(LocalHook):
                 type(link).__name__, self.weight_name)
         own = HookedWeight(self, link, W)
         state = own.state
-        if not isinstance(W, chainer.Parameter):
-            # Another hook has replaced the weight: nothing to compare with.
-            state.forget_copied()
         is_train, is_second_run, will_be_run_again = node.config(
             'train', 'in_recomputing', '_will_recompute')
         scope = None if is_second_run else scopes.covering(link)
@@ -278,7 +270,10 @@ class SpectralNormalization(LocalHook):
                 Y, iterations = own.normalize(
                     is_train and not is_second_run, is_second_run)
         except errors.VectorValueError:
-            self._discard_vector(own)
+            # Other hooks leave such a vector behind after one NaN.
+            own.discard_vector(
+                f'{self.vector_name} was zero or not finite, as in a snapshot '
+                f'of a model that had met a NaN.')
             return self.normalize_weight(link)
         state.v = iterations.v
         _LATEST[self] = weakref.ref(state)
@@ -287,15 +282,6 @@ class SpectralNormalization(LocalHook):
         if is_second_run or will_be_run_again:
             recompute.record(link, state, iterations.start)
         return Y
-
-    def _discard_vector(self, own: HookedWeight) -> None:
-        # Other hooks leave such a vector behind after one NaN.
-        warnings.warn(
-            f'{type(own.link).__name__}.{self.vector_name} was zero or not '
-            f'finite, as in a snapshot of a model that had met a NaN. It '
-            f'was made anew.', stacklevel=3)
-        setattr(own.link, self.vector_name, None)
-        own.state.start = None
 
     def reshape_W(self, W: Any) -> Any:
         """Returns ``W``, a Variable or an array, as a matrix.

@@ -250,7 +250,7 @@ def bake(
 
     """
     axes, changes = axes or {}, []
-    factor_, eps_ = _checks.check_settings(
+    factor_, eps_, _ = _checks.check_settings(
         n_power_iteration, 1.0 if factor is None else factor, eps, cap)
     path = writers.check_output(dst, src, overwrite)
     with readers.open_snapshot(src) as reader:

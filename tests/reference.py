@@ -17,6 +17,22 @@ def _norm(x):
 # OpenBLAS may also compute with memory beyond the end of a vector, and drop
 # the result; NumPy reports the floating point flag that this raises.
 @np.errstate(invalid='ignore')
+def settled(W, u, n_power_iteration=1, axis=0, limit=1e-3, n_warmup=15):
+    """The vector that a hook starts from, as u may be of another weight.
+
+    The default limit is that of test mode.
+    """
+    A, K = as_matrix(W, axis), n_power_iteration
+    u = u / np.linalg.norm(u)
+    for _ in range(-(-n_warmup // K)):
+        t = A @ (A.T @ u)
+        if u @ t >= (1 - limit) * np.linalg.norm(t):
+            break
+        limit = 1e-3
+        u = power_iteration(W, u, K, axis)[0]
+    return u
+
+
 def power_iteration(W, u, n_power_iteration=1, axis=0):
     """Returns u_K, v_K and sigma."""
     A = as_matrix(W, axis)

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import threading
+import warnings
 import weakref
 
 import chainer
@@ -726,14 +727,18 @@ class TestCached:
         assert np.linalg.norm(after - b) > 1.5 * np.linalg.norm(before - b)
 
     def test_a_weight_of_another_shape(self):
-        """Its link is told of, in its turn, and the others are called."""
         model = ready()
         x = np.ones((1, 16), 'f')
         model.out.W.array = np.ones((2, 16), 'f')
-        with cached(model):
+        model.out.b.array = np.zeros(2, 'f')
+        with cached(model), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
             model.same(x)
-            with pytest.raises(errors.VectorShapeError):
-                model.out(x)
+            y = model.out(x)
+        warning, = caught
+        assert "Linear 'out': W_u belonged to" in str(warning.message)
+        np.testing.assert_allclose(
+            y.array, [[16 / np.sqrt(32)] * 2], rtol=1e-5)
 
     def test_a_weight_with_nan(self):
         model = ready()

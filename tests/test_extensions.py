@@ -213,7 +213,10 @@ def damage(model, cause):
         model.l1.W_u[...] = 0
     elif cause == 'vector of NaN':
         model.l1.W_u[...] = np.nan
-    elif cause == 'estimate':
+    else:
+        if cause == 'estimate':
+            hook, = model.l1.local_link_hooks.values()
+            hook.n_warmup = 0
         u, s, vt = np.linalg.svd(model.l1.W.array, full_matrices=False)
         s[:2] = 10, 1
         model.l1.W.array[...] = (u * s) @ vt
@@ -226,6 +229,7 @@ MESSAGES = {
     'zero': 'l1: the weight is all zero',
     'vector of zeros': 'l1: the stored vector W_u is zero or not finite',
     'vector of NaN': 'l1: the stored vector W_u is zero or not finite',
+    'stale': r'l1: the stored vector W_u is of another weight',
     'estimate': r'l1: the estimate of sigma, [\d.]+, is off by .*\d+%',
 }
 

@@ -645,11 +645,9 @@ class TestCopies:
     def test_repeat_warms_up_for_the_new_weights(self, use_gamma):
         links = linear(n_in=50, n_out=60, use_gamma=use_gamma).repeat(
             3, mode='init')
-        first = links[0].W_u.copy()
         for link in links:
             sigma = float(link.gamma.array) if use_gamma else 1
             assert norm(link) == pytest.approx(sigma, rel=3e-2)
-        assert not np.array_equal(links[0].W_u, first)
 
     def test_a_snapshot_loaded_into_a_repeated_link_is_kept(self):
         source = linear(use_gamma=True)
@@ -723,10 +721,11 @@ class TestCopies:
 
         link, = Late().add_hook(SpectralNormalization(
             use_gamma=True, weight_name='weight')).repeat(1, mode='init')
+        link.weight.array *= 3
         link(x_of(2, 5))
         np.testing.assert_allclose(
             link.gamma.array, reference.true_norm(link.weight.array),
-            rtol=1e-6)
+            rtol=2e-2)
 
     def test_no_warm_up_no_new_u(self):
         """As the built-in hook, whose numbers n_warmup=0 follows."""
@@ -1011,10 +1010,11 @@ class TestBadInput:
     def test_u_of_another_length(self):
         link = linear()
         link.W_u = x_of(7)
-        W = link.W
-        with pytest.raises(errors.VectorShapeError, match=r'\(6,\)'):
-            link(x_of(2, 5))
-        assert link.W is W
+        with pytest.warns(
+                errors.SpectralNormalizationWarning,
+                match=r'Linear: W_u belonged to .* shape than \(6, 5\)'):
+            assert norm(link) == pytest.approx(1, abs=3e-2)
+        assert link.W_u.shape == (6,)
 
     def check_unchanged(self, link, plain):
         assert set(link.__dict__) - {'_local_link_hooks'} == set(

@@ -1,5 +1,8 @@
 """What of a model is normalized."""
+import copy
 import pickle
+import random
+import threading
 
 import sn_function  # isort: skip  # before chainer, which it repairs
 import chainer
@@ -8,8 +11,13 @@ import chainer.links as L
 import numpy as np
 import pytest
 from chainer import link_hooks
+from chainer.backends import cuda
 
-from sn_function import ChainSpectralNormalization, SpectralNormalization
+from sn_function import (
+    ChainSpectralNormalization,
+    SpectralNormalization,
+    errors,
+)
 
 
 class Model(chainer.Chain):
@@ -131,18 +139,224 @@ def test_the_model_is_left_alone():
     assert not chainer.get_function_hooks()
 
 
-@pytest.mark.parametrize('kind', [
-    L.NStepLSTM, L.NStepBiLSTM, L.NStepGRU, L.NStepBiGRU, L.NStepRNNTanh,
-    L.NStepBiRNNReLU])
-def test_weights_of_n_step_links_never_are(kind):
-    model = chainer.Sequential(kind(2, 3, 4, 0.))
-    found = rows(model)
-    matrices = [x for x in found.values() if x[0] != 'no matrix']
-    assert len(matrices) >= 4
-    assert set(matrices) == {
-        ('never', f'{kind.__name__} does not call this link')}
-    with pytest.raises(sn_function.errors.NoLinkError):
-        model.add_hook(ChainSpectralNormalization())
+class Aliases(chainer.ChainList):
+    """Has second names for its links, and links that are not registered."""
+
+    def __init__(self):
+        super().__init__(L.Linear(4, 4), L.Linear(None, 4))
+        self.first, self.all = self[0], list(self)
+        self.unregistered = [L.Linear(None, 2)]
+
+    def forward(self, x):
+        h = self.all[1](self.first(x))
+        return self.unregistered[0](h)
+
+
+def state_of(model):
+    """All arrays and names of a model, and of links outside of it."""
+    links = [*model.links(), *vars(model).get('unregistered', ())]
+    names = [(type(link), sorted(link._params), sorted(link._persistent),
+              sorted(link.local_link_hooks)) for link in links]
+    arrays = [copy.deepcopy(getattr(value, 'array', value)) for link in links
+              for name, value in sorted(vars(link).items())
+              if name in link._params | link._persistent]
+    return names, arrays
+
+
+def assert_same_state(a, b):
+    assert a[0] == b[0]
+    for x, y in zip(a[1], b[1]):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_links_under_other_names_are_those_of_the_copy():
+    model = Aliases()
+    model.add_hook(ChainSpectralNormalization())
+    before = state_of(model)
+    found = sn_function.summary(
+        model, lambda model: model(np.ones((1, 4), 'f')))
+    assert {row.path: row.note for row in found.rows
+            if row.status == 'normalized'} == dict.fromkeys(
+                ['/0/W', '/1/W'], 'SpectralNormalization')
+    assert_same_state(state_of(model), before)
+    assert model[1].W.array is model.unregistered[0].W.array is None
+    assert len(found.remarks) == 1
+    assert found.remarks[0].startswith('Linear of the model was called')
+    assert str(found).splitlines()[-1] == found.remarks[0]
+    assert sn_function.summary(model).remarks == ()
+
+
+def test_a_run_leaves_random_numbers_as_they_were():
+    model = Aliases()
+    x = np.ones((1, 4), 'f')
+
+    def run(model):
+        random.random()
+        return model(x)
+
+    np.random.seed(3)
+    random.seed(4)
+    expected = np.random.random(3).tolist(), random.random()
+    np.random.seed(3)
+    random.seed(4)
+    sn_function.summary(model, run)
+    assert (np.random.random(3).tolist(), random.random()) == expected
+
+
+@pytest.mark.gpu
+def test_a_run_leaves_random_numbers_of_the_device_as_they_were():
+    cupy = cuda.cupy
+    model = chainer.Sequential(L.Linear(None, 3), L.Linear(3, 2))
+    model.to_device('@cupy:0')
+    model.add_hook(ChainSpectralNormalization())
+    x = cupy.ones((1, 4), 'f')
+    cupy.random.seed(3)
+    expected = cupy.random.normal(size=3).tolist()
+    cupy.random.seed(3)
+    found = sn_function.summary(model, lambda model: model(x))
+    assert cupy.random.normal(size=3).tolist() == expected
+    assert [row.status for row in found.rows if row.path[-1] == 'W'] == (
+        ['normalized', 'normalized'])
+    assert model[0].W.array is model[0].W_u is None
+
+
+def test_a_sequential_with_a_lambda():
+    model = chainer.Sequential(
+        L.Linear(3, 3), lambda x: x,
+        chainer.Sequential(L.Linear(3, 2), lambda x: x))
+    model.add_hook(ChainSpectralNormalization('/0*'))
+    found = rows(model, lambda model: model(np.ones((1, 3), 'f')))
+    assert sorted(
+        status for path, (status, _) in found.items() if path[-1] == 'W') == [
+            'filtered out', 'normalized']
+    assert not any(note.endswith('run') for _, note in found.values())
+
+
+class Captured(chainer.Chain):
+    """Calls a link of its own and one that it does not register."""
+
+    def __init__(self, other):
+        super().__init__()
+        with self.init_scope():
+            self.own = L.Linear(None, 3)
+        self.hidden = [L.Linear(None, 3)]
+        self.other = other
+
+    def forward(self, x):
+        return self.own(x)
+
+
+@pytest.mark.parametrize('which', [
+    lambda model: model, lambda model: model.own,
+    lambda model: model.hidden[0]])
+def test_a_run_of_the_model_itself_is_refused(which):
+    model = Captured(None)
+    model.own.add_hook(SpectralNormalization())
+    x = np.ones((1, 3), 'f')
+    with pytest.raises(errors.RunArgumentError, match='of the model itself'):
+        sn_function.summary(model, lambda _: which(model)(x))
+    assert model.own.W.array is model.hidden[0].W.array is None
+    assert model.own.W_u is None
+    with pytest.raises(errors.RunArgumentError, match='called no link of it'):
+        sn_function.summary(model, lambda model: L.Linear(3, 3)(x))
+
+
+def test_a_model_that_cannot_be_copied():
+    model = Captured(threading.Lock())
+    with pytest.raises(errors.ModelCopyError, match='TypeError: cannot '):
+        sn_function.summary(model, lambda model: model(X))
+    assert statuses(model)['/own/W'] == 'no hook'
+
+
+N_STEP = [L.NStepLSTM, L.NStepBiLSTM, L.NStepGRU, L.NStepBiGRU,
+          L.NStepRNNTanh, L.NStepBiRNNReLU]
+
+
+def run_n_step(model):
+    states = [None] * (2 if 'LSTM' in type(model.rnn).__name__ else 1)
+    model.rnn(*states, [np.ones((2, 3), 'f')])
+
+
+@pytest.mark.parametrize('kind', N_STEP)
+def test_n_step_links(kind):
+    model = Model(rnn=kind(2, 3, 4, 0.), unused=kind(1, 3, 4, 0.))
+    weights = {path for path, x in model.namedparams() if x.ndim == 2}
+    assert len(weights) >= 6
+    found = rows(model, run_n_step)
+    assert {path for path, x in found.items() if x == ('no hook', '')} == (
+        weights)
+    assert {x for path, x in found.items() if path not in weights} == {
+        ('no matrix', '')}
+    for link in model.children():
+        link.add_hook(SpectralNormalization())
+    found = rows(model, run_n_step)
+    for path in weights:
+        note = f'SpectralNormalization_{path[-2:]}'  # of the layer
+        if path.startswith('/unused'):
+            note += '; not called in this run'
+        assert found[path] == ('normalized', note)
+
+
+@pytest.mark.parametrize('kind', N_STEP)
+@pytest.mark.parametrize('hook', [
+    SpectralNormalization, link_hooks.SpectralNormalization])
+def test_a_hook_on_a_layer_of_an_n_step_link_never_acts(kind, hook):
+    model = Model(rnn=kind(2, 3, 4, 0.))
+    model.rnn[1].add_hook(hook(weight_name='w1'))
+    for args in (), (run_n_step,):
+        found = rows(model, *args)
+        assert found['/rnn/1/w1'] == (
+            'never', f'{kind.__name__} does not call this link: it needs a '
+                     f'hook itself')
+        assert found['/rnn/1/w0'] == found['/rnn/0/w1'] == ('no hook', '')
+
+
+def test_an_n_step_link_that_is_not_registered():
+    model = Model()
+    model.hidden = [L.NStepGRU(1, 3, 4, 0.)]
+    found = sn_function.summary(
+        model, lambda model: model.hidden[0](None, [np.ones((2, 3), 'f')]))
+    remark, = found.remarks
+    assert remark.startswith('NStepGRU of the model was called')
+
+
+def test_the_weights_of_an_n_step_link_that_others_use():
+    model = Model(rnn=L.NStepRNNTanh(1, 3, 4, 0.))
+    model.rnn.add_hook(SpectralNormalization())
+    assert rows(model, lambda model: F.linear(
+        model.rnn[0].w0, model.rnn.ws[0][0]))['/rnn/0/w0'] == (
+            'never', 'LinearFunction uses it without calling the link')
+
+
+class OldLinear(L.Linear):
+    """As before Chainer 5."""
+
+    def __call__(self, x):
+        return F.linear(x, self.W)
+
+
+class OldRNN(L.NStepRNNTanh):
+
+    def __call__(self, *args):
+        return self.forward(*args)
+
+
+def test_calls_that_call_no_hooks():
+    model = Model(
+        old=OldLinear(5, 5), new=L.Linear(5, 5), rnn=OldRNN(1, 3, 4, 0.))
+    for link in model.children():
+        link.add_hook(SpectralNormalization())
+    for args in (), (lambda model: (
+            model.old(np.ones((1, 5), 'f')), run_n_step(model)),):
+        found = rows(model, *args)
+        assert found['/old/W'] == (
+            'never', 'OldLinear.__call__ calls no hooks')
+        assert found['/rnn/0/w1'] == (
+            'never', 'OldRNN.__call__ calls no hooks')
+        assert found['/new/W'][0] == 'normalized'
+    for link in model.children():
+        link.delete_hook('SpectralNormalization')
+    assert statuses(model)['/old/W'] == 'no hook'
 
 
 def test_links_of_other_kinds():

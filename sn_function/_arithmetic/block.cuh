@@ -243,6 +243,46 @@ __device__ double rescue(
   return sigma;
 }
 
+// Whether 1 - u_0 . u_1 / |u_0| is more than limit; false if it is NaN.
+__device__ bool turns_by_more_than(
+    double limit, const double* numbers, const A* vectors, int m, int K,
+    double* shared) {
+  const double* norms = numbers + N_NUMBERS;
+  // u_0 . W v_1 = |W^T u_0|, so nothing has to be computed if |u_0| = 1.
+  double cosine = norms[0] / norms[K];
+  if (cosine > UNIT_LIMIT || cosine < 1 - limit) {
+    double sum = 0;
+    for (int i = threadIdx.x; i < m; i += blockDim.x)
+      sum += static_cast<double>(vectors[i]) * vectors[i];
+    cosine /= sqrt(block_sum(sum, shared));
+  }
+  return cosine < 1 - limit;
+}
+
+// Iterates again, until the first iteration hardly turns u_0, if it turns it
+// by more than limit: then u was one of another weight.  Returns |t_K|.
+__device__ double settle(
+    const Weight& plain, double sigma, double* numbers, A* vectors, int K,
+    int n_warmup, double limit, double* shared) {
+  const int m = plain.m;
+  bool ordinary = true;  // not used here
+  for (int i = 0; i < n_warmup; i += K) {
+    __syncthreads();  // the norms were written by one thread
+    if (!(sigma > 0 && isfinite(sigma) && turns_by_more_than(
+            limit, numbers, vectors, m, K, shared)))
+      break;
+    limit = SETTLED;
+    for (int i = threadIdx.x; i < m; i += blockDim.x)
+      vectors[i] = vectors[static_cast<Size>(K) * m + i];
+    const double unit = numbers[UNIT];
+    sigma = unit == 1
+        ? iterate(plain, 1, numbers, vectors, K, &ordinary, shared)
+        : iterate(InUnits(plain, unit), unit, numbers, vectors, K, &ordinary,
+                  shared);
+  }
+  return sigma;
+}
+
 // The numbers of an ordinary weight, which rescue() changes.  By one thread.
 __device__ void start(double* numbers) {
   numbers[UNIT] = 1;
@@ -253,8 +293,8 @@ __device__ void start(double* numbers) {
 // The numbers that follow from sigma, and u <- u_K where that is good.
 __device__ void finish(
     const Weight& W, double sigma, U* u, double* numbers, const A* vectors,
-    A* sigma_out, const A* gamma, int K, double factor, double eps,
-    int update) {
+    A* sigma_out, A* gamma, A* initial_gamma, int K, double factor,
+    double eps, double at_zero, int update) {
   const A* last = vectors + static_cast<Size>(K) * W.m;
   if (update && sigma > 0 && isfinite(sigma))
     for (int i = threadIdx.x; i < W.m; i += blockDim.x)
@@ -262,8 +302,10 @@ __device__ void finish(
   if (threadIdx.x != 0) return;
   if (sigma_out) *sigma_out = sigma;
   const bool above = !(sigma < eps || sigma == 0);
-  // With eps 0, a sigma of 0 means that W is 0.
-  const double divisor = above ? sigma : eps > 0 ? eps : 1;
+  const double divisor = above ? sigma : sigma == 0 ? at_zero : eps;
+  if (initial_gamma && *gamma == *initial_gamma && isfinite(sigma)
+      && fabs(sigma - *gamma) > GAMMA_LIMIT * *gamma)
+    *gamma = *initial_gamma = sigma > 0 ? sigma : 1;
   numbers[SIGMA] = sigma;
   numbers[DIVISOR] = divisor;
   numbers[ABOVE] = above;

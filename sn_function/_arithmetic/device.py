@@ -27,6 +27,7 @@ from sn_function._arithmetic.interface import (
     Arrays,
     Backward,
     Forward,
+    Renewal,
     Settings,
 )
 from sn_function._arithmetic.kernels import COEFFICIENTS, NULL, NUMBERS
@@ -38,6 +39,9 @@ if cuda.available:
 # As cupy.cublas takes them: it would make arrays of numbers at each call.
 _SCALARS = {
     char: (numpy.ones((), char), numpy.zeros((), char)) for char in 'fd'}
+
+
+_NO_RENEWAL = Renewal(0, 2.0)
 
 
 class Iterations:
@@ -104,7 +108,7 @@ class Iterations:
     def sigma(self) -> Array:
         return self.number('SIGMA')
 
-    def floored(self, eps: float) -> tuple[Array, Array]:
+    def floored(self, settings: Settings) -> tuple[Array, Array]:
         return self.number('DIVISOR'), self.number('ABOVE')
 
 
@@ -172,15 +176,22 @@ class _Forward:
         self.Y: Any = NULL
         if iterations.is_small and 'Y' in call.output_names:
             self.Y = empty(W.shape, W.dtype)
+        renewal = call.renewal or _NO_RENEWAL
+        self.initial_gamma: Any = NULL
+        # A gamma of another dtype was cast, so the kernel has a copy of it.
+        if renewal.initial_gamma is not None and self.gamma is call.gamma:
+            self.initial_gamma = renewal.initial_gamma
         # In common with others in one launch.
         self.kind = (W.dtype, self.vector.dtype, numpy.int32(iterations.K),
-                     settings.eps, numpy.int32(call.update_u))
+                     settings.eps, settings.at_zero,
+                     numpy.int32(call.update_u),
+                     numpy.int32(renewal.n_warmup), renewal.limit)
 
     def arguments(self) -> tuple[Any, ...]:
         iterations = self.iterations
         return (self.W, self.vector, iterations.numbers, iterations.vectors,
-                self.sigma, self.gamma, self.Y, *iterations.sizes,
-                self.factor)
+                self.sigma, self.gamma, self.initial_gamma, self.Y,
+                *iterations.sizes, self.factor)
 
     def launch(self) -> None:
         """Computes it by kernels of its own."""
@@ -192,7 +203,8 @@ class _Forward:
             _product(it, W, it.vs(k + 1), it.us(k + 1))
             kernels.settle_fwd(
                 T, U, W, vector, it.numbers, it.vectors, self.sigma,
-                self.gamma, *it.sizes, numpy.int32(k), K, self.factor, *rest)
+                self.gamma, self.initial_gamma, *it.sizes, numpy.int32(k), K,
+                self.factor, *rest)
         if 'Y' in self.call.output_names:
             self.Y = kernels.scale_fwd(W, it.numbers)
 

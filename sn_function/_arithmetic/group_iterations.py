@@ -13,12 +13,14 @@ always.  What a scale does to the letters:
 """
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import chainer
 import numpy
 
 from sn_function import errors
+from sn_function._arithmetic.interface import SETTLED, Renewal, Settings
 from sn_function._arithmetic.matrix import ORDINARY
 
 
@@ -100,16 +102,18 @@ class Iterations(NamedTuple):
         return (bool(restarted) if isinstance(self.largest, slice)
                 else restarted)
 
-    def floored(self, eps: float) -> tuple[Any, Any]:
-        """Returns ``max(sigma, eps)``, and whether that is sigma."""
-        sigma = self.sigma
+    def floored(self, settings: Settings) -> tuple[Any, Any]:
+        """Returns what ``W`` is divided by, and whether that is sigma."""
+        sigma, eps = self.sigma, settings.eps
         if isinstance(sigma, float):
-            if sigma < eps or sigma == 0:
-                return eps or 1.0, False  # with eps 0, W is 0
-            return sigma, True
+            if sigma == 0:
+                return settings.at_zero, False
+            return (eps, False) if sigma < eps else (sigma, True)
         xp = chainer.backend.get_array_module(sigma)
-        is_below = (sigma < eps) | (sigma == 0)
-        return xp.where(is_below, eps or 1.0, sigma), ~is_below
+        is_zero, is_below = sigma == 0, sigma < eps
+        divisor = xp.where(is_zero, settings.at_zero, xp.where(
+            is_below, eps, sigma))
+        return divisor, ~(is_zero | is_below)
 
     def of_largest(self) -> OfGroup:
         """Returns the vectors of the largest group."""
@@ -175,13 +179,40 @@ def _peak(x: Any) -> Any:
     return xp.where((peak > 0) & xp.isfinite(peak), peak, 1.0)
 
 
-def power_iteration(A: Any, u: Any, n: int) -> Iterations:
+def settle(A: Any, vectors: Vectors, n: int, renewal: Renewal) -> Vectors:
+    """Runs ``n`` iterations again where a vector is one of another weight.
+
+    Each group has a vector of its own, and is decided for by itself: from
+    where it is taken to, until it is settled.  On the host only.
+    """
+    limit, is_stale = renewal.limit, True
+    for _ in range(0, renewal.n_warmup, n):
+        is_stale = is_stale & _turns_by_more_than(limit, vectors)
+        if not is_stale.any():
+            break
+        limit = SETTLED
+        vectors = iterate(
+            A, numpy.where(is_stale, vectors.us[-1], vectors.us[0]), n)
+    return vectors
+
+
+def _turns_by_more_than(limit: float, vectors: Vectors) -> Any:
+    """Whether ``1 - u_0 . u_1 / |u_0|`` of each group is more than limit."""
+    # u_0 . W v_1 = |W^T u_0|
+    cosine = vectors.s_norms[0] / (vectors.t_norms[0] * _norm(vectors.us[0]))
+    sigma = vectors.t_norms[-1]
+    return (cosine < 1 - limit) & (sigma > 0) & (sigma < math.inf)
+
+
+def power_iteration(
+        A: Any, u: Any, n: int, renewal: Renewal | None = None) -> Iterations:
     """Runs ``n`` power iterations on each group.
 
     Args:
         A: Array of shape ``(G, l, m, r)``.
         u: Array of shape ``(G m,)``, which is copied.
         n: Number of iterations.
+        renewal: When they start from another vector; on the host only.
 
     Raises:
         VectorValueError: On the host, ``u`` is zero or not finite.
@@ -191,18 +222,22 @@ def power_iteration(A: Any, u: Any, n: int) -> Iterations:
     given = u.astype(A.dtype)
     start = given.reshape(len(A), 1, 1, A.shape[2])
     if not isinstance(A, numpy.ndarray):
-        return _carefully(A, start, n)
+        return _carefully(A, start, n, None)
     vectors = iterate(A, start, n)
+    if renewal is not None:
+        vectors = settle(A, vectors, n, renewal)
     low, high = ORDINARY[A.dtype.char]
     norms = numpy.array([vectors.s_norms, vectors.t_norms])
     if norms.min() > low and norms.max() < high:
-        return _finished(vectors, vectors.t_norms[-1], given)
+        return _finished(
+            vectors, vectors.t_norms[-1], vectors.us[0].reshape(-1))
     if not (numpy.isfinite(given).all() and given.any()):
         raise errors.VectorValueError(u)
-    return _carefully(A.astype(numpy.float64), start, n)
+    return _carefully(A.astype(numpy.float64), start, n, renewal)
 
 
-def _carefully(A: Any, given: Any, n: int) -> Iterations:
+def _carefully(
+        A: Any, given: Any, n: int, renewal: Renewal | None) -> Iterations:
     """Iterations on groups and from vectors of any size.
 
     A vector that its group takes to zero is replaced, unless that is zero, as
@@ -222,10 +257,14 @@ def _carefully(A: Any, given: Any, n: int) -> Iterations:
         rows.argmax(axis=3), 3)
     start = xp.where(is_usable, start, largest_row.astype(A.dtype))
     vectors = iterate(A, start, n)
+    restarts = ~is_usable
+    if renewal is not None:
+        vectors = settle(A, vectors, n, renewal)
+        restarts |= (vectors.us[0] != start).any(axis=3, keepdims=True)
     iterations = _finished(
         vectors, vectors.t_norms[-1] * scale, given.reshape(-1))
     return iterations._replace(
-        scale=scale, u_norm=_or_one(length) * u_peak, restarts=~is_usable)
+        scale=scale, u_norm=_or_one(length) * u_peak, restarts=restarts)
 
 
 def _finished(vectors: Vectors, sigmas: Any, given: Any) -> Iterations:

@@ -27,6 +27,7 @@ from sn_function._arithmetic.group_iterations import (
     transposed,
 )
 from sn_function._arithmetic.interface import (
+    GAMMA_LIMIT,
     Arrays,
     Backward,
     Forward,
@@ -48,17 +49,34 @@ def normalize(call: Forward) -> tuple[Arrays, Iterations]:
     dtype = accumulator_dtype(W.dtype)
     array = W.astype(dtype, copy=False)
     iterations = group_iterations.power_iteration(
-        _split(settings, array), call.u, settings.n_power_iteration)
+        _split(settings, array), call.u, settings.n_power_iteration,
+        call.renewal)
     outputs: Arrays = ()
     if 'Y' in call.output_names:
-        divisor, _ = iterations.floored(settings.eps)
-        Y = _times(array, _number(call.gamma) * settings.factor / divisor,
+        Y = _times(array, _coefficient_of_Y(call, iterations),
                    buffers.empty_of(W, call.reuse and W is array))
         outputs = Y.astype(W.dtype, copy=False),
     if 'sigma' in call.output_names:
         xp = chainer.backend.get_array_module(W)
         outputs += xp.asarray(iterations.sigma).astype(dtype),
     return outputs, iterations
+
+
+def _coefficient_of_Y(call: Forward, iterations: Any) -> Any:
+    """As :func:`.power_iteration.coefficient_of_Y`, on a device, too."""
+    if isinstance(iterations.sigma, float):
+        return power_iteration.coefficient_of_Y(call, iterations)
+    gamma, sigma = call.gamma, iterations.sigma
+    initial = call.renewal and call.renewal.initial_gamma
+    if initial is not None:
+        xp = chainer.backend.get_array_module(sigma)
+        is_off = (gamma == initial) & xp.isfinite(sigma) & (
+            abs(sigma - gamma) > GAMMA_LIMIT * gamma)
+        gamma[...] = xp.where(
+            is_off, xp.where(sigma > 0, sigma, 1.0), gamma)
+        initial[...] = xp.where(is_off, gamma, initial)
+    divisor, _ = iterations.floored(call.settings)
+    return _number(gamma) * call.settings.factor / divisor
 
 
 def _split(settings: Settings, W: Any) -> Any:
@@ -132,7 +150,7 @@ def _coefficients(
         return power_iteration.coefficients(
             settings, iterations, gamma, dot)
     xp = chainer.backend.get_array_module(dot)
-    divisor, is_above = iterations.floored(settings.eps)
+    divisor, is_above = iterations.floored(settings)
     dot = dot / divisor
     a = _number(gamma) * settings.factor / divisor
     return a, xp.where(is_above, -a * dot, 0.0), dot

@@ -14,14 +14,51 @@ Arrays = Tuple[Array, ...]
 
 
 class Settings(NamedTuple):
-    """What the caller chose; without ``groups`` a weight is one matrix."""
+    """What the caller chose.
+
+    ``Y`` is ``gamma factor W`` divided by sigma, by ``eps`` where sigma is
+    less, and by ``at_zero`` where sigma is zero.  That is for the gradient, as
+    Y is zero there: ``1 / eps`` would make any step away from zero a huge one.
+    Without ``groups`` a weight is one matrix.
+    """
 
     n_power_iteration: int
     axis: int
     detach_uv: bool
     factor: float = 1.0
     eps: float = 0.0
+    at_zero: float = 1.0
     groups: Groups | None = None
+
+
+class Renewal(NamedTuple):
+    """When a hook makes u and gamma anew, before a forward uses them.
+
+    u turns by ``1 - u_0 . u_1`` in the first iteration, with both of length 1.
+    Where that is more than ``limit``, u belongs to another weight.  Then
+    iterations are run first, outside of the graph, until it turns by less than
+    :data:`SETTLED`, but no more than ``n_warmup``.
+
+    gamma is made anew where it still is ``initial_gamma``, and sigma is off
+    from that by more than :data:`GAMMA_LIMIT`.  Then both become the norm of
+    the weight (its estimate on a device), or 1 where that is zero.
+
+    Attributes:
+        n_warmup: The most iterations, rounded up to whole calls.
+        limit: 2 or more for never.
+        initial_gamma: Array of shape ``()`` with the value that gamma was
+            initialized with, or ``None`` if gamma is left alone.
+
+    """
+
+    n_warmup: int
+    limit: float
+    initial_gamma: Any = None
+
+
+# How much a vector of this weight turns in an iteration, at most.
+SETTLED = 1e-3
+GAMMA_LIMIT = 0.1
 
 
 class Iterations(Protocol):
@@ -48,8 +85,8 @@ class Iterations(Protocol):
     def sigma(self) -> Any:
         """The estimate: a float, or an array of shape ``()`` of a device."""
 
-    def floored(self, eps: float) -> tuple[Any, Any]:
-        """Returns ``max(sigma, eps)``, and whether that is sigma."""
+    def floored(self, settings: Settings) -> tuple[Any, Any]:
+        """Returns what ``W`` is divided by, and whether that is sigma."""
 
 
 class Forward(NamedTuple):
@@ -65,6 +102,7 @@ class Forward(NamedTuple):
             or not finite.
         reuse: Whether to make ``Y`` in memory that this weight has needed
             before; a device has a pool of memory anyway.
+        renewal: When u and gamma are made anew; ``None`` for never.
 
     """
 
@@ -75,6 +113,7 @@ class Forward(NamedTuple):
     output_names: tuple[str, ...]
     update_u: bool = False
     reuse: bool = False
+    renewal: Renewal | None = None
 
 
 class Backward(NamedTuple):

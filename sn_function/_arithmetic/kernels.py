@@ -22,7 +22,8 @@ from typing import Any, Sequence
 import numpy
 from chainer.backends import cuda
 
-from sn_function._arithmetic.matrix import accumulator_dtype
+from sn_function._arithmetic.interface import GAMMA_LIMIT, SETTLED
+from sn_function._arithmetic.matrix import UNIT_LIMIT, accumulator_dtype
 
 # Weights of up to this many entries go through kernels of one block.
 FUSED_SIZE = 1 << 16
@@ -34,8 +35,8 @@ MAX_WEIGHTS = 16
 NULL = numpy.intp(0)
 
 # The unit of the weight, 1 unless it is extreme; what u was divided by for
-# u_0; whether u_0 is another vector than u; sigma; max(sigma, eps); whether
-# that is sigma; Y = COEF W; whether all norms so far were ordinary.
+# u_0; whether u_0 is another vector than u; sigma; what W is divided by;
+# whether that is sigma; Y = COEF W; whether all norms so far were ordinary.
 NUMBERS = ('UNIT', 'U_NORM', 'RESTARTED', 'SIGMA', 'DIVISOR', 'ABOVE', 'COEF',
            'ORDINARY')
 # gW = GY gY + GSIGMA G
@@ -50,6 +51,9 @@ _INCLUDES = """
 """
 
 _LAYOUT = f"""
+#define SETTLED {SETTLED}
+#define GAMMA_LIMIT {GAMMA_LIMIT}
+#define UNIT_LIMIT {UNIT_LIMIT}
 enum {{ {', '.join(NUMBERS)}, N_NUMBERS }};
 enum {{ {', '.join(COEFFICIENTS)}, N_COEFFICIENTS }};
 typedef long long Size;
@@ -240,9 +244,9 @@ _BLOCK = (pathlib.Path(__file__).parent / 'block.cuh').read_text(
 # The last one settles all numbers, and u.
 settle_fwd = Raw('sn_settle_fwd', """
 extern "C" __global__ void __launch_bounds__(512, 1) sn_settle_fwd(
-    const T* w, U* u, double* numbers, A* vectors, A* sigma_out,
-    const A* gamma, int l, int m, int r, int k, int K, double factor,
-    double eps, int update) {
+    const T* w, U* u, double* numbers, A* vectors, A* sigma_out, A* gamma,
+    A* initial_gamma, int l, int m, int r, int k, int K, double factor,
+    double eps, double at_zero, int update, int n_warmup, double limit) {
   __shared__ double shared[512];
   const Weight W = {w, l, m, r};
   double* norms = numbers + N_NUMBERS;
@@ -266,8 +270,9 @@ extern "C" __global__ void __launch_bounds__(512, 1) sn_settle_fwd(
   }
   if (k + 1 < K) return;
   if (!ordinary) sigma = rescue(W, u, numbers, vectors, K, shared);
-  finish(W, sigma, u, numbers, vectors, sigma_out, gamma, K, factor, eps,
-         update);
+  sigma = settle(W, sigma, numbers, vectors, K, n_warmup, limit, shared);
+  finish(W, sigma, u, numbers, vectors, sigma_out, gamma, initial_gamma, K,
+         factor, eps, at_zero, update);
 }
 """)
 
@@ -310,9 +315,10 @@ extern "C" __global__ void __launch_bounds__(512, 1) sn_project_bwd(
 
 # The whole forward: K iterations, u, and Y unless it is not wanted.
 _FORWARD_OF_EACH = """
-    const T* w, U* u, double* numbers, A* vectors, A* sigma_out,
-    const A* gamma, T* y, int l, int m, int r, double factor"""
-_FORWARD_OF_ALL = 'int K, double eps, int update'
+    const T* w, U* u, double* numbers, A* vectors, A* sigma_out, A* gamma,
+    A* initial_gamma, T* y, int l, int m, int r, double factor"""
+_FORWARD_OF_ALL = ('int K, double eps, double at_zero, int update, '
+                   'int n_warmup, double limit')
 fused_fwd = Fused('sn_fused_fwd', _FORWARD_OF_EACH, _FORWARD_OF_ALL, f"""
 __device__ void sn_fused_fwd_of({_FORWARD_OF_EACH}, {_FORWARD_OF_ALL}) {{
 """ + """  __shared__ double shared[512];
@@ -323,8 +329,9 @@ __device__ void sn_fused_fwd_of({_FORWARD_OF_EACH}, {_FORWARD_OF_ALL}) {{
   if (threadIdx.x == 0) start(numbers);
   double sigma = iterate(W, 1, numbers, vectors, K, &ordinary, shared);
   if (!ordinary) sigma = rescue(W, u, numbers, vectors, K, shared);
-  finish(W, sigma, u, numbers, vectors, sigma_out, gamma, K, factor, eps,
-         update);
+  sigma = settle(W, sigma, numbers, vectors, K, n_warmup, limit, shared);
+  finish(W, sigma, u, numbers, vectors, sigma_out, gamma, initial_gamma, K,
+         factor, eps, at_zero, update);
   if (!y) return;
   __syncthreads();
   const double coef = numbers[COEF];

@@ -36,6 +36,10 @@ LARGE_SIZE = 1 << 22
 ORDINARY = {'f': (1e-12, 1e12), 'd': (1e-100, 1e100)}
 
 
+# Up to this a norm may be 1, and is that of a float16 vector of length 1.
+UNIT_LIMIT = 1 + 1e-3
+
+
 class ExtremeNormError(ArithmeticError):
     """A norm is out of the range of :data:`ORDINARY`, or not a number."""
 

@@ -30,7 +30,8 @@ of sigma,
     gW = gamma f gY / sigma + c G       c = gsigma - gamma f <gY, W> / sigma^2
     gu = c d sigma / d u_0              ggamma = f <gY, W> / sigma
 
-and, where sigma is below eps, that constant in its place and c = gsigma.
+and, where sigma is below eps, that constant in its place and c = gsigma (and
+another one where W is zero: see :class:`.interface.Settings`).
 :mod:`.stacks` has the same for many small weights at once, and
 :mod:`.device` for a CUDA device.
 
@@ -47,14 +48,18 @@ from typing import Any, NamedTuple, Sequence
 import numpy
 
 from sn_function import errors
-from sn_function._arithmetic import buffers, matrix
+from sn_function._arithmetic import buffers, matrix, singular
 from sn_function._arithmetic.interface import (
+    GAMMA_LIMIT,
+    SETTLED,
     Arrays,
     Backward,
     Forward,
+    Renewal,
     Settings,
 )
 from sn_function._arithmetic.matrix import (
+    UNIT_LIMIT,
     ExtremeNormError,
     Matrix,
     accumulator_dtype,
@@ -99,11 +104,21 @@ class PowerIteration(NamedTuple):
     def start(self) -> Any:
         return self.us[0]
 
-    def floored(self, eps: float) -> tuple[float, bool]:
-        """Returns ``max(sigma, eps)``, and whether that is sigma."""
-        if self.sigma < eps or self.sigma == 0:
-            return eps or 1.0, False  # with eps 0, W is 0
+    def floored(self, settings: Settings) -> tuple[float, bool]:
+        """Returns what ``W`` is divided by, and whether that is sigma."""
+        if self.sigma == 0:
+            return settings.at_zero, False
+        if self.sigma < settings.eps:
+            return settings.eps, False
         return self.sigma, True
+
+    def turns_by_more_than(self, limit: float) -> bool:
+        """Whether ``1 - u_0 . u_1 / |u_0|`` is more; false if it is NaN."""
+        # u_0 . W v_1 = |W^T u_0|, so nothing has to be computed if |u_0| = 1.
+        cosine = self.s_norms[0] / self.t_norms[0]
+        if cosine > UNIT_LIMIT or cosine < 1 - limit:
+            cosine /= matrix.careful_norm(self.us[0])
+        return cosine < 1 - limit and 0 < self.sigma < math.inf
 
 
 def unfold(W: Any, axis: int, dtype: Any = None) -> Matrix:
@@ -130,11 +145,30 @@ def _iterate(A: Matrix, u: Any, n: int, careful: bool) -> PowerIteration:
     return PowerIteration(us, vs, s_norms, t_norms, sigma, matrix=A)
 
 
-def power_iteration(A: Matrix, u: Any, n: int) -> PowerIteration:
+def _settle(
+        A: Matrix, u: Any, n: int, careful: bool, renewal: Renewal | None,
+) -> PowerIteration:
+    """Runs ``n`` iterations, from a vector of this weight if that is asked."""
+    iterations = _iterate(A, u, n, careful)
+    if renewal is not None:
+        limit = renewal.limit
+        for _ in range(0, renewal.n_warmup, n):
+            if not iterations.turns_by_more_than(limit):
+                break
+            limit = SETTLED
+            u = iterations.u.astype(u.dtype, copy=False)
+            iterations = _iterate(A, u, n, careful)
+    return iterations
+
+
+def power_iteration(
+        A: Matrix, u: Any, n: int, renewal: Renewal | None = None,
+) -> PowerIteration:
     """Runs ``n`` power iterations on ``A`` from ``u``, shape ``(m,)``.
 
-    A weight that holds NaN or Inf gives a sigma that is NaN.  Call it with
-    NumPy's warnings off: what overflows is done again, and NaN shows.
+    With a renewal they start from another vector where u is not one of this
+    weight.  A weight that holds NaN or Inf gives a sigma that is NaN.  Call it
+    with NumPy's warnings off: what overflows is done again, and NaN shows.
 
     Raises:
         VectorValueError: ``u`` is zero or not finite.
@@ -142,7 +176,7 @@ def power_iteration(A: Matrix, u: Any, n: int) -> PowerIteration:
     """
     u = u.astype(A.array.dtype, copy=False)
     try:
-        return _iterate(A, u, n, careful=False)
+        return _settle(A, u, n, False, renewal)
     except ExtremeNormError:
         pass
     u_norm = A.norm_of_t(u, careful=True)
@@ -154,11 +188,11 @@ def power_iteration(A: Matrix, u: Any, n: int) -> PowerIteration:
         u_norm = 1.0
     else:
         start = (u.astype(numpy.float64) / u_norm).astype(u.dtype, copy=False)
-    iterations = _iterate(A, start, n, careful=True)
+    iterations = _settle(A, start, n, True, renewal)
     if iterations.sigma == 0 and not A.is_zero():
         # W^T u_0 is zero and W is not: u_0 would be stuck, and sigma 0.
         start = A.start_at_largest_row(u.dtype)
-        iterations = _iterate(A, start, n, careful=True)
+        iterations = _settle(A, start, n, True, renewal)
         return iterations._replace(restarted=True)
     return iterations._replace(u_norm=u_norm)
 
@@ -221,14 +255,14 @@ def normalize(call: Forward) -> tuple[Arrays, PowerIteration]:
     settings, W = call.settings, call.W
     # A copy: the owner of u is free to change it.
     iterations = power_iteration(
-        unfold(W, settings.axis), call.u.copy(), settings.n_power_iteration)
+        unfold(W, settings.axis), call.u.copy(), settings.n_power_iteration,
+        call.renewal)
     array = iterations.matrix.array
     if array is not W:  # made anew, rather than kept
         iterations = iterations._replace(matrix=None)
     outputs: Arrays = ()
     if 'Y' in call.output_names:
-        divisor, _ = iterations.floored(settings.eps)
-        coefficient = as_float(call.gamma) * settings.factor / divisor
+        coefficient = coefficient_of_Y(call, iterations)
         if W.size <= matrix.SMALL_SIZE or array.dtype != W.dtype:
             Y = (array * coefficient).astype(W.dtype, copy=False)
         else:
@@ -296,10 +330,25 @@ def coefficients(
         gradient of sigma adds to c; and ``<gY, W> / max(sigma, eps)``.
 
     """
-    divisor, is_above = iterations.floored(settings.eps)
+    divisor, is_above = iterations.floored(settings)
     dot = dot / divisor
     a = as_float(gamma) * settings.factor / divisor
     return a, -a * dot if is_above else 0.0, dot
+
+
+def coefficient_of_Y(call: Forward, iterations: PowerIteration) -> float:
+    """Returns what ``W`` is multiplied by; may make gamma anew before."""
+    gamma, sigma = as_float(call.gamma), iterations.sigma
+    initial = call.renewal and call.renewal.initial_gamma
+    if initial is not None and gamma == initial and sigma < math.inf and (
+            abs(sigma - gamma) > GAMMA_LIMIT * gamma):
+        # A host may compute it; the estimate is what a device has at hand.
+        gamma = float(singular.norm(
+            call.W, call.settings.axis, call.settings.groups)) or 1.0
+        call.gamma[...] = initial[...] = gamma
+        gamma = as_float(call.gamma)
+    divisor, _ = iterations.floored(call.settings)
+    return gamma * call.settings.factor / divisor
 
 
 def as_float(x: Any) -> float:

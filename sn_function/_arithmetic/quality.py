@@ -24,14 +24,14 @@ import numpy
 from sn_function._arithmetic import singular
 from sn_function._arithmetic.choose import arithmetic_of
 from sn_function._arithmetic.groups import Groups
-from sn_function._arithmetic.interface import Forward, Settings
+from sn_function._arithmetic.interface import Forward, Renewal, Settings
 from sn_function._arithmetic.matrix import accumulator_dtype, as_matrix
 from sn_function.errors import VectorValueError
 
 
 def measure(
         W: Any, u: Any, axis: int, n_power_iteration: int, true_sigma: bool,
-        groups: Groups | None = None,
+        renewal: Renewal | None = None, groups: Groups | None = None,
 ) -> dict[str, Any]:
     """Returns numbers on one weight, on its device; nothing waits for them.
 
@@ -41,14 +41,16 @@ def measure(
         axis: Output axis.
         n_power_iteration: Number of iterations from ``u``.
         true_sigma: Whether the true sigma is wanted.
+        renewal: When the estimate is one from another vector than ``u``.
         groups: The groups, if sigma is that of the largest one of them; the
             residual is, too.
 
     Returns:
         Arrays of shape ``()`` and dtype float64: ``'peak'``, the largest
         magnitude in ``W``; with ``u``, ``'is_sound'``, whether it is finite
-        and not zero, ``'sigma'`` and ``'residual'``; and ``'true_sigma'``.
-        What is not defined is NaN.
+        and not zero, ``'sigma'`` and ``'residual'``; with a renewal,
+        ``'sigma_of_u'``, the estimate from ``u`` itself; and
+        ``'true_sigma'``.  What is not defined is NaN.
 
     """
     xp = chainer.backend.get_array_module(W)
@@ -56,18 +58,23 @@ def measure(
         numbers = {'peak': xp.maximum(W.max(), -W.min())}
         if u is not None:
             numbers['is_sound'] = xp.isfinite(u).all() & (u != 0).any()
+            settings = Settings(n_power_iteration, axis, True, groups=groups)
             numbers['sigma'], numbers['residual'] = _estimate(
-                W, u, Settings(n_power_iteration, axis, True, groups=groups))
+                W, u, settings, renewal)
+            if renewal is not None:
+                numbers['sigma_of_u'], _ = _estimate(W, u, settings)
         if true_sigma:
             numbers['true_sigma'] = singular.norm(W, axis, groups)
         return {name: xp.asarray(x).astype(numpy.float64)
                 for name, x in numbers.items()}
 
 
-def _estimate(W: Any, u: Any, settings: Settings) -> tuple[Any, Any]:
+def _estimate(
+        W: Any, u: Any, settings: Settings, renewal: Renewal | None = None,
+) -> tuple[Any, Any]:
     try:
         ((sigma,), iterations), = arithmetic_of(W).normalize_all([
-            Forward(settings, W, u, 1.0, ('sigma',))])
+            Forward(settings, W, u, 1.0, ('sigma',), renewal=renewal)])
     except VectorValueError:  # a device replaces it without a word
         return math.nan, math.nan
     axis = settings.axis

@@ -39,7 +39,7 @@ def norm(W: Any, axis: int, groups: Groups | None = None) -> Any:
 
     """
     xp = chainer.backend.get_array_module(W)
-    A = _matrices(W, axis, groups)
+    A = matrices(W, axis, groups)
     with numpy.errstate(all='ignore'):
         peak = abs(A).max()
         scale = xp.where((peak > 0) & xp.isfinite(peak), peak, 1.)
@@ -54,7 +54,7 @@ def norm(W: Any, axis: int, groups: Groups | None = None) -> Any:
         return xp.sqrt(xp.maximum(largest, 0.)) * scale + 0 * peak
 
 
-def _matrices(W: Any, axis: int, groups: Groups | None) -> Any:
+def matrices(W: Any, axis: int, groups: Groups | None) -> Any:
     """Returns the groups of a weight as matrices, shape ``(G, m, n)``."""
     if groups is None:
         return as_matrix(W, axis)[None]

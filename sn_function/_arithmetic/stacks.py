@@ -20,7 +20,7 @@ from sn_function._arithmetic.interface import Arrays, Backward, Forward
 from sn_function._arithmetic.matrix import ORDINARY
 from sn_function._arithmetic.power_iteration import (
     PowerIteration,
-    as_float,
+    coefficient_of_Y,
     coefficients,
 )
 
@@ -83,6 +83,10 @@ def _normalize(calls: Sequence[Forward]) -> Iterator[Any]:
     A = _stacked([call.W for call in calls])
     u = numpy.concatenate([call.u for call in calls])
     all_iterations = _iterate(A, u, settings.n_power_iteration)
+    for call, iterations in zip(calls, all_iterations):
+        if call.renewal is not None and (
+                iterations.turns_by_more_than(call.renewal.limit)):
+            raise OneByOneError
     outputs: list[Any] = []
     for name in calls[0].output_names:
         if name == 'sigma':
@@ -90,8 +94,7 @@ def _normalize(calls: Sequence[Forward]) -> Iterator[Any]:
                             for iterations in all_iterations])
         else:
             coefficients = [
-                as_float(call.gamma) * settings.factor / iterations.floored(
-                    settings.eps)[0]
+                coefficient_of_Y(call, iterations)
                 for call, iterations in zip(calls, all_iterations)]
             Y = A * _column(coefficients, A.dtype)
             outputs.append(list(Y.reshape(-1, *W.shape)))

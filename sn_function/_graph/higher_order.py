@@ -36,7 +36,7 @@ def compose(
     sigma = _estimate(settings, iterations, scaled, u)
     if isinstance(gamma, chainer.Variable):
         gamma = F.cast(gamma, dtype)
-    floor, is_above = iterations.floored(settings.eps)
+    floor, is_above = iterations.floored(settings)
     Y = in_full
     if is_above is True:
         Y, divisor = scaled, sigma

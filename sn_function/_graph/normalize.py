@@ -19,6 +19,7 @@ from sn_function._arithmetic.interface import (
     Arrays,
     Backward,
     Forward,
+    Renewal,
     Settings,
 )
 from sn_function._graph import higher_order, node
@@ -38,22 +39,25 @@ class Normalization:
             less time than inputs.
         output_names (tuple of str): ``'Y'``, ``'sigma'`` or both.
         update_u (bool): Whether forward overwrites ``u``.
+        renewal (Renewal or None): When forward makes u and gamma anew.
         iterations: What forward computed.
 
     """
 
-    __slots__ = ('gamma', 'iterations', 'names', 'output_names', 'settings',
-                 'u', 'update_u')
+    __slots__ = ('gamma', 'iterations', 'names', 'output_names', 'renewal',
+                 'settings', 'u', 'update_u')
 
     def __init__(
             self, names: tuple[str, ...], settings: Settings, u: Any,
-            gamma: Any, output_names: tuple[str, ...], update_u: bool) -> None:
+            gamma: Any, output_names: tuple[str, ...], update_u: bool,
+            renewal: Renewal | None) -> None:
         self.names = names
         self.settings = settings
         self.u = u
         self.gamma = gamma
         self.output_names = output_names
         self.update_u = update_u
+        self.renewal = renewal
         self.iterations: Any = None
 
     def _arguments(self, inputs: Iterator[Any]) -> tuple[Any, Any, Any]:
@@ -66,7 +70,7 @@ class Normalization:
     def forward(self, inputs: Iterator[Array], reuse: bool) -> Forward:
         W, u, gamma = self._arguments(inputs)
         return Forward(self.settings, W, u, gamma, self.output_names,
-                       self.update_u, reuse)
+                       self.update_u, reuse, self.renewal)
 
     def keep(self, iterations: Any) -> None:
         """Keeps what forward computed, but nothing that others may change."""
@@ -239,14 +243,15 @@ def make_settings(
         factor: float | None, eps: float, cap: float | None,
         groups: Groups | None = None) -> Settings:
     """Checks what holds for any weight; :func:`make_weight` does the axis."""
-    factor, eps = _checks.check_settings(n_power_iteration, factor, eps, cap)
+    numbers = _checks.check_settings(n_power_iteration, factor, eps, cap)
     return Settings(
-        int(n_power_iteration), axis, detach_uv, factor, eps, groups)
+        int(n_power_iteration), axis, detach_uv, *numbers, groups=groups)
 
 
 def make_weight(
         W: ArrayOrVariable, u: ArrayOrVariable, gamma: Any,
         settings: Settings, output_names: tuple[str, ...], update_u: bool,
+        renewal: Renewal | None = None,
 ) -> tuple[Normalization, list[ArrayOrVariable]]:
     """Checks the arguments; returns a weight for a node, and its inputs."""
     axis = _checks.check_arrays(
@@ -264,8 +269,8 @@ def make_weight(
         names += 'gamma',
         inputs.append(gamma)
         gamma = None
-    return Normalization(
-        names, settings, u, gamma, output_names, update_u), inputs
+    return Normalization(names, settings, u, gamma, output_names, update_u,
+                         renewal), inputs
 
 
 def normalize(

@@ -216,7 +216,7 @@ class ShardedNormalize(node.Node):
             iterations = power_iteration.power_iteration(
                 ShardedMatrix.of(self.ranks, W, dtype), u.astype(dtype),
                 self.settings.n_power_iteration)
-            divisor, _ = iterations.floored(self.settings.eps)
+            divisor, _ = iterations.floored(self.settings)
             Y = iterations.matrix.array * (self.settings.factor / divisor)
             outputs: Arrays = Y.astype(W.dtype, copy=False),
             if self.has_sigma:
@@ -258,7 +258,7 @@ class ShardedNormalizeGrad(node.Node):
         A = ShardedMatrix.of(self.of.ranks, W, dtype)
         if gY is not None:
             gY = gY.astype(dtype, copy=False)
-        _, is_above = iterations.floored(settings.eps)
+        _, is_above = iterations.floored(settings)
         if not (is_above or self.of.has_sigma):
             # The divisor is a constant: there is nothing to sum.
             return gY * power_iteration.coefficients(
@@ -384,21 +384,21 @@ def sharded_spectral_normalize(
     ranks = Ranks(comm)
     problem, facts, u_max = None, [0.0] * len(FACTS), 0.0
     try:
-        factor, eps = _checks.check_settings(
+        factor, eps, at_zero = numbers = _checks.check_settings(
             n_power_iteration, factor, eps, cap)
         _check_shard(W, u, update_u)
         needs_gradient = isinstance(W, chainer.Variable) and (
             W.requires_grad and chainer.config.enable_backprop)
         facts = [float(x) for x in (
             W.size // W.shape[0], W.dtype.itemsize, n_power_iteration, factor,
-            eps, bool(detach_uv), bool(update_u), bool(return_sigma),
+            eps, at_zero, bool(detach_uv), bool(update_u), bool(return_sigma),
             needs_gradient)]
         u_max = _size(u)
     except errors.SpectralNormalizationError as error:
         problem = error
     ranks.agree(problem, facts, u_max)
     settings = Settings(
-        int(n_power_iteration), 0, bool(detach_uv), factor, eps)
+        int(n_power_iteration), 0, bool(detach_uv), *numbers)
     outputs = ShardedNormalize(
         ranks, settings, u, update_u, bool(return_sigma)).apply((W,))
     return outputs if return_sigma else outputs[0]

@@ -9,9 +9,12 @@ import math
 from typing import Any
 
 import chainer
+import numpy
+from chainer.backends import cuda
 
 from sn_function import errors
 from sn_function._arithmetic import singular
+from sn_function._arithmetic.choose import is_on_device
 from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.matrix import accumulator_dtype
 
@@ -35,17 +38,17 @@ def register(
         setattr(link, name, gamma)
 
 
-def initialize(gamma: chainer.Parameter, W: Any, is_stale: bool) -> None:
+def initialize(
+        gamma: chainer.Parameter, W: Any, is_made_anew: bool = False) -> None:
     """Initializes gamma from ``W``, unless that was done.
 
     Args:
         gamma: The parameter.
         W: The weight, a Variable with an array.
-        is_stale: Whether the weight was initialized again.  Then gamma is,
-            too, unless it was trained or loaded in the meantime.
+        is_made_anew: Whether to do it again.
 
     """
-    if gamma.array is not None and not is_stale:
+    if gamma.array is not None and not is_made_anew:
         return
     if isinstance(W, chainer.Parameter):
         # A copy of a copy that shares has the weight of the latter.
@@ -54,23 +57,61 @@ def initialize(gamma: chainer.Parameter, W: Any, is_stale: bool) -> None:
         gamma.cleargrad()  # or its dtype may be another by now
         gamma.initialize(())
     else:
-        # Chainer initializes by name: maybe gamma before this weight.
-        gamma.initializer.renew(gamma.array)
+        gamma.initializer(gamma.array)
+
+
+def fits(gamma: chainer.Parameter, W: Any) -> bool:
+    """Whether gamma was not initialized from a weight of another shape."""
+    initializer = gamma.initializer  # of Chainer's hook, in the same place
+    return not isinstance(initializer, LargestSingularValue) or (
+        initializer.shape in (None, W.shape))
+
+
+def initial(gamma: chainer.Parameter, W: Any) -> Any:
+    """Returns what gamma was initialized with, an array of shape ``()``.
+
+    Returns:
+        ``None`` where gamma must be left alone, as an optimizer has updated it
+        or the weight: then it is not the norm of the weight any more.
+
+    """
+    initializer = gamma.initializer
+    if _is_trained(gamma) or _is_trained(W) or (
+            not isinstance(initializer, LargestSingularValue)):
+        return None
+    value = initializer.value
+    if value is not None and type(value) is not type(gamma.array):
+        # The link was moved.  Versions before 0.2 kept a float.
+        value = initializer.value = gamma.device.send(
+            cuda.to_cpu(value) if is_on_device(value)
+            else numpy.asarray(value, gamma.dtype))
+    return value
+
+
+def _is_trained(x: Any) -> bool:
+    rule = getattr(x, 'update_rule', None)
+    return rule is not None and rule.t > 0
 
 
 class LargestSingularValue:
     """Initializer of gamma, from the weight as it is then.
 
-    Where the weight has no finite norm, as before a snapshot is loaded, gamma
-    is 1: a NaN would stay.
+    Where the weight is zero, or has no finite norm, as before a snapshot is
+    loaded, gamma is 1: a zero or a NaN would stay.
 
     Args:
         W: The weight, which may be initialized later.
         axis: Its output axis.
         groups: Its groups, if the norm is that of the largest one.
 
+    Attributes:
+        value: What gamma was initialized with, an array of shape ``()``.
+        shape: Shape of the weight then.
+
     """
 
+    value: Any = None
+    shape: Any = None
     groups: Groups | None = None  # in pickles of versions before 0.2
 
     def __init__(
@@ -79,13 +120,7 @@ class LargestSingularValue:
         self.W = W
         self.axis = axis
         self.groups = groups
-        self.value: Any = None
         self._dtype: Any = None
-
-    def renew(self, array: Any) -> None:
-        """Overwrites gamma if it still has the value that this gave it."""
-        if self.value is not None and bool((array == self.value).all()):
-            self(array)
 
     @property
     def dtype(self) -> Any:
@@ -108,6 +143,7 @@ class LargestSingularValue:
         if W is None:
             return
         norm = singular.norm(W, self.axis, self.groups)
-        if norm < math.inf:
-            array[...] = norm
-        self.value = float(array)
+        xp = chainer.backend.get_array_module(norm)
+        array[...] = xp.where((norm > 0) & (norm < math.inf), norm, 1.)
+        self.value = array.copy()
+        self.shape = W.shape

@@ -5,16 +5,30 @@ the graph.
 """
 from __future__ import annotations
 
+import warnings
 from typing import Any, Protocol, Sequence
 
 import chainer
 
-from sn_function._arithmetic.interface import Array, Iterations
+from sn_function import errors
+from sn_function._arithmetic.groups import length_of_u
+from sn_function._arithmetic.interface import (
+    SETTLED,
+    Array,
+    Iterations,
+    Renewal,
+)
+from sn_function._graph import node
 from sn_function._graph import normalize as _graph
 from sn_function._links import gamma as _gamma
 from sn_function._links import recompute, vector
 from sn_function._links.state import LinkState
 from sn_function._links.weight import groups_of, output_axis
+
+# How much a vector turns in an iteration, at most, while its weight is trained
+# (measured: :doc:`accuracy`).  In test mode nothing moves it on, so there it
+# has to be settled.
+TRAINED_LIMIT = 0.05
 
 
 class Hook(Protocol):
@@ -29,6 +43,17 @@ class Hook(Protocol):
     eps: float
     cap: float | None
     groups: str | None
+
+
+def renewal_of(
+        hook: Hook, is_train: bool, gamma: chainer.Parameter | None = None,
+        W: chainer.Variable | None = None) -> Renewal | None:
+    """Returns when a call makes u and gamma anew, or ``None`` for never."""
+    if hook.n_warmup == 0:
+        return None
+    return Renewal(
+        hook.n_warmup, TRAINED_LIMIT if is_train else SETTLED,
+        None if gamma is None else _gamma.initial(gamma, W))
 
 
 class HookedWeight:
@@ -58,35 +83,69 @@ class HookedWeight:
     def vector_and_gamma(self) -> tuple[Array, chainer.Parameter | None]:
         """Returns u and gamma, initialized where they are not yet.
 
-        Both are initialized anew where the weight was, in a copy of its link.
+        Both are made anew for a weight of another shape.
         """
-        hook, link, state, W = self.hook, self.link, self.state, self.W.array
-        is_stale = state.is_stale(W, getattr(link, hook.vector_name))
-        groups = groups_of(link, hook.groups)
-        u = vector.find(link, hook.vector_name, W, hook.n_warmup, groups)
+        hook, link, W = self.hook, self.link, self.W.array
         gamma = None
-        if state.gamma_name is not None:
-            gamma = getattr(link, state.gamma_name)
-            _gamma.initialize(gamma, self.W, is_stale)
-        if is_stale:  # the last, as it raises if u is zero
-            vector.warm_up(link, W, u, hook.n_warmup, groups)
-        state.watch(self.W, u)
+        if self.state.gamma_name is not None:
+            gamma = getattr(link, self.state.gamma_name)
+        u = getattr(link, hook.vector_name)
+        groups = groups_of(link, hook)
+        has_other_shape = (
+            u is not None and u.shape != (
+                length_of_u(W.shape, output_axis(link), groups),)) or (
+            gamma is not None and not _gamma.fits(gamma, W))
+        if has_other_shape:
+            names = hook.vector_name + (
+                '' if gamma is None else f' and {self.state.gamma_name}')
+            self.discard_vector(
+                f'{names} belonged to a weight of another shape than '
+                f'{W.shape}.')
+        u = vector.find(link, hook.vector_name, W, hook.n_warmup, groups)
+        if gamma is not None:
+            _gamma.initialize(gamma, self.W, has_other_shape)
         return u, gamma
+
+    def discard_vector(self, why: str) -> None:
+        """Has u made anew, and warns of that."""
+        link = self.link
+        where = type(link).__name__
+        if link.name is not None:  # its name in its chain
+            where += f' {link.name!r}'
+        warnings.warn(
+            f'{where}: {why} It was made anew.',
+            errors.SpectralNormalizationWarning, stacklevel=4)
+        setattr(link, self.hook.vector_name, None)
+        self.state.start = None
 
     def for_node(
             self, u: Array, gamma: chainer.Parameter | None, update_u: bool,
+            is_first: bool = True,
     ) -> tuple[_graph.Normalization, list[Any]]:
-        """Returns the weight for :func:`normalize`."""
+        """Returns the weight for :func:`normalize`.
+
+        Args:
+            u: The vector.
+            gamma: The factor, if any.
+            update_u: Whether the vector moves on.
+            is_first: Whether u may be one of another weight.  It is not if
+                iterations have started from it already.
+
+        """
         hook, state = self.hook, self.state
+        renewal = None
+        if is_first:
+            is_train, = node.config('train')
+            renewal = renewal_of(hook, is_train, gamma, self.W)
         given = (hook.n_power_iteration, hook.detach_uv, hook.factor,
                  hook.eps, hook.cap, hook.groups)
         if state.settings[0] != given:
             state.settings = given, _graph.make_settings(
                 hook.n_power_iteration, output_axis(self.link),
                 hook.detach_uv, hook.factor, hook.eps, hook.cap,
-                groups_of(self.link, hook.groups))
+                groups_of(self.link, hook))
         return _graph.make_weight(
-            self.W, u, gamma, state.settings[1], ('Y',), update_u)
+            self.W, u, gamma, state.settings[1], ('Y',), update_u, renewal)
 
     def normalize(
             self, update_u: bool, is_second_run: bool = False,
@@ -102,7 +161,8 @@ class HookedWeight:
         u, gamma = self.vector_and_gamma()
         if is_second_run:
             u = recompute.start_vector(self.link, self.state, u)
-        result, = normalize([self.for_node(u, gamma, update_u)])
+        result, = normalize([self.for_node(
+            u, gamma, update_u, is_first=not is_second_run)])
         return result
 
 

@@ -110,13 +110,16 @@ class Scope:
             new = SharedWeight(weight.hook, weight.W, gamma)
             key = _key(weight.hook, weight.link)
             old = self._shared.get(key)
+            is_first = True
             # It is the same, but has no graph.
             if old is not None and old.is_of(weight.hook, weight.W):
+                is_first = False
                 u = old.iterations.start
                 new.is_stored = old.is_stored
             new.u = u.copy()
             made.append((key, new))
-            prepared.append(weight.for_node(new.u, gamma, update_u=True))
+            prepared.append(weight.for_node(
+                new.u, gamma, update_u=True, is_first=is_first))
         for (key, new), (Y, iterations) in zip(
                 made, normalize(prepared, is_shared=True)):
             new.Y, new.iterations = Y, iterations

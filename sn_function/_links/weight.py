@@ -21,13 +21,13 @@ def output_axis(link: chainer.Link) -> int:
     return int(isinstance(link, (L.Deconvolution2D, L.DeconvolutionND)))
 
 
-def groups_of(link: chainer.Link, setting: str | None) -> Groups | None:
-    """Returns the groups that a hook with that setting sees in the weight.
+def groups_of(link: chainer.Link, hook: Any) -> Groups | None:
+    """Returns the groups that a hook sees in the weight, if several.
 
-    ``'each'`` are those of the convolution; ``None``, the whole weight, is
-    the same where there is one.
+    Where it normalizes each, they are those of the convolution.  Chainer's
+    hook does not.
     """
-    if setting is None:
+    if getattr(hook, 'groups', None) is None:
         return None
     if isinstance(link, L.DepthwiseConvolution2D):
         return Groups(None, axis=1)  # one for each channel of the input

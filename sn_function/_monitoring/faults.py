@@ -20,6 +20,13 @@ def fault(
         return 'vector', (
             f'the stored vector {weight.hook.vector_name} is zero or not '
             f'finite.')
+    if numbers.get('sigma_of_u', numbers['sigma']) < (
+            1 - tolerance) * numbers['sigma']:
+        return 'stale', (
+            f'the stored vector {weight.hook.vector_name} is of another '
+            f'weight, as after training in test mode, which does not move it '
+            f'on. Each call looks for a better one. sn_function.refresh(model)'
+            f' stores that.')
     error = _relative_error(numbers)
     # NaN: the weight is so small that the residual is out of the range.
     if error <= tolerance or math.isnan(error):

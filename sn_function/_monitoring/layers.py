@@ -10,9 +10,9 @@ from chainer import link_hooks
 from sn_function import _checks
 from sn_function._arithmetic import quality
 from sn_function._links import call
-from sn_function._links.state import LinkState
+from sn_function._links.hooked_weight import renewal_of
 from sn_function._links.weight import groups_of
-from sn_function._models import LinkWeight
+from sn_function._models import LinkWeight, gamma_of
 from sn_function.link_hooks import output_axis
 
 
@@ -68,22 +68,16 @@ class MonitoredWeight:
         # A snapshot that was loaded before the first call leaves its own
         # dtype and device.
         u = link.device.send(u).astype(W.dtype, copy=False)
+        is_of_chainer = _is_of_chainer(hook)
         numbers = quality.measure(
-            W, u, hook.axis if _is_of_chainer(hook) else output_axis(link),
+            W, u, hook.axis if is_of_chainer else output_axis(link),
             hook.n_power_iteration, true_sigma,
-            groups_of(link, None if _is_of_chainer(hook) else hook.groups))
-        gamma = self._gamma()
+            None if is_of_chainer else renewal_of(hook, is_train=False),
+            groups_of(link, hook))
+        gamma = gamma_of(link, hook)
         if gamma is not None and gamma.array is not None:
             numbers['gamma'] = gamma.array.astype(numpy.float64)
         return numbers
-
-    def _gamma(self) -> Any:
-        if not self.hook.use_gamma:
-            return None
-        if _is_of_chainer(self.hook):
-            return self.link.gamma
-        state = LinkState.of(self.link, self.hook.weight_name)
-        return state.gamma_name and getattr(self.link, state.gamma_name)
 
     def layer(self, numbers: dict[str, float]) -> Layer:
         """Returns what users see of the numbers."""
@@ -108,7 +102,7 @@ def _factor_and_eps(hook: Any) -> tuple[float, float]:
         # that changes sigma by no more than eps / sigma.
         return hook.factor or 1., 0.
     return _checks.check_settings(
-        hook.n_power_iteration, hook.factor, hook.eps, hook.cap)
+        hook.n_power_iteration, hook.factor, hook.eps, hook.cap)[:2]
 
 
 def measure(

@@ -300,7 +300,7 @@ class TestDegenerate:
         np.testing.assert_array_equal(Y.array, 0)
         np.testing.assert_array_equal(sigma.array, 0)
         np.testing.assert_array_equal(u, 1)
-        np.testing.assert_allclose(g.array, 1e6)
+        np.testing.assert_array_equal(g.array, 1)
 
     @pytest.mark.parametrize('bad', [np.nan, np.inf])
     def test_bad_weight(self, bad):
@@ -400,7 +400,7 @@ def test_a_device_replaces_a_bad_vector(bad):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(('detach_uv', 'backward'), [(False, 48), (True, 30)])
+@pytest.mark.parametrize(('detach_uv', 'backward'), [(False, 49), (True, 31)])
 def test_launches(detach_uv, backward):
     """As many as the documentation says."""
     if cuda.ndarray is not on_host.DeviceArray:
@@ -412,7 +412,7 @@ def test_launches(detach_uv, backward):
     with on_host.counted() as launches:
         Y = functions.spectral_normalize(
             x, u, gamma=gamma, groups=4, detach_uv=detach_uv, update_u=True)
-    assert len(launches) == 80
+    assert len(launches) == 81
     with on_host.counted() as launches:
         chainer.grad([Y], [x, gamma], [chainer.Variable(gY)])
     assert len(launches) == backward

@@ -1035,6 +1035,9 @@ class _Module(types.ModuleType):
 
 
 def _call_named(name, function, *args, **kwargs):
+    if name in ('split', 'array_split'):  # the indices are the host's
+        args = [x.tolist() if isinstance(x, numpy.ndarray) else x
+                for x in args]
     return _call(name, function, args, kwargs)
 
 
@@ -1053,6 +1056,9 @@ class _Random(types.ModuleType):
 
     def get_random_state(self):
         return self._state
+
+    def set_random_state(self, state):
+        self._state = state
 
     def default_rng(self, seed=None):
         return RandomState(seed)

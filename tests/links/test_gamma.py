@@ -30,7 +30,7 @@ def test_value(make, axis):
     link = make()
     x = registered(link, axis)
     assert x is dict(link.namedparams())['/gamma']
-    gamma.initialize(x, link.W, is_stale=False)
+    gamma.initialize(x, link.W)
     assert x.shape == ()
     np.testing.assert_allclose(
         x.array, reference.true_norm(link.W.array, axis), rtol=1e-6)
@@ -41,7 +41,7 @@ def test_of_a_lazy_weight():
     x = registered(link)
     assert x.array is None
     link.W.initialize((6, 5))
-    gamma.initialize(x, link.W, is_stale=False)
+    gamma.initialize(x, link.W)
     np.testing.assert_allclose(
         x.array, reference.true_norm(link.W.array), rtol=1e-6)
 
@@ -53,7 +53,7 @@ def test_dtype(dtype, expected):
     with chainer.using_config('dtype', dtype):
         link = L.Linear(5, 6)
         x = registered(link)
-    gamma.initialize(x, link.W, is_stale=False)
+    gamma.initialize(x, link.W)
     assert x.dtype == expected
 
 
@@ -61,20 +61,51 @@ def test_a_weight_that_is_not_finite():
     link = L.Linear(5, 6)
     link.W.array[0, 0] = np.nan
     x = registered(link)
-    gamma.initialize(x, link.W, is_stale=False)
+    gamma.initialize(x, link.W)
     assert x.array == 1
 
 
-@pytest.mark.parametrize('is_trained', [False, True])
-@pytest.mark.parametrize('is_stale', [False, True])
-def test_a_weight_that_is_initialized_again(is_stale, is_trained):
+@pytest.mark.parametrize('dtype', [np.float16, np.float32])
+def test_a_zero_weight(dtype):
+    with chainer.using_config('dtype', dtype):
+        link = L.Linear(5, 6, initialW=0)
+        x = registered(link)
+    gamma.initialize(x, link.W)
+    assert x.array == 1
+
+
+def test_made_anew():
     link = L.Linear(5, 6)
     x = registered(link)
-    gamma.initialize(x, link.W, is_stale=False)
-    if is_trained:
-        x.array += 1
-    before = x.array.copy()
-    link.W.array *= 3
-    gamma.initialize(x, link.W, is_stale)
-    factor = 3 if is_stale and not is_trained else 1
-    np.testing.assert_allclose(x.array, factor * before, rtol=1e-6)
+    gamma.initialize(x, link.W)
+    assert gamma.fits(x, link.W)
+    link.W.array = 3 * link.W.array[:4]
+    assert not gamma.fits(x, link.W)
+    gamma.initialize(x, link.W)  # was done
+    assert x.array != pytest.approx(reference.true_norm(link.W.array))
+    gamma.initialize(x, link.W, is_made_anew=True)
+    assert x.array == pytest.approx(reference.true_norm(link.W.array))
+    assert gamma.fits(x, link.W)
+
+
+@pytest.mark.parametrize('name', ['', 'gamma', 'W'])
+def test_initial_value(name):
+    """It is told until an optimizer has updated gamma or the weight."""
+    link = L.Linear(5, 6)
+    x = registered(link)
+    gamma.initialize(x, link.W)
+    chainer.optimizers.SGD().setup(link)
+    assert gamma.initial(x, link.W) == x.array
+    link.cleargrads()
+    for trained in link.params():
+        if trained.name == name:
+            trained.grad = np.ones_like(trained.array)
+            trained.update()
+    assert (gamma.initial(x, link.W) is None) == bool(name)
+
+
+def test_the_parameter_of_another_hook():
+    link = L.Linear(5, 6)
+    other = chainer.Parameter(np.array(2, 'f'))
+    assert gamma.initial(other, link.W) is None
+    assert gamma.fits(other, link.W)

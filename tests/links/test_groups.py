@@ -68,7 +68,7 @@ def test_the_groups_are_those_of_the_convolution(name):
     link, x, matrices = make(name)
     W = link.W.array
     G = len(matrices(W))
-    split = groups_of(link, 'each').split(W, hook_of(link).axis)
+    split = groups_of(link, hook_of(link)).split(W, hook_of(link).axis)
     assert split.shape[:1] == (G,)
     link.delete_hook('SpectralNormalization')
     for g in range(G):
@@ -334,13 +334,102 @@ def test_bad_setting(groups):
 
 
 def test_a_vector_of_the_reshaped_weight():
-    """Of a deconvolution it has another length; nothing is changed."""
+    """Of a deconvolution it has another length, and is made anew."""
     link = L.Deconvolution2D(6, 4, 3, groups=2).add_hook(
         SpectralNormalization(groups='each'))
     link.W_u = np.ones(2, 'f')
-    with pytest.raises(errors.VectorShapeError, match=r'needs shape \(4,\)'):
+    with pytest.warns(errors.SpectralNormalizationWarning, match='W_u belong'):
         link(np.ones((1, 6, 4, 4), 'f'))
-    np.testing.assert_array_equal(link.W_u, 1)
+    assert link.W_u.shape == (4,)
+
+
+# Vectors and gammas that belong to another weight
+
+def draw(link):
+    """A weight whose groups have one singular value above the others."""
+    split = groups_of(link, hook_of(link)).split(
+        link.W.array, hook_of(link).axis)
+    G, l, m, r = split.shape  # NOQA: E741
+    for g in range(G):
+        A = 0.1 * np.random.normal(size=(m, l * r)) + (3 + g / G) * np.outer(
+            np.random.normal(size=m), np.random.normal(size=l * r))
+        split[g] = A.reshape(m, l, r).transpose(1, 0, 2)
+
+
+@each
+@pytest.mark.parametrize('is_train', [True, False])
+def test_vectors_of_another_weight_are_made_anew(name, is_train):
+    link, x, matrices = make(name, n_warmup=100)
+    draw(link)
+    before = link.W_u.copy()
+    with chainer.using_config('train', is_train):
+        Y = hook_of(link).normalize_weight(link).array
+    np.testing.assert_allclose(max(norms(matrices(Y))), 1, rtol=1e-3)
+    if not is_train:
+        np.testing.assert_array_equal(link.W_u, before)
+
+
+@pytest.mark.parametrize('size', [1, 1e30])
+def test_only_the_vector_of_another_weight_is_made_anew(size):
+    """Those of other groups go on as if nothing had happened."""
+    link, twin = (L.Convolution2D(6, 12, 3, groups=3).add_hook(
+        SpectralNormalization(groups='each', n_warmup=n)) for n in (100, 0))
+    W = np.random.normal(size=link.W.shape).astype('f')
+    W[4:8] *= 3
+    u = np.concatenate([np.linalg.svd(part)[0][:, 0]
+                        for part in W.reshape(3, 4, -1)])
+    u += 0.01 * np.random.normal(size=12)
+    vectors = np.linalg.svd(W[4:8].reshape(4, -1))[0]
+    u[4:8] = 0.3 * vectors[:, 0] + vectors[:, 3]
+    for each_link in link, twin:
+        each_link.W.array[...] = W * np.float32(size)
+        each_link.W_u[...] = u
+        hook_of(each_link).normalize_weight(each_link)
+    np.testing.assert_array_equal(link.W_u[:4], twin.W_u[:4])
+    np.testing.assert_array_equal(link.W_u[8:], twin.W_u[8:])
+    first = np.linalg.svd(W[4:8].reshape(4, -1))[0][:, 0]
+    assert abs(first @ link.W_u[4:8]) > 0.99
+    assert abs(first @ twin.W_u[4:8]) < 0.9
+    start = link.__dict__['_W_sn_state'].start
+    np.testing.assert_array_equal(start[:4], u.astype('f')[:4])
+    assert abs(first @ start[4:8]) > 0.99
+
+
+@each
+def test_gamma_follows_a_weight_that_is_drawn_anew(name):
+    link, x, matrices = make(name, use_gamma=True, n_warmup=200)
+    draw(link)
+    Y = hook_of(link).normalize_weight(link).array
+    np.testing.assert_allclose(
+        link.gamma.array, max(norms(matrices(link.W.array))), rtol=1e-5)
+    np.testing.assert_allclose(Y, link.W.array, rtol=2e-3)
+
+
+@pytest.mark.gpu
+def test_gamma_follows_on_a_device():
+    link, x, matrices = make('Convolution2D, 2', use_gamma=True, n_warmup=50)
+    link.to_device('@cupy:0')
+    link.W.array *= 2
+    before = float(link.gamma.array)
+    Y = hook_of(link).normalize_weight(link)
+    np.testing.assert_allclose(
+        float(link.gamma.array), 2 * before, rtol=1e-4)
+    np.testing.assert_allclose(
+        chainer.backends.cuda.to_cpu(Y.array),
+        chainer.backends.cuda.to_cpu(link.W.array), rtol=1e-3)
+
+
+@each
+def test_refresh(name):
+    link, x, matrices = make(name, use_gamma=True)
+    link.W.array[...] = np.random.normal(size=link.W.shape)
+    sn_function.refresh(link, gamma=True)
+    found = matrices(link.W.array)
+    np.testing.assert_allclose(
+        link.gamma.array, max(norms(found)), rtol=1e-5)
+    for A, u in zip(found, np.split(link.W_u, len(found))):
+        first = np.linalg.svd(A)[0][:, 0]
+        np.testing.assert_allclose(abs(first @ u), 1, rtol=1e-5)
 
 
 def test_a_weight_that_has_no_such_groups():

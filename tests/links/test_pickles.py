@@ -9,13 +9,27 @@ import numpy as np
 import pytest
 from chainer import serializers
 
-from tests.links.write_pickles import DATA, compute, make_chain
+from tests.links.write_pickles import (
+    DATA,
+    compute,
+    input_of,
+    make_chain,
+)
 
 NAMES = ['link', 'chain', 'lazy link', 'copy']
 PICKLE = DATA / 'objects.pickle'
 
 
 def assert_as_before(name, target):
+    if name == 'copy':
+        # Its weight is drawn anew, so it does not have the same numbers: that
+        # version went on with the old gamma.
+        actual = compute(name, target)
+        norm = np.linalg.norm(actual['W'].astype('d'), 2)
+        assert actual['gamma'] == pytest.approx(norm, rel=2e-2)
+        np.testing.assert_allclose(
+            actual['y1'], input_of(name) @ actual['W'].T, rtol=2e-2)
+        return
     with np.load(DATA / 'expected.npz') as file:
         expected = {key.partition(':')[2]: value
                     for key, value in file.items()

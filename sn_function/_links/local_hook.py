@@ -1,0 +1,18 @@
+"""What all hooks of this package have in common."""
+from __future__ import annotations
+
+from typing import Any
+
+from chainer import link_hook
+
+
+class LocalHook(link_hook.LinkHook):
+    """A hook that belongs on a link."""
+
+    def __enter__(self) -> None:
+        raise NotImplementedError(
+            f'This hook is not supposed to be used as context manager. Add '
+            f'it to a link: link.add_hook({type(self).__name__}()).')
+
+    def __exit__(self, *_: Any) -> None:
+        raise NotImplementedError

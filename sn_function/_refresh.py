@@ -1,0 +1,86 @@
+"""Vectors and gammas, made anew for the weights of a model as they are."""
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import chainer
+import numpy
+from chainer.backends import cuda
+
+from sn_function import _models, errors
+from sn_function._arithmetic import singular
+from sn_function._links import call
+from sn_function._links import gamma as _gamma
+from sn_function._links.weight import groups_of, output_axis
+from sn_function.link_hooks import SpectralNormalization
+
+
+def refresh(*models: chainer.Link, gamma: bool = False) -> None:
+    """Makes the vectors of models anew, for their weights as they are.
+
+    A hook notices a ``u`` that belongs to another weight, and iterates before
+    it goes on.  In test mode it does so in each call, and stores nothing.
+    After weights were loaded without their ``u``, were drawn anew, or are the
+    average of those of several models, this function does it once and for all:
+    ``u`` becomes the left singular vector of the largest singular value, and
+    is stored.  No random numbers are drawn.
+
+    It finds that vector in float64 on the host, exactly, which takes about as
+    long as a singular value decomposition does.  A weight that is not
+    initialized is left alone, as its first call makes ``u``.
+
+    Args:
+        models (~chainer.Link): Links or chains, with hooks of this package or
+            Chainer's.
+        gamma (bool): Whether to make the gammas anew as well: the largest
+            singular value of the weight, or 1 where that is 0.  A trained
+            gamma is lost then.
+
+    Raises:
+        SpectralNormalizationError: One of :mod:`sn_function.errors`, for what
+            is no link, or no link at all.
+
+    .. admonition:: Example
+
+        >>> import numpy as np
+        >>> import chainer.links as L
+        >>> import sn_function
+        >>> layer = L.Linear(2, 2).add_hook(
+        ...     sn_function.SpectralNormalization())
+        >>> layer.W.array[...] = np.diag([1, 4])
+        >>> sn_function.refresh(layer)
+        >>> print(abs(layer.W_u))
+        [0. 1.]
+
+    """
+    for model in models:
+        for weight in _models.hooked_weights(model):
+            W = call.original(weight.link, weight.weight_name).array
+            if W is not None:
+                _refresh(weight, W, gamma)
+
+
+def _refresh(weight: _models.LinkWeight, W: Any, gamma: bool) -> None:
+    path, link, weight_name, hook = weight
+    A = singular.matrices(
+        cuda.to_cpu(W), output_axis(link), groups_of(link, hook))
+    if not numpy.isfinite(A).all():
+        warnings.warn(
+            f'{path.rstrip("/")}/{weight_name} of {type(link).__name__} holds '
+            f'NaN or Inf, so {hook.vector_name} was left as it was.',
+            errors.SpectralNormalizationWarning, stacklevel=3)
+        return
+    sigmas, us, _ = zip(*map(singular.largest, A))
+    sigma = max(sigmas)
+    if sigma > 0:
+        setattr(link, hook.vector_name,
+                link.device.send(numpy.concatenate(us).astype(W.dtype)))
+    parameter = _models.gamma_of(link, hook) if gamma else None
+    if parameter is None or parameter.array is None:
+        return
+    if isinstance(hook, SpectralNormalization):
+        _gamma.initialize(
+            parameter, call.original(link, weight_name), is_made_anew=True)
+    else:
+        parameter.array[...] = sigma or 1

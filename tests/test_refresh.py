@@ -1,0 +1,108 @@
+"""Vectors and gammas that are made anew on request."""
+import sn_function  # isort: skip  # before chainer, which it repairs
+
+import chainer
+import chainer.links as L
+import numpy as np
+import pytest
+from chainer import link_hooks
+from chainer.backends import cuda
+
+from sn_function import ChainSpectralNormalization, SpectralNormalization
+from tests import reference
+
+LINKS = {
+    'Linear': lambda: L.Linear(6, 5),
+    'large': lambda: L.Linear(300, 280),
+    'EmbedID': lambda: L.EmbedID(5, 4),
+    'Convolution2D': lambda: L.Convolution2D(3, 6, (2, 3)),
+    'DeconvolutionND': lambda: L.DeconvolutionND(3, 2, 4, 2),
+}
+
+
+def axis_of(link):
+    return int(isinstance(link, L.DeconvolutionND))
+
+
+def assert_leading(link):
+    W = cuda.to_cpu(link.W.array).astype('d')
+    u = np.linalg.svd(reference.as_matrix(W, axis_of(link)))[0][:, 0]
+    assert link.W_u.dtype == link.W.dtype
+    assert abs(u @ cuda.to_cpu(link.W_u)) == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize('device', [
+    '@numpy', pytest.param('@cupy:0', marks=pytest.mark.gpu)])
+@pytest.mark.parametrize('hook', [
+    SpectralNormalization, link_hooks.SpectralNormalization])
+@pytest.mark.parametrize('kind', LINKS)
+def test_vectors(kind, hook, device):
+    link = LINKS[kind]().add_hook(hook())
+    link.to_device(device)
+    link.W.array[...] = link.xp.asarray(np.random.normal(size=link.W.shape))
+    state = np.random.get_state()[1].copy()
+    sn_function.refresh(link)
+    np.testing.assert_array_equal(np.random.get_state()[1], state)
+    assert_leading(link)
+
+
+def test_several_models():
+    models = [chainer.Sequential(L.Linear(4, 3), L.Linear(3, 2)).add_hook(
+        ChainSpectralNormalization(n_warmup=0)) for _ in range(2)]
+    sn_function.refresh(*models)
+    for model in models:
+        for link in model:
+            assert_leading(link)
+
+
+@pytest.mark.parametrize('hook', [
+    SpectralNormalization, link_hooks.SpectralNormalization])
+def test_gamma(hook):
+    link = L.Linear(6, 5).add_hook(hook(use_gamma=True))
+    before = link.gamma.array.copy()
+    link.W.array *= 3
+    sn_function.refresh(link)
+    np.testing.assert_array_equal(link.gamma.array, before)
+    sn_function.refresh(link, gamma=True)
+    np.testing.assert_allclose(
+        link.gamma.array, reference.true_norm(link.W.array), rtol=1e-5)
+
+
+def test_it_follows_a_trained_weight():
+    """The reason to call it: training in test mode leaves u behind."""
+    link = L.Linear(20, 20).add_hook(SpectralNormalization())
+    link.W.array[...] = np.diag(np.linspace(1, 1.1, 20))
+    with chainer.using_config('train', False):
+        x = np.eye(20, dtype='f')
+        sn_function.refresh(link)
+        y = link(x).array - link.b.array
+    assert np.linalg.norm(y, 2) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize('use_gamma', [False, True])
+def test_a_zero_weight(use_gamma):
+    link = L.Linear(6, 5).add_hook(SpectralNormalization(use_gamma=use_gamma))
+    u = link.W_u.copy()
+    link.W.array[...] = 0
+    sn_function.refresh(link, gamma=True)
+    np.testing.assert_array_equal(link.W_u, u)
+    if use_gamma:
+        assert link.gamma.array == 1
+
+
+def test_a_weight_that_is_not_finite():
+    model = chainer.Sequential(L.Linear(6, 5)).add_hook(
+        ChainSpectralNormalization())
+    u = model[0].W_u.copy()
+    model[0].W.array[0, 0] = np.nan
+    with pytest.warns(
+            sn_function.errors.SpectralNormalizationWarning,
+            match='^/0/W of Linear holds NaN or Inf'):
+        sn_function.refresh(model)
+    np.testing.assert_array_equal(model[0].W_u, u)
+
+
+def test_a_lazy_weight():
+    link = L.Linear(None, 5).add_hook(SpectralNormalization())
+    sn_function.refresh(link)
+    assert link.W_u is None
