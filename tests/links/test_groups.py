@@ -359,7 +359,7 @@ def draw(link):
 @each
 @pytest.mark.parametrize('is_train', [True, False])
 def test_vectors_of_another_weight_are_made_anew(name, is_train):
-    link, x, matrices = make(name, n_warmup=100)
+    link, _, matrices = make(name, n_warmup=100)
     draw(link)
     before = link.W_u.copy()
     with chainer.using_config('train', is_train):
@@ -397,7 +397,7 @@ def test_only_the_vector_of_another_weight_is_made_anew(size):
 
 @each
 def test_gamma_follows_a_weight_that_is_drawn_anew(name):
-    link, x, matrices = make(name, use_gamma=True, n_warmup=200)
+    link, _, matrices = make(name, use_gamma=True, n_warmup=200)
     draw(link)
     Y = hook_of(link).normalize_weight(link).array
     np.testing.assert_allclose(
@@ -407,7 +407,7 @@ def test_gamma_follows_a_weight_that_is_drawn_anew(name):
 
 @pytest.mark.gpu
 def test_gamma_follows_on_a_device():
-    link, x, matrices = make('Convolution2D, 2', use_gamma=True, n_warmup=50)
+    link, *_ = make('Convolution2D, 2', use_gamma=True, n_warmup=50)
     link.to_device('@cupy:0')
     link.W.array *= 2
     before = float(link.gamma.array)
@@ -421,7 +421,7 @@ def test_gamma_follows_on_a_device():
 
 @each
 def test_refresh(name):
-    link, x, matrices = make(name, use_gamma=True)
+    link, _, matrices = make(name, use_gamma=True)
     link.W.array[...] = np.random.normal(size=link.W.shape)
     sn_function.refresh(link, gamma=True)
     found = matrices(link.W.array)
