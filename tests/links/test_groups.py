@@ -173,6 +173,19 @@ def test_links_without_groups_are_the_same_to_the_last_bit(make_link):
     np.testing.assert_array_equal(Ys[:2], Ys[2:])
 
 
+def test_the_groups_are_those_of_W_only():
+    class Link(L.Convolution2D):
+        def __init__(self):
+            super().__init__(4, 6, 3, groups=2)
+            with self.init_scope():
+                self.H = chainer.Parameter(np.diag([3., 2, 1]).astype('f'))
+
+    link = Link().add_hook(SpectralNormalization(
+        weight_name='H', groups='each', n_warmup=50))
+    Y = hook_of(link).normalize_weight(link).array
+    np.testing.assert_allclose(Y, link.H.array / 3, rtol=1e-5)
+
+
 @each
 def test_report(name):
     """It warns of nothing, and the norm of the layer is 1."""
