@@ -32,6 +32,7 @@ def cli() -> None:
       sn-function bake result/dis.npz dis-plain.npz
       sn-function convert dis.npz dis.safetensors --to torch
       sn-function repair broken.npz repaired.npz
+      sn-function repair plain.npz with-u.npz --add-u '*'
 
     \b
     Exit codes:
@@ -57,12 +58,32 @@ def _parse_axes(
     return axes
 
 
+def _parse_renames(
+        context: Any, parameter: Any, values: Sequence[str],
+) -> dict[str, str]:
+    renames = {}
+    for value in values:
+        old, is_there, new = value.partition('=')
+        if not is_there:
+            raise click.BadParameter(
+                f'{value!r} is not OLD=NEW, such as "main.0=l1".')
+        if old in renames:
+            raise click.BadParameter(f'{old!r} is given twice.')
+        renames[old] = new
+    return renames
+
+
 _axis = click.option(
     '--axis', 'axes', metavar='PATTERN=N', multiple=True,
     callback=_parse_axes,
     help='Output axis of the weights whose entry fits the pattern: 1 for '
          'deconvolutions, else 0. Needed only where the shape and the vector '
          'leave it open. May be repeated; the first that fits counts.')
+_rename = click.option(
+    '--rename', metavar='OLD=NEW', multiple=True, callback=_parse_renames,
+    help='New path for the entries below the path OLD in SNAPSHOT, in whole '
+         'parts; dots and slashes are the same. May be repeated; the longest '
+         'OLD that fits counts.')
 _model = click.option(
     '--model', metavar='NAME',
     help="Only this model of a trainer's snapshot (updater/model:NAME), or "
@@ -150,6 +171,7 @@ def inspect(
               help='That of the hook: only norms above C are brought down.')
 @_model
 @_axis
+@_rename
 @_output_options
 @_json
 @_reports_errors
@@ -183,6 +205,7 @@ def bake(
 @_iterations
 @_model
 @_axis
+@_rename
 @_output_options
 @_json
 @_reports_errors
@@ -201,6 +224,7 @@ def convert(
       sn-function convert dis.safetensors dis.npz --to chainer
       sn-function convert ResNetDiscriminator_450000.npz dis.npz --to chainer
       sn-function convert dis.npz dis.h5 --to chainer
+      sn-function convert dis.pt dis.npz --to chainer --rename main.0=l1
     """
     print_outcome(snapshot.convert(
         snapshot_, out, layout, progress=progress('Converting'),
@@ -212,6 +236,9 @@ def convert(
 @click.argument('out', metavar='OUT')
 @click.option('--all', 'all_', is_flag=True,
               help='Replace every vector, not only those that need it.')
+@click.option('--add-u', metavar='PATTERN', multiple=True,
+              help='Give a vector to the weights that have none and whose '
+                   'entry fits the pattern, such as "*". May be repeated.')
 @_axis
 @_output_options
 @_json
@@ -224,10 +251,14 @@ def repair(
     So are those of the wrong length, and missing ones. A weight that holds
     NaN itself is lost: then nothing is written.
 
+    A snapshot of a model without hooks has no vectors, so it does not load
+    into one with hooks; --add-u makes them.
+
     \b
     Examples:
       sn-function repair broken.npz repaired.npz
       sn-function repair snapshot_iter_2000 snapshot_iter_2000 --overwrite
+      sn-function repair plain.npz with-u.npz --add-u 'convs/*/W'
     """
     print_outcome(snapshot.repair(
         snapshot_, out, all=all_, progress=progress('Repairing'),

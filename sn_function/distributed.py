@@ -159,7 +159,7 @@ def _bcast_state(comm: Any, optimizer: chainer.Optimizer) -> None:
 
 
 def _state(optimizer: chainer.Optimizer) -> dict[str, numpy.ndarray]:
-    """Returns what snapshots hold of an optimizer and a penalty's vectors."""
+    """Returns what snapshots hold of an optimizer and its hooks' vectors."""
     serializer = serializers.DictionarySerializer()
     serializer.save(optimizer)
     SpectralNormPenaltyState(optimizer).serialize(serializer[VECTOR])

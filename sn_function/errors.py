@@ -337,7 +337,7 @@ class RunArgumentError(SpectralNormalizationError, ValueError):
             f'model(x)).')
 
 
-# Monitoring and the penalty
+# Monitoring and optimizer hooks
 
 class NothingToReportError(SpectralNormalizationError, ValueError):
     """A model has no weight whose sigma could be reported."""
@@ -368,16 +368,39 @@ class PenaltyRateError(SpectralNormalizationError, ValueError):
             f'of at least 0, but is {rate!r}.')
 
 
-class NoPenaltyError(SpectralNormalizationError, ValueError):
-    """No weight of the optimizer's target gets the penalty."""
+class ProjectionNormError(SpectralNormalizationError, ValueError):
+    """The bound of the projection is not a positive number."""
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, c: Any) -> None:
+        super().__init__(
+            f'c, the largest norm that a weight has after an update, must be '
+            f'a finite number above 0, but is {c!r}.')
+
+
+class NoWeightError(SpectralNormalizationError, ValueError):
+    """An optimizer hook finds no weight; base of those below."""
+
+    def __init__(self, target: Any, verb: str) -> None:
         super().__init__(
             f'{type(target).__name__} has no link that is a Linear, an '
             f'EmbedID, a convolution or a deconvolution, has no spectral '
             f'normalization, and passes the filter, so there is nothing to '
-            f'penalize. Look at target.namedlinks() for the paths that the '
+            f'{verb}. Look at target.namedlinks() for the paths that the '
             f'filter is called with, or remove the hook from the optimizer.')
+
+
+class NoPenaltyError(NoWeightError):
+    """No weight of the optimizer's target gets the penalty."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__(target, 'penalize')
+
+
+class NoProjectionError(NoWeightError):
+    """No weight of the optimizer's target is projected."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__(target, 'project')
 
 
 class SpectralNormalizationWarning(UserWarning):
@@ -488,6 +511,12 @@ def printable(text: str) -> str:
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def _some(keys: Sequence[str]) -> str:
+    """The first few of the names, and how many more there are."""
+    some = ', '.join(map(repr, list(keys)[:4])) or 'none'
+    return some + (f' and {len(keys) - 4} more' if len(keys) > 4 else '')
+
+
 class SnapshotError(SpectralNormalizationError, ValueError):
     """A snapshot cannot be used as asked; base of those below."""
 
@@ -538,13 +567,48 @@ class SnapshotLayoutError(SnapshotError):
     """The entries are not those of weights with spectral normalization."""
 
     def __init__(self, path: str, what: str, keys: Sequence[str]) -> None:
-        some = ', '.join(map(repr, list(keys)[:4])) or 'none'
         super().__init__(
-            path, None, f'{what}. Its entries: {some}'
-            + (f' and {len(keys) - 4} more' if len(keys) > 4 else ''),
+            path, None,
+            f'its layout is unknown: {what}. Its entries: {_some(keys)}',
             'Known are W with W_u (Chainer, sn_function), W with u '
-            '(sngan_projection), weight_orig with weight_u and weight_v, and '
-            'parametrizations.weight (PyTorch).')
+            '(sngan_projection), and of PyTorch weight_orig with weight_u, '
+            'parametrizations.weight, weight_bar with weight_u, and weight '
+            'with u0. A weight without a vector gets one by sn-function '
+            'repair SNAPSHOT OUT --add-u PATTERN, or snapshot.repair(src, '
+            'dst, add_u=[PATTERN]).')
+
+
+class SnapshotPatternError(SnapshotError):
+    """A pattern fits none of the weights."""
+
+    def __init__(self, path: str, pattern: str, what: str,
+                 keys: Sequence[str]) -> None:
+        super().__init__(
+            path, None, f'{what}: {pattern!r}',
+            f'Give a pattern that fits one of {_some(keys)}.' if keys
+            else 'The file has none.')
+
+
+class SnapshotRenameError(SnapshotError):
+    """A path cannot be renamed as asked."""
+
+    def __init__(self, path: str, old: str, what: str,
+                 paths: Sequence[str]) -> None:
+        super().__init__(
+            path, None, f'{old!r} cannot be renamed: {what}',
+            f'Give a path of the file, in whole parts: it has '
+            f'{_some(paths)}.')
+
+
+class SnapshotNameError(SnapshotError):
+    """Two entries would get the same name."""
+
+    def __init__(self, path: str, name: str, first: str, second: str) -> None:
+        super().__init__(
+            path, None, f'two entries would get the name {name!r}: '
+            f'{first!r} and {second!r}',
+            'Give one of them another: --rename OLD=NEW, or rename={OLD: NEW}'
+            ', of convert and bake.')
 
 
 class SnapshotModelError(SnapshotError):
@@ -562,12 +626,13 @@ class SnapshotModelError(SnapshotError):
 
 
 class SnapshotWeightError(SnapshotError):
-    """A weight is missing, or is not one that can be normalized."""
+    """A weight, or its gamma, holds NaN or Inf."""
 
     def __init__(self, path: str, key: str, what: str) -> None:
         super().__init__(
             path, key, what,
-            'It cannot be repaired: take an earlier snapshot.')
+            'It is lost, and no command can repair it: take an earlier '
+            'snapshot.')
 
 
 class SnapshotVectorError(SnapshotError):

@@ -190,14 +190,16 @@ def _values(found: Iterable[Layer]) -> Iterator[tuple[str, Any]]:
 
 
 class SpectralNormPenaltyState(training.Extension):
-    """Keeps the vectors of a penalty in snapshots of the trainer.
+    """Keeps the vectors of optimizer hooks in snapshots of the trainer.
 
     With it, a resumed run ends with the same numbers as one that was not
     interrupted, bit by bit.  Without it, a resumed run makes new vectors for
-    :class:`~sn_function.optimizer_hooks.SpectralNormPenalty`.
+    :class:`~sn_function.optimizer_hooks.SpectralNormPenalty` and
+    :class:`~sn_function.optimizer_hooks.SpectralNormProjection`.
 
     Args:
-        optimizer (~chainer.Optimizer): An optimizer that has such a hook.
+        optimizer (~chainer.Optimizer): An optimizer that has one of these
+            hooks, or both.
 
     .. admonition:: Example
 
@@ -219,15 +221,27 @@ class SpectralNormPenaltyState(training.Extension):
     def serialize(self, serializer: Any) -> None:
         """Saves or loads the vectors."""
         for path, W in self._optimizer.target.namedparams():
-            rule, key = W.update_rule, path.strip('/')
-            u = getattr(rule, optimizer_hooks.VECTOR, None)
-            if isinstance(serializer, chainer.Serializer):
-                if u is not None:
-                    serializer(key, u)
-                continue
-            try:
-                u = serializer(key, None)
-            except KeyError:  # of a run without it, or before its first step
-                u = None
-            if rule is not None:
-                setattr(rule, optimizer_hooks.VECTOR, u)
+            for name, suffix in _SUFFIXES.items():
+                _serialize_vector(
+                    serializer, path.strip('/') + suffix, W.update_rule, name)
+
+
+# What is added to the path of a weight in snapshots.
+_SUFFIXES = {
+    optimizer_hooks.VECTOR: '',
+    optimizer_hooks.PROJECTION_VECTOR: optimizer_hooks.PROJECTION_VECTOR}
+
+
+def _serialize_vector(
+        serializer: Any, key: str, rule: Any, name: str) -> None:
+    u = getattr(rule, name, None)
+    if isinstance(serializer, chainer.Serializer):
+        if u is not None:
+            serializer(key, u)
+        return
+    try:
+        u = serializer(key, None)
+    except KeyError:  # of a run without it, or before its first step
+        u = None
+    if rule is not None:
+        setattr(rule, name, u)

@@ -126,7 +126,8 @@ def spectral_normalize(
             ``Y``, once u has converged, when gamma is 1.
         eps (float): Floor :math:`\\epsilon` on sigma, in units of sigma.
             Below it ``Y`` is ``W`` times a constant, and so tends to zero
-            as ``W`` does.
+            as ``W`` does.  Where ``W`` is zero, the gradient is that of
+            ``gamma factor W``, without the floor, so that it can learn.
         axis (int): Output axis of ``W``; may be negative.
         detach_uv (bool): Take ``u`` and ``v`` as constants in the gradient.
         update_u (bool): Overwrite the array ``u`` with the last ``u``,
@@ -136,7 +137,10 @@ def spectral_normalize(
             norm :math:`c` above 0 that ``W`` may keep, :math:`Y = \\gamma W /
             \\max(1, \\sigma / c)`.  A weight below it is left alone, and its
             gradient is that of ``gamma * W`` (H. Gouk et al.,
-            `arXiv:1804.04368 <https://arxiv.org/abs/1804.04368>`_).
+            `arXiv:1804.04368 <https://arxiv.org/abs/1804.04368>`_).  The
+            gradient of one above it is orthogonal to ``W``, so no step along
+            it leads back below; see
+            :class:`~sn_function.optimizer_hooks.SpectralNormProjection`.
         groups (int): Number ``G`` of maps that ``W`` holds, one after
             another along its first axis, as in a grouped convolution.  Each
             has iterations of its own, and :math:`\\sigma` is the largest of
@@ -335,7 +339,7 @@ def spectral_normalize_all(
             If a start vector is not valid, none is changed.
         return_sigma (bool): Return the sigmas, too.
         cap (float or None): Largest norm that a weight may keep, instead of
-            ``factor`` and ``eps``.
+            ``factor`` and ``eps``; gradients do not bring one back below it.
         groups (int or list of int): Number of maps in a weight, one for all
             or one for each; with several, a vector has their length.
 

@@ -39,7 +39,8 @@ class SpectralNormalization(LocalHook):
     Outside of a call, ``link.W`` is the raw parameter, also when
     ``link.forward`` raises.  The estimate of sigma uses ``link.W_u``, which
     each call in training mode moves on by ``n_power_iteration`` iterations;
-    with ``chainer.config.train`` false it stays as it is.
+    with ``chainer.config.train`` false it stays as it is.  Where it is found
+    to belong to another weight, it is brought to this one first.
 
     The hook serves :class:`~chainer.links.Linear`,
     :class:`~chainer.links.EmbedID`, the convolutions and deconvolutions of 1
@@ -62,8 +63,8 @@ class SpectralNormalization(LocalHook):
             :func:`~sn_function.functions.spectral_normalize`.
         use_gamma (bool): Multiply by a trainable parameter of shape ``()``,
             ``link.gamma``, that starts as the largest singular value of the
-            initial weight.  If that name is taken, the parameter is called
-            ``weight_name + '_gamma'``.
+            initial weight, or as 1 where that is zero.  If that name is
+            taken, the parameter is called ``weight_name + '_gamma'``.
         factor (float or None): Divides sigma, and so multiplies the weight;
             above 0.  ``None`` means 1.
         weight_name (str): Name of the link's weight; left out for n-step RNNs.
@@ -71,14 +72,21 @@ class SpectralNormalization(LocalHook):
             ``None``.  Hooks on one link need different names.
         detach_uv (bool): Treat u and v as constants in the gradient, as
             Chainer's hook does.  The default is the exact gradient.
-        n_warmup (int): Number of iterations that are run, once, when the
-            link's vector is created, so that sigma is right from the first
-            call.  None are run if the vector came from a snapshot.
+        n_warmup (int): Number of iterations that are run when the link's
+            vector is created, so that sigma is right from the first call; and
+            the most that are run before a call where the vector is found to
+            belong to another weight.  That is one that was loaded without its
+            vector, drawn anew or averaged, for example; see :doc:`accuracy`.
         cap (float or None): Instead of ``factor`` and ``eps``: a weight whose
             sigma is below ``cap`` is used as it is, one above it is divided
             by ``sigma / cap``, as in H. Gouk et al., `Regularisation of
             Neural Networks by Enforcing Lipschitz Continuity
-            <https://arxiv.org/abs/1804.04368>`_.
+            <https://arxiv.org/abs/1804.04368>`_.  Above the cap the result
+            does not depend on the size of the weight, so no gradient brings
+            the weight back: it is used with the norm ``cap``, as with
+            ``factor=cap``.  In that paper the weights themselves are scaled
+            after each update, and come back:
+            :class:`~sn_function.optimizer_hooks.SpectralNormProjection`.
         groups (str or None): What sigma is for a convolution with groups.
             ``None``, as in Chainer's hook: that of the whole weight as one
             matrix, which is above that of each of its groups.  ``'each'``:

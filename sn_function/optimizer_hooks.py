@@ -1,4 +1,5 @@
-"""Optimizer hooks: a penalty on the spectral norm, instead of a division."""
+"""Optimizer hooks: a penalty on the spectral norm, or a bound on it, instead
+of a division."""
 from __future__ import annotations
 
 import math
@@ -8,18 +9,21 @@ import chainer
 import numpy
 
 from sn_function import _checks, _models, errors
+from sn_function._arithmetic import quality
 from sn_function._arithmetic.choose import arithmetic_of, is_on_device
-from sn_function._arithmetic.interface import Backward, Forward, Settings
-from sn_function._arithmetic.matrix import accumulator_dtype
-from sn_function.link_hooks import output_axis
+from sn_function._arithmetic.interface import Backward, Forward
+from sn_function._weights_hook import (
+    WeightsHook,
+    unit_vector_of_largest_row,
+)
 
-# An attribute of a parameter's update rule, which is copied and pickled with
-# the parameter.
+# Attributes of a parameter's update rule, which is copied and pickled with
+# the parameter.  One for each hook, as both may be used together.
 VECTOR = '_sn_penalty_u'
-N_WARMUP = 15
+PROJECTION_VECTOR = '_sn_projection_u'
 
 
-class SpectralNormPenalty:
+class SpectralNormPenalty(WeightsHook):
     """Optimizer hook that adds a penalty on the spectral norm of each weight.
 
     To the loss of the optimizer's target it adds
@@ -92,30 +96,25 @@ WeightDecay`, a weight without a gradient is left alone, as is one whose
     """
 
     name = 'SpectralNormPenalty'
-    call_for_each_param = False
     timing = 'pre'
+
+    _settings = 'rate', 'n_power_iteration', 'filter'
+    _vector = VECTOR
+    _n_warmup = 15
+    _no_weight = errors.NoPenaltyError
 
     def __init__(
             self, rate: float, n_power_iteration: int = 1,
             filter: _models.Filter = None) -> None:
-        _check_rate(rate)
-        _checks.check_count('n_power_iteration', n_power_iteration, 1)
-        _models.check_filter(filter)
+        if not 0 <= _checks.as_float(rate) < math.inf:
+            raise errors.PenaltyRateError(rate)
+        super().__init__(n_power_iteration, filter)
         self.rate = rate
-        self.n_power_iteration = n_power_iteration
-        self.filter = filter
 
     def __call__(self, optimizer: chainer.Optimizer) -> None:
         """Adds the gradient of the penalty to that of the weights."""
-        links = self._links(optimizer.target)
-        if not links:
-            raise errors.NoPenaltyError(optimizer.target)
-        by_device: dict[str, list[chainer.Link]] = {}
-        for link in links:
-            if _is_updated(link.W):
-                by_device.setdefault(str(link.W.device), []).append(link)
         penalty: Any = 0.
-        for group in by_device.values():
+        for group in self._groups(optimizer.target, _has_gradient):
             with chainer.using_device(group[0].W.device):
                 value = self._add_gradients(group)
             # It is an array on a device, and a number on the host.
@@ -124,20 +123,9 @@ WeightDecay`, a weight without a gradient is left alone, as is one whose
             penalty = penalty + value
         _report(penalty, optimizer.target)
 
-    def _links(self, target: chainer.Link) -> list[chainer.Link]:
-        found = {  # a weight may be shared
-            id(link.W): link for path, link in _models.supported_links(target)
-            if not _models.is_hooked(link)
-            and _models.takes(self.filter, path, link)}
-        return list(found.values())
-
     def _add_gradients(self, links: list[chainer.Link]) -> Any:
         """Adds the gradients for one device; returns the penalty of these."""
-        forwards = [
-            Forward(Settings(self.n_power_iteration, output_axis(link), True),
-                    link.W.array, vector_of(link), 1., ('sigma',),
-                    update_u=True)
-            for link in links]
+        forwards = [self._forward(link, link.W.array) for link in links]
         arithmetic = arithmetic_of(links[0].W.array)
         backwards = []
         total: Any = 0.
@@ -155,47 +143,157 @@ WeightDecay`, a weight without a gradient is left alone, as is one whose
         return self.rate / 2 * total
 
 
-def vector_of(link: chainer.Link) -> Any:
-    """Returns the penalty's vector, which the weight's update rule keeps."""
-    W = link.W.array
-    rule = link.W.update_rule
-    axis = output_axis(link)
-    dtype = accumulator_dtype(W.dtype)
-    u = getattr(rule, VECTOR, None)
-    if u is not None and u.shape == (W.shape[axis],):
-        u = link.W.device.send(u).astype(dtype, copy=False)
-        # On a device the iteration replaces a bad vector itself, and the
-        # host need not wait for its values.
-        if is_on_device(u) or (numpy.isfinite(u).all() and u.any()):
-            setattr(rule, VECTOR, u)
-            return u
-    u = _unit_vector_of_largest_row(W, axis, dtype)
-    arithmetic_of(W).warm_up(W, u, axis, N_WARMUP)
-    setattr(rule, VECTOR, u)
-    return u
+class SpectralNormProjection(WeightsHook):
+    """Optimizer hook that scales each weight back to a largest norm.
 
+    After each update it replaces each weight whose norm is above :math:`c`:
 
-def _unit_vector_of_largest_row(W: Any, axis: int, dtype: Any) -> Any:
-    """Returns a start vector that depends on nothing but the weight.
+    .. math::
 
-    It is hardly ever orthogonal to the leading singular vector.
+        W \\leftarrow W \\frac{c}{\\sigma(W)} \\quad
+        \\text{where } \\sigma(W) > c .
+
+    The target computes with its own weights, and their gradients are the
+    ordinary ones.  So a weight may move away from the bound again, which one
+    above the ``cap`` of :class:`~sn_function.SpectralNormalization` cannot.
+
+    The weights are those of :class:`SpectralNormPenalty`.  One whose update
+    rule is disabled is left alone, as is one that is not initialized, or
+    holds NaN or Inf.  Where Chainer keeps a float32 copy of a float16 weight
+    (``use_fp32_update``), that is scaled, too.  The host does not wait for
+    the device.
+
+    Power iterations never find more than the norm.  Therefore the hook takes
+    :math:`\\sigma (1 + r / \\sqrt 2)` for it, with the residual :math:`r` of
+    :class:`~sn_function.extensions.SpectralNormReport`: some singular value
+    is between the two.  If that is the largest one, the norm is at most
+    :math:`c`, and at least about :math:`c (1 - r)` where the weight has been
+    scaled.  If it is not, because another one has outgrown it within a few
+    updates, the norm is too large until the iterations find that one: rarely,
+    and the less the smaller the updates and the more iterations.
+    :doc:`monitoring` has measured both.
+
+    Each weight has a vector ``u`` of its own, made and kept as for the
+    penalty, with more iterations for the first update.  As it may miss a
+    singular value that becomes the largest one, each update also runs
+    iterations from the largest row, and the larger estimate counts.  Add
+    ``trainer.extend(extensions.SpectralNormPenaltyState(optimizer))`` to
+    resume with the same numbers.
+
+    Args:
+        c (float): Largest norm of a weight, above 0.
+        n_power_iteration (int): Number of iterations in each update, from
+            each of the two vectors.
+        filter (str, type, callable, list or None): Which links, as for
+            :class:`SpectralNormPenalty`.
+
+    Attributes:
+        c (float): Largest norm, which may be changed.
+        timing (str): ``'post'``: the hook is called after the update.
+        call_for_each_param (bool): ``False``: it is called once an update.
+
+    Raises:
+        SpectralNormalizationError: One of :mod:`sn_function.errors`; after
+            the first update where no weight is found.
+
+    See: H. Gouk et al., `Regularisation of Neural Networks by Enforcing
+    Lipschitz Continuity <https://arxiv.org/abs/1804.04368>`_
+
+    .. admonition:: Example
+
+        >>> import chainer, chainer.links as L
+        >>> import numpy as np
+        >>> from sn_function.optimizer_hooks import SpectralNormProjection
+        >>> model = L.Linear(3, 3)
+        >>> model.W.array[...] = np.diag([4, 2, 1])
+        >>> optimizer = chainer.optimizers.SGD().setup(model)
+        >>> optimizer.add_hook(SpectralNormProjection(c=2.0))
+        >>> model.cleargrads()
+        >>> optimizer.update()
+        >>> print(model.W.array.diagonal().round(3))
+        [2.  1.  0.5]
+
     """
-    xp = chainer.backend.get_array_module(W)
-    axes = tuple(k for k in range(W.ndim) if k != axis)
-    with numpy.errstate(all='ignore'):  # squares may overflow
-        norms = (W.astype(dtype, copy=False) ** 2).sum(axis=axes)
-    return (xp.arange(len(norms)) == norms.argmax()).astype(dtype)
+
+    name = 'SpectralNormProjection'
+    timing = 'post'
+
+    _settings = 'c', 'n_power_iteration', 'filter'
+    _vector = PROJECTION_VECTOR
+    # Once; the first update may find a weight far from the bound.
+    _n_warmup = 100
+    _no_weight = errors.NoProjectionError
+
+    def __init__(
+            self, c: float, n_power_iteration: int = 5,
+            filter: _models.Filter = None) -> None:
+        if not 0 < _checks.as_float(c) < math.inf:
+            raise errors.ProjectionNormError(c)
+        super().__init__(n_power_iteration, filter)
+        self.c = c
+
+    def __call__(self, optimizer: chainer.Optimizer) -> None:
+        """Scales the weights whose norm is above the bound."""
+        for group in self._groups(optimizer.target, _is_updated):
+            with chainer.using_device(group[0].W.device):
+                self._project(group)
+
+    def _project(self, links: list[chainer.Link]) -> None:
+        """Scales the weights on one device."""
+        kept = [self._forward(link, _updated_array(link.W)) for link in links]
+        # The kept vector may be an exact singular vector, but no longer that
+        # of the largest value: then it stays where it is.
+        fresh = [call._replace(update_u=False, u=unit_vector_of_largest_row(
+            call.W, call.settings.axis, call.u.dtype)) for call in kept]
+        results = arithmetic_of(links[0].W.array).normalize_all(kept + fresh)
+        for link, call, *both in zip(
+                links, kept, results, results[len(links):]):
+            W, scale = call.W, self._scale(call, *both)
+            # Only the host knows at once that there is nothing to do.
+            if is_on_device(W) or scale < 1:
+                W[...] = W.astype(scale.dtype, copy=False) * scale
+                if W is not link.W.array:
+                    link.W.array[...] = W
+
+    def _scale(self, call: Forward, kept: Any, fresh: Any) -> Any:
+        """Keeps the better vector, and returns what the weight is multiplied
+        by, shape ``()``; 1 if its norm is below the bound, or not a number."""
+        ((sigma,), iterations), ((other,), others) = kept, fresh
+        xp = chainer.backend.get_array_module(sigma)
+        with numpy.errstate(all='ignore'):
+            is_better = other > sigma
+            call.u[...] = xp.where(is_better, others.u, call.u)
+            norm = xp.where(
+                is_better, _upper_end(call, other, others),
+                _upper_end(call, sigma, iterations))
+            is_above = (norm > self.c) & (norm < math.inf)
+            return xp.where(is_above, self.c / norm, 1.).astype(sigma.dtype)
+
+
+def _upper_end(call: Forward, sigma: Any, iterations: Any) -> Any:
+    """Returns the upper end of the range that has some singular value."""
+    r = quality.residual(call.W, call.settings.axis, sigma, iterations)
+    return sigma * (1 + r / math.sqrt(2))
 
 
 def _is_updated(W: chainer.Parameter) -> bool:
     rule = W.update_rule
-    return (W.array is not None and W.grad is not None
-            and rule is not None and rule.enabled)
+    return W.array is not None and rule is not None and rule.enabled
 
 
-def _check_rate(rate: Any) -> None:
-    if not 0 <= _checks.as_float(rate) < math.inf:
-        raise errors.PenaltyRateError(rate)
+def _has_gradient(W: chainer.Parameter) -> bool:
+    return _is_updated(W) and W.grad is not None
+
+
+def _updated_array(W: chainer.Parameter) -> Any:
+    """Returns the array that the next update starts from: the float32 copy of
+    a float16 weight where there is one, else that of the weight."""
+    rule = W.update_rule
+    copy = rule._fp32_param
+    if copy is not None and rule._use_fp32_update and (
+            W.dtype == numpy.float16):
+        return copy.array
+    return W.array
 
 
 def _report(penalty: Any, target: chainer.Link) -> None:

@@ -3,7 +3,8 @@
 :func:`inspect` reports the norm of each weight and how good its vector is,
 :func:`bake` puts the normalized weights in the place of the raw ones,
 :func:`convert` converts between Chainer, sngan_projection and PyTorch, and
-:func:`repair` replaces vectors that are zero or not finite.  The files may
+:func:`repair` replaces vectors that are zero or not finite, and makes those
+that are missing.  The files may
 be those of :func:`chainer.serializers.save_npz` and ``save_hdf5``, of a model
 or of a trainer, or state dicts of PyTorch in .npz, .safetensors or .pt.
 
@@ -14,7 +15,7 @@ written to a temporary file, which takes its name when it is complete.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple, Sequence
 
 import numpy
 
@@ -22,9 +23,9 @@ from sn_function import _checks, errors
 from sn_function._arithmetic import singular
 from sn_function._snapshots import (
     entries,
+    finding,
     layouts,
     readers,
-    renaming,
     vectors,
     writers,
 )
@@ -32,6 +33,7 @@ from sn_function._snapshots.entries import Axes
 from sn_function._snapshots.layouts import WeightKeys
 from sn_function._snapshots.plan import Entries, Plan, Progress
 from sn_function._snapshots.readers import Path, Reader
+from sn_function._snapshots.renaming import Names, Rename
 from sn_function._snapshots.vectors import WeightArrays
 
 LAYOUTS = layouts.LAYOUTS
@@ -44,7 +46,9 @@ class WeightReport(NamedTuple):
 
     Attributes:
         key: Entry of the weight.
-        layout: One of :data:`LAYOUTS`.
+        layout: One of :data:`LAYOUTS`, or of those that are only read:
+            ``'torch-0.4'``, ``'torch-wrapper'`` and ``'biggan'``; see
+            :doc:`cli`.
         shape: Shape of the weight, ``None`` if it was not initialized.
         dtype: Its dtype.
         axis: Its output axis.
@@ -170,11 +174,12 @@ def _report(reader: Reader, weight: WeightKeys, axes: Axes) -> WeightReport:
         return WeightReport(weight.W, weight.layout)
     arrays = entries.read(reader, weight, axes)
     W = arrays.W
-    report = WeightReport(
-        weight.W, weight.layout, W.shape, str(W.dtype), arrays.axis)
+    notes = [entries.note_of(reader, weight)]
     if arrays.axis_is_unclear:
-        report = report._replace(
-            note=f'axis 0 or 1; u fits 1: give --axis {weight.W}=1')
+        notes.append(f'axis 0 or 1; u fits 1: give --axis {weight.W}=1')
+    report = WeightReport(
+        weight.W, weight.layout, W.shape, str(W.dtype), arrays.axis,
+        note='; '.join(filter(None, notes)))
     if not numpy.isfinite(W).all():
         return report._replace(status='the weight holds NaN or Inf')
     with numpy.errstate(all='ignore'):
@@ -194,8 +199,9 @@ def bake(
         src: Path, dst: Path, *, n_power_iteration: int = 1,
         factor: float | None = None, eps: float = 1e-6,
         cap: float | None = None, model: str | None = None,
-        axes: Axes | None = None, overwrite: bool = False,
-        compress: bool | None = None, progress: Progress = iter) -> Outcome:
+        axes: Axes | None = None, rename: Rename | None = None,
+        overwrite: bool = False, compress: bool | None = None,
+        progress: Progress = iter) -> Outcome:
     """Writes a snapshot with normalized weights, for a model without hooks.
 
     The weights are, bit for bit, those that a model of Chainer with the hook
@@ -215,6 +221,8 @@ def bake(
             path in the names.
         axes (dict or None): Output axes of weights, by their entry or by a
             pattern; see :doc:`cli`.
+        rename (dict or None): New paths by old ones, as of
+            :func:`convert`.
         overwrite (bool): Whether ``dst`` may exist, or be ``src``.
         compress (bool or None): Whether a .npz or HDF5 file is compressed;
             ``None``: as the input is.
@@ -249,7 +257,8 @@ def bake(
         1.000
 
     """
-    axes, changes = axes or {}, []
+    axes = axes or {}
+    changes: list[WeightChange] = []
     factor_, eps_, _ = _checks.check_settings(
         n_power_iteration, 1.0 if factor is None else factor, eps, cap)
     path = writers.check_output(dst, src, overwrite)
@@ -263,14 +272,20 @@ def bake(
                     'a weight that is capped has no gamma')
             Y, sigma = vectors.normalized(
                 entries.read_usable(reader, weight, axes),
-                n_power_iteration, factor_, eps_)
+                weight.iterations(n_power_iteration), factor_, eps_)
+            name = names.plain(weight)
             changes.append(WeightChange(
-                plan.name_of(weight.plain), 'baked', sigma))
-            yield weight.plain, Y
+                plan.name_of(name), 'baked', sigma,
+                note=entries.note_of(reader, weight)))
+            yield name, Y
 
-        for weight in entries.find(reader, plan.prefix, axes):
+        weights = entries.find(reader, plan.prefix, axes)
+        names = Names(reader, plan.prefix, weights, None, rename or {})
+        for weight in weights:
             plan.drop([*weight.keys, *layouts.gamma_state(reader, weight)])
             plan.replace(weight.W, bake_weight, weight)
+            names.plain(weight)
+        _rename_others(plan, reader, names)
         left_out = plan.write(reader, path, compress, progress)
     return Outcome(os.fspath(dst), changes, left_out, [])
 
@@ -280,9 +295,13 @@ def bake(
 def convert(
         src: Path, dst: Path, layout: str, *, converge: bool = False,
         n_power_iteration: int = 1, model: str | None = None,
-        axes: Axes | None = None, overwrite: bool = False,
-        compress: bool | None = None, progress: Progress = iter) -> Outcome:
+        axes: Axes | None = None, rename: Rename | None = None,
+        overwrite: bool = False, compress: bool | None = None,
+        progress: Progress = iter) -> Outcome:
     """Writes a snapshot as another library names and stores it.
+
+    :doc:`cli` lists what is read.  Of the names of PyTorch, those of modules
+    that wrap a model or a layer are no parts of Chainer's paths.
 
     The vectors are such that the normalized weights, in test mode, stay the
     same: those of Chainer with ``n_power_iteration`` iterations, and those of
@@ -304,6 +323,9 @@ def convert(
             snapshot the one that has such weights.
         axes (dict or None): Output axes of weights, by their entry or by a
             pattern; see :doc:`cli`.
+        rename (dict or None): New paths of links, or names of entries, by
+            those of the input.  Dots and slashes are the same, only whole
+            parts count, and of those that fit the longest.
         overwrite (bool): Whether ``dst`` may exist, or be ``src``.
         compress (bool or None): Whether a .npz or HDF5 file is compressed;
             ``None``: as the input is.
@@ -314,7 +336,34 @@ def convert(
 
     Raises:
         SnapshotError: The file is damaged, has no such weight, or one that
-            the layout has no place for.  Nothing is written.
+            the layout has no place for, or a path to rename is not there.
+            Nothing is written.
+
+    .. admonition:: Example
+
+        >>> import os, tempfile
+        >>> import numpy as np
+        >>> import sn_function
+        >>> import chainer
+        >>> import chainer.links as L
+        >>> from chainer import serializers
+        >>> from sn_function import snapshot
+        >>> state_dict = {
+        ...     'main.0.weight_orig': np.diag([3., 1.]),
+        ...     'main.0.weight_u': np.array([1., 0.]),
+        ...     'main.0.weight_v': np.array([1., 0.]),
+        ...     'main.0.bias': np.zeros(2)}
+        >>> model = chainer.Chain(l1=L.Linear(2, 2).add_hook(
+        ...     sn_function.SpectralNormalization()))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     src = os.path.join(directory, 'torch.npz')
+        ...     dst = os.path.join(directory, 'chainer.npz')
+        ...     np.savez(src, **state_dict)
+        ...     _ = snapshot.convert(
+        ...         src, dst, 'chainer', rename={'main.0': 'l1'})
+        ...     serializers.load_npz(dst, model)
+        >>> float(model.l1.W.array[0, 0])
+        3.0
 
     """
     if layout not in LAYOUTS:
@@ -324,28 +373,29 @@ def convert(
     path = writers.check_output(dst, src, overwrite)
     to_torch = layout in layouts.OF_TORCH
     with readers.open_snapshot(src) as reader:
-        plan = Plan(layouts.prefix_for(reader, model, layout))
+        plan = Plan(finding.prefix_for(reader, model, layout))
 
         def convert_weight(weight: WeightKeys, new: WeightKeys) -> Entries:
             arrays = entries.read_usable(reader, weight, axes)
             _check_target(reader, weight, new, arrays)
-            converted = vectors.converted(
-                arrays, to_torch, n_power_iteration, converge)
-            sigma, difference = vectors.compare(
-                converted, arrays, n_power_iteration)
+            n = weight.iterations(n_power_iteration)
+            converted = vectors.converted(arrays, to_torch, n, converge)
+            sigma, difference = vectors.compare(converted, arrays, n)
             changes.append(WeightChange(
-                plan.name_of(new.W), 'converted', sigma, difference))
+                plan.name_of(new.W), 'converted', sigma, difference,
+                entries.note_of(reader, weight)))
             return entries.named(new, converted)
 
         weights = entries.find(reader, plan.prefix, axes)
+        names = Names(
+            reader, plan.prefix, weights, to_torch, rename or {})
         for weight in weights:
-            if converge or weight.layout != layout:
-                new = renaming.renamed(weight, layout)
+            new = names.of_weight(weight, layout)
+            if converge or weight != new:
                 plan.drop(weight.keys)
                 plan.replace(weight.W, convert_weight, weight, new)
                 _plan_gamma_state(plan, reader, weight, new)
-        unknown = [] if weights[0].is_torch == to_torch else (
-            _rename_others(plan, reader, to_torch))
+        unknown = _rename_others(plan, reader, names)
         left_out = plan.write(reader, path, compress, progress)
     changes += [WeightChange(plan.name_of(weight.W), 'kept')
                 for weight in weights if weight.W not in plan]
@@ -381,16 +431,16 @@ def _plan_gamma_state(
                 key, entries.gamma_state, reader, key, weight, new)
 
 
-def _rename_others(plan: Plan, reader: Reader, to_torch: bool) -> list[str]:
+def _rename_others(plan: Plan, reader: Reader, names: Names) -> list[str]:
     """Renames all other entries; returns those with no known name there."""
-    known = set(reader.keys)
     unknown = []
     for key in reader.keys:
         if key.startswith(plan.prefix) and key not in plan:
-            name, is_known = renaming.other_name(reader, key, to_torch, known)
+            name, is_known = names.other(key)
             plan.rename(key, name)
             if not is_known:
                 unknown.append(key)
+    names.check()
     return unknown
 
 
@@ -398,8 +448,9 @@ def _rename_others(plan: Plan, reader: Reader, to_torch: bool) -> list[str]:
 
 def repair(
         src: Path, dst: Path, *, all: bool = False,
-        axes: Axes | None = None, overwrite: bool = False,
-        compress: bool | None = None, progress: Progress = iter) -> Outcome:
+        add_u: Sequence[str] = (), axes: Axes | None = None,
+        overwrite: bool = False, compress: bool | None = None,
+        progress: Progress = iter) -> Outcome:
     """Writes a snapshot in which each vector can be used.
 
     Vectors that are zero, not finite, of the wrong shape, or were never
@@ -410,6 +461,9 @@ def repair(
         src (path): A snapshot.
         dst (path): The output, of the kind that its extension names.
         all (bool): Replace the other vectors, too.
+        add_u (list of str): Patterns of weights that have no vector, and get
+            one: ``['*']`` is every ``W`` and ``weight`` with 2 or more
+            dimensions.  A weight of another name is given in full.
         axes (dict or None): Output axes of weights, by their entry or by a
             pattern; see :doc:`cli`.
         overwrite (bool): Whether ``dst`` may exist, or be ``src``.
@@ -424,12 +478,33 @@ def repair(
         SnapshotError: The file is damaged, has no such weight, or one that
             holds NaN or Inf, which is lost.  Nothing is written.
 
+    .. admonition:: Example
+
+        A snapshot of a model without hooks, for one with them:
+
+        >>> import os, tempfile
+        >>> import sn_function
+        >>> import chainer.links as L
+        >>> from chainer import serializers
+        >>> from sn_function import snapshot
+        >>> hooked = L.Linear(4, 3).add_hook(
+        ...     sn_function.SpectralNormalization())
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     src = os.path.join(directory, 'plain.npz')
+        ...     dst = os.path.join(directory, 'with-u.npz')
+        ...     serializers.save_npz(src, L.Linear(4, 3))
+        ...     outcome = snapshot.repair(src, dst, add_u=['*'])
+        ...     serializers.load_npz(dst, hooked)
+        >>> outcome.weights[0].note
+        'it had no vector'
+
     """
     axes, changes = axes or {}, []
     path = writers.check_output(dst, src, overwrite)
     with readers.open_snapshot(src) as reader:
         plan = Plan()
-        for weight in progress(entries.find(reader, '', axes)):
+        patterns = [add_u] if isinstance(add_u, str) else add_u
+        for weight in progress(entries.find(reader, '', axes, patterns)):
             # Without a weight its link makes both in the first call.
             if reader.entry(weight.W).is_plain:
                 changes.append(_repair_weight(plan, reader, weight, axes, all))
@@ -447,10 +522,29 @@ def _repair_weight(
     entries.check_axis(reader, weight, arrays)
     sigma, u, v = vectors.converged(arrays)
     dtype = entries.vector_dtype(reader, weight, arrays.W)
-    plan.put(weight.u, u.astype(dtype).reshape(weight.u_shape(u.size)))
+    new = {weight.u: u.astype(dtype).reshape(weight.u_shape(u.size))}
     if weight.v is not None:
-        plan.put(weight.v, v.astype(dtype))
-    note = f'its vector was {arrays.fault or "usable"}'
+        new[weight.v] = v.astype(dtype)
+    _plan_vectors(plan, reader, weight, new)
+    note = ('it had no vector' if arrays.fault == 'missing'
+            else f'its vector was {arrays.fault or "usable"}')
     if entries.axis_is_guessed(reader, weight, arrays, axes):
         note += '; taken as a convolution, unless --axis says otherwise'
-    return WeightChange(weight.W, 'repaired', sigma, None, note)
+    return WeightChange(
+        entries.repaired_name(weight), 'repaired', sigma, None, note)
+
+
+def _plan_vectors(
+        plan: Plan, reader: Reader, weight: WeightKeys,
+        new: dict[str, Any]) -> None:
+    """Puts vectors in their places, or after the weight if they have none."""
+    added = {}
+    for key, array in new.items():
+        if key in reader.keys:
+            plan.put(key, array)
+        else:
+            added[key] = array
+    name = entries.repaired_name(weight)
+    if added or name != weight.W:
+        plan.replace(weight.W, lambda: [
+            (name, reader.read(weight.W)), *added.items()])

@@ -94,6 +94,10 @@ class TestHelp:
         ['convert', 'a', 'b', '--to', 'keras'], ['bake', 'a', 'b', '-k', '0'],
         ['inspect', 'a', '--axis', 'W'], ['inspect', 'a', '--axis', '=1'],
         ['inspect', 'a', '--axis', 'W=-1'],
+        ['convert', 'a', 'b', '--to', 'torch', '--rename', 'l1'],
+        ['bake', 'a', 'b', '--rename', 'l=m', '--rename', 'l=n'],
+        ['repair', 'a', 'b', '--rename', 'l=m'],
+        ['convert', 'a', 'b', '--to', 'biggan'],
     ], ids=' '.join)
     def test_wrong_arguments(self, args):
         assert run(*args).exit_code == 2
@@ -201,6 +205,58 @@ class TestOthers:
         assert result.exit_code == 0
         assert 'its vector was NaN' in result.output
         assert run('inspect', broken).exit_code == 0
+
+    def test_rename(self, path):
+        assert run('convert', path, 'torch.npz', '--to', 'torch',
+                   '--rename', 'l1=main.0').exit_code == 0
+        with np.load('torch.npz') as file:
+            assert {'main.0.weight_orig', 'l2.bias'} < set(file)
+        result = run('convert', 'torch.npz', 'back.npz', '--to', 'chainer',
+                     '--rename', 'main/0=l1', '--rename', 'l2=c.3')
+        assert result.exit_code == 0
+        with np.load('back.npz') as file:
+            assert {'l1/W', 'l1/W_u', 'l1/b', 'c/3/W', 'c/3/W_u',
+                    'c/3/b'} == set(file)
+        assert run('bake', path, 'baked.npz', '--rename', 'l1=a'
+                   ).exit_code == 0
+        with np.load('baked.npz') as file:
+            assert {'a/W', 'a/b', 'l2/W', 'l2/b'} == set(file)
+        result = run('bake', path, 'no.npz', '--rename', 'l3=a')
+        assert result.exit_code == 1
+        assert "'l3' cannot be renamed" in result.output
+        assert not os.path.exists('no.npz')
+
+    def test_vectors_for_a_snapshot_without_them(self, path):
+        plain = chainer.Chain(l1=L.Linear(5, 4), l2=L.Linear(4, 3))
+        serializers.save_npz('plain.npz', plain)
+        result = run('inspect', 'plain.npz')
+        assert result.exit_code == 1
+        assert '--add-u PATTERN' in result.output
+        result = run('repair', 'plain.npz', 'out.npz', '--add-u', 'l1/W',
+                     '--add-u', 'l2*')
+        assert result.exit_code == 0
+        assert result.output.count('it had no vector') == 2
+        hook = SpectralNormalization()
+        hooked = chainer.Chain(l1=L.Linear(5, 4).add_hook(hook),
+                               l2=L.Linear(4, 3).add_hook(hook))
+        serializers.load_npz('out.npz', hooked)
+        with chainer.using_config('train', False):
+            for link in hooked.children():
+                Y = hook.normalize_weight(link).array.astype('d')
+                assert np.linalg.norm(Y, 2) == pytest.approx(1, abs=1e-6)
+        result = run('repair', 'plain.npz', 'b.npz', '--add-u', 'conv*')
+        assert result.exit_code == 1
+        assert "'conv*'" in result.output
+        assert not os.path.exists('b.npz')
+
+    def test_layout_that_is_only_read(self, tmp_path):
+        np.savez(tmp_path / 'a.npz', **{
+            'l.weight_orig': np.eye(3), 'l.weight': np.eye(3),
+            'l.weight_u': np.ones(3)})
+        result = run('inspect', tmp_path / 'a.npz')
+        assert result.exit_code == 0
+        assert '(torch-0.4)' in result.output
+        assert 'not used' in result.output
 
     def test_errors_are_one_message(self, path):
         result = run('inspect', 'no.npz')

@@ -16,7 +16,10 @@ from chainer.backends import cuda
 
 from sn_function import SpectralNormalization, distributed, errors
 from sn_function.extensions import SpectralNormPenaltyState
-from sn_function.optimizer_hooks import SpectralNormPenalty
+from sn_function.optimizer_hooks import (
+    SpectralNormPenalty,
+    SpectralNormProjection,
+)
 from tests.mpi import threads
 
 HOOKS = {'sn_function': SpectralNormalization,
@@ -343,11 +346,13 @@ class TestResume:
             optimizers.Adam, 8)
         assert all(all_same([steps for steps, _ in found]))
 
-
-    def test_vectors_of_a_penalty_that_one_rank_has_loaded(self):
+    @pytest.mark.parametrize('hook', [
+        lambda: SpectralNormPenalty(0.5),
+        lambda: SpectralNormProjection(0.5, 1)])
+    def test_vectors_of_a_hook_that_one_rank_has_loaded(self, hook):
         def make(model):
             optimizer = optimizers.SGD(0.1).setup(model)
-            optimizer.add_hook(SpectralNormPenalty(0.5))
+            optimizer.add_hook(hook())
             return optimizer, SpectralNormPenaltyState(optimizer)
 
         models = [chainer.Sequential(L.Linear(5, 6), F.tanh, L.Linear(6, 1))

@@ -821,6 +821,20 @@ class TestExtremes:
         for g in grad([Y, sigma], [W, u], [random(4, 3), 1.0]):
             assert np.isfinite(g).all()
 
+    @pytest.mark.parametrize(('settings', 'expected'), [
+        ({}, 1), ({'eps': 0}, 1), ({'factor': 3, 'gamma': .5}, 1.5),
+        ({'cap': 5}, 1)])
+    def test_gradient_of_a_zero_weight(self, settings, expected):
+        """That without a division, as 1 / eps would make any step huge."""
+        W, gY = chainer.Variable(np.zeros((4, 3))), random(4, 3)
+        Y = F.spectral_normalize(W, random(4), **settings)
+        gW, = grad([Y], [W], [gY])
+        np.testing.assert_array_equal(gW, expected * gY)
+        Y = F.spectral_normalize(W, random(4), **settings)
+        with_graph, = chainer.grad(
+            [Y], [W], [chainer.Variable(gY)], enable_double_backprop=True)
+        np.testing.assert_array_equal(with_graph.array, expected * gY)
+
     def test_u_in_the_left_null_space_is_no_trap(self):
         """W^T u = 0: W / eps would be 1e6 times too large."""
         W = np.diag([0.0, 2.0, 1.0])

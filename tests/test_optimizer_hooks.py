@@ -1,4 +1,5 @@
-"""The penalty, by finite differences of float64 singular values."""
+"""The penalty, by finite differences of float64 singular values; the
+projection, by the singular values themselves."""
 import sn_function  # isort: skip  # before chainer, which it repairs
 
 import copy
@@ -14,9 +15,15 @@ from chainer.backends import cuda
 
 from sn_function import SpectralNormalization, errors
 from sn_function.link_hooks import output_axis
-from sn_function.optimizer_hooks import VECTOR, SpectralNormPenalty
+from sn_function.optimizer_hooks import (
+    PROJECTION_VECTOR,
+    VECTOR,
+    SpectralNormPenalty,
+    SpectralNormProjection,
+)
 from tests import reference
 from tests.cuda_on_host import array as on_host
+from tests.tools import projection
 
 LINKS = {
     'Linear': lambda: L.Linear(4, 3),
@@ -370,6 +377,298 @@ def test_bad_count(n):
         SpectralNormPenalty(0.1, n)
 
 
+@pytest.mark.parametrize('c', [
+    0, -1, float('nan'), float('inf'), None, '1', True])
+def test_bad_bound(c):
+    with pytest.raises(errors.ProjectionNormError, match='finite number ab'):
+        SpectralNormProjection(c)
+
+
+def test_bad_settings_of_the_projection():
+    with pytest.raises(errors.IterationCountError, match='n_power_iteration'):
+        SpectralNormProjection(1, 0)
+    with pytest.raises(errors.FilterError, match='pattern'):
+        SpectralNormProjection(1, filter=3)
+
+
+@pytest.mark.parametrize('text', [
+    'SpectralNormPenalty(rate=0.01, n_power_iteration=1, filter=None)',
+    "SpectralNormPenalty(rate=1, n_power_iteration=3, filter='/a*')",
+    'SpectralNormProjection(c=1.0, n_power_iteration=5, filter=None)',
+    "SpectralNormProjection(c=2, n_power_iteration=1, filter=['/a', '/b'])"])
+def test_repr(text):
+    assert repr(eval(text)) == text
+
+
+class TestAWeightComesBack:
+    """Where the best one is within the bound, from any start."""
+
+    # All columns count the same, so the least loss of a weight of norm 1 is
+    # 0.7 ** 2 / 8.
+    x = np.float32(8 ** 0.5) * np.eye(8, dtype='f')
+
+    def train(self, norm, projects):
+        W = np.random.RandomState(0).normal(size=(8, 8))
+        link = L.Linear(8, 8, nobias=True, initialW=(
+            W * norm / reference.true_norm(W)))
+        optimizer = optimizers.SGD(0.5).setup(link)
+        if projects:
+            optimizer.add_hook(SpectralNormProjection(1))
+        else:
+            link.add_hook(SpectralNormalization(cap=1))
+
+        def loss():
+            return F.mean_squared_error(link(self.x), 0.3 * self.x)
+
+        for _ in range(300):
+            optimizer.update(loss)
+        return float(loss().array), reference.true_norm(link.W.array)
+
+    @pytest.mark.parametrize('norm', [0.5, 0.8, 1.5, 4])
+    def test_with_the_projection(self, norm):
+        loss, end = self.train(norm, True)
+        assert loss < 1e-6
+        assert end == pytest.approx(0.3, abs=1e-3)
+
+    @pytest.mark.parametrize('norm', [0.5, 0.8])
+    def test_with_the_cap_from_below(self, norm):
+        assert self.train(norm, False)[0] < 1e-6
+
+    @pytest.mark.parametrize('norm', [1.5, 4])
+    def test_not_with_the_cap_from_above(self, norm):
+        """Its gradient is orthogonal to the weight, which only grows."""
+        loss, end = self.train(norm, False)
+        assert loss > 0.99 * 0.7 ** 2 / 8
+        assert end > norm
+
+
+class TestProjection:
+
+    @pytest.mark.parametrize(('dtype', 'tolerance'), [
+        ('e', 1e-3), ('f', 1e-5), ('d', 1e-12)])
+    @pytest.mark.parametrize('kind', LINKS)
+    def test_is_the_closed_form(self, kind, dtype, tolerance):
+        with chainer.using_config('dtype', np.dtype(dtype)):
+            link = LINKS[kind]()
+        axis = output_axis(link)
+        before = link.W.array.astype('d')
+        norm = reference.true_norm(before, axis)
+        for c in (2 * norm, norm / 2):
+            optimizer = make(link, SpectralNormProjection(c, 300))
+            optimizer.call_hooks('pre')
+            np.testing.assert_array_equal(link.W.array, before)
+            update(optimizer)
+            np.testing.assert_allclose(
+                link.W.array, before / max(1, norm / c), rtol=tolerance)
+            assert link.W.dtype == dtype
+        assert reference.true_norm(link.W.array.astype('d'), axis) == (
+            pytest.approx(norm / 2, rel=tolerance))
+
+    def test_below_the_bound_not_a_bit_is_changed(self):
+        link = L.Linear(4, 3)
+        before = link.W.array.copy()
+        update(make(link, SpectralNormProjection(100)))
+        np.testing.assert_array_equal(link.W.array, before)
+
+    def test_after_the_update(self):
+        link = L.Linear(2, 2, initialW=np.diag([1., 0.5]))
+        optimizer = make(link, SpectralNormProjection(2), lr=1)
+        link.W.grad[...] = -np.diag([3, 0.5])
+        optimizer.update()
+        np.testing.assert_allclose(
+            link.W.array, np.diag([2, 0.5]), rtol=1e-5)
+
+    def test_the_bound_may_be_changed(self):
+        link = L.Linear(4, 3)
+        hook = SpectralNormProjection(0.1, 50)
+        optimizer = make(link, hook)
+        for hook.c in (0.1, 0.05):
+            update(optimizer)
+            assert reference.true_norm(link.W.array) == pytest.approx(hook.c)
+
+    @pytest.mark.parametrize('bad', [np.nan, np.inf, 0])
+    def test_a_bad_weight_is_left_alone(self, bad):
+        link = L.Linear(4, 3)
+        optimizer = make(link, SpectralNormProjection(0.1))
+        update(optimizer)
+        W = link.W.array.copy()
+        link.W.array[...] = 0
+        link.W.array[0, 0] = bad
+        before = link.W.array.copy()
+        update(optimizer)
+        np.testing.assert_array_equal(link.W.array, before)
+        link.W.array[...] = 9 * W
+        for _ in range(20):
+            update(optimizer)
+        assert reference.true_norm(link.W.array) == pytest.approx(0.1)
+
+    @pytest.mark.parametrize('size', [1e-30, 1e30])
+    def test_extreme_weights(self, size):
+        link = L.Linear(4, 3)
+        link.W.array *= size
+        W = link.W.array.astype('d')
+        c = reference.true_norm(W) / 3
+        update(make(link, SpectralNormProjection(c)))
+        np.testing.assert_allclose(link.W.array, W / 3, rtol=1e-5)
+
+    def test_update_in_float32(self):
+        """The copy that Chainer updates is scaled, too, or it would grow."""
+        with chainer.using_config('dtype', np.float16):
+            link = L.Linear(4, 3)
+        optimizer = optimizers.SGD(1).setup(link)
+        optimizer.use_fp32_update()
+        optimizer.add_hook(SpectralNormProjection(1, 50))
+        for _ in range(3):
+            link.W.grad = -np.eye(3, 4, dtype=np.float16)
+            optimizer.update()
+            copy = link.W.update_rule._fp32_param.array
+            assert copy.dtype == np.float32
+            assert reference.true_norm(copy) == pytest.approx(1, rel=1e-5)
+            np.testing.assert_array_equal(
+                link.W.array, copy.astype(np.float16))
+
+    def test_a_scaled_loss(self):
+        link = L.Linear(4, 3)
+        optimizer = optimizers.SGD(1).setup(link)
+        optimizer.set_loss_scale(128.)
+        optimizer.add_hook(SpectralNormProjection(0.5, 50))
+        optimizer.update(lambda: F.sum(link(np.ones((1, 4), 'f'))))
+        assert reference.true_norm(link.W.array) == pytest.approx(0.5)
+
+    def test_together_with_a_penalty(self):
+        """Each has a vector of its own, and acts as if it were alone."""
+        link = L.Linear(3, 3, initialW=np.diag([4., 2, 1]))
+        optimizer = make(link, SpectralNormPenalty(0.25))
+        optimizer.add_hook(SpectralNormProjection(1.5))
+        observation = update(optimizer)
+        # The penalty takes 1 from the largest, then all are halved.
+        np.testing.assert_allclose(
+            link.W.array, np.diag([1.5, 1, 0.5]), rtol=1e-5)
+        assert observation['spectral_norm_penalty'] == pytest.approx(2)
+        u, v = (getattr(link.W.update_rule, name)
+                for name in (VECTOR, PROJECTION_VECTOR))
+        assert u is not v
+
+
+class TestWhichWeightsAreProjected:
+
+    def projected(self, model, hook):
+        before = {
+            path: param.array.copy() for path, param in model.namedparams()}
+        update(make(model, hook))
+        return {path for path, param in model.namedparams()
+                if not np.array_equal(param.array, before[path])}
+
+    def test_without_a_hook_and_each_once(self):
+        model = TestWhichWeights().model()
+        assert self.projected(
+            model, SpectralNormProjection(0.1, 50)) == {'/0/W', '/5/W'}
+        assert reference.true_norm(model[0].W.array) == pytest.approx(0.1)
+
+    def test_filter(self):
+        model = chainer.ChainList(L.EmbedID(3, 3), L.Linear(3, 3))
+        assert self.projected(
+            model, SpectralNormProjection(0.1, filter='/1')) == {'/1/W'}
+        with pytest.raises(
+                errors.NoProjectionError, match='nothing to project'):
+            self.projected(
+                model, SpectralNormProjection(0.1, filter='/2'))
+
+    def test_disabled_lazy_and_without_an_update_rule(self):
+        model = chainer.ChainList(
+            L.Linear(3, 3), L.Linear(None, 3), L.Linear(3, 3))
+        optimizer = optimizers.SGD(1).setup(model)
+        optimizer.add_hook(SpectralNormProjection(0.1, 50))
+        model[0].disable_update()
+        model[2].W.update_rule = None
+        before = [model[i].W.array.copy() for i in (0, 2)]
+        update(optimizer)
+        for i, W in zip((0, 2), before):
+            np.testing.assert_array_equal(model[i].W.array, W)
+        assert model[1].W.array is None
+        model[0].enable_update()
+        model[1](np.ones((1, 3), 'f'))
+        update(optimizer)
+        for i in (0, 1):
+            assert reference.true_norm(model[i].W.array) == (
+                pytest.approx(0.1))
+
+
+class TestTheNormAfterEachUpdate:
+    """In float64, of all weights, as far as it is promised."""
+
+    @pytest.mark.parametrize(('alpha', 'seed'), [
+        (1e-3, 0), (1e-2, 0),
+        pytest.param(1e-3, 1, marks=pytest.mark.slow),
+        pytest.param(1e-2, 1, marks=pytest.mark.slow)])
+    def test_of_layers_that_are_trained(self, alpha, seed):
+        norms = projection.regression(
+            SpectralNormProjection(1), alpha, seed, 60)
+        assert max(norms) < 1 + 1e-5
+        assert min(norms[1:]) > 0.95
+
+    @pytest.mark.parametrize(('size', 'above', 'below'), [
+        (0.01, 1e-5, 0.02), (0.1, 0.1, 0.1)])
+    def test_of_weights_that_drift(self, size, above, below):
+        """The closer its singular values, the later is the largest seen."""
+        norms = projection.drift(
+            SpectralNormProjection(1), (64, 64), size, 0, 200)
+        assert max(norms) < 1 + above
+        assert min(norms[100:]) > 1 - below
+
+
+class TestVectorOfTheProjection:
+
+    def test_another_singular_value_becomes_the_largest(self):
+        """The vector is exact, so its iterations stay where they are."""
+        link = L.Linear(3, 3, initialW=np.diag([1., 0.5, 0.2]))
+        optimizer = make(link, SpectralNormProjection(1, 1))
+        update(optimizer)
+        link.W.array[1, 1] = 4
+        update(optimizer)
+        np.testing.assert_allclose(
+            link.W.array, np.diag([0.25, 1, 0.05]), rtol=1e-5)
+        u = getattr(link.W.update_rule, PROJECTION_VECTOR)
+        np.testing.assert_allclose(abs(u), [0, 1, 0], atol=1e-6)
+
+    @pytest.mark.parametrize('clone', [
+        copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+    def test_a_copy_goes_on_with_the_same_numbers(self, clone):
+        optimizer = make(L.Linear(4, 3), SpectralNormProjection(0.1), lr=0.1)
+        rule = optimizer.target.W.update_rule
+        update(optimizer)
+        other = clone(optimizer)
+        for x in (optimizer, other):
+            for _ in range(3):
+                x.target.W.array += np.float32(0.1) * np.eye(3, 4, dtype='f')
+                update(x)
+        a, b = optimizer.target.W, other.target.W
+        assert a is not b
+        np.testing.assert_array_equal(a.array, b.array)
+        np.testing.assert_array_equal(
+            getattr(rule, PROJECTION_VECTOR),
+            getattr(b.update_rule, PROJECTION_VECTOR))
+
+    def test_the_first_update_finds_the_norm(self):
+        """Of a weight whose singular values are close together."""
+        link = L.Linear(300, 200)
+        update(make(link, SpectralNormProjection(0.5)))
+        assert reference.true_norm(link.W.array) == pytest.approx(
+            0.5, rel=2e-2)
+        assert reference.true_norm(link.W.array) < 0.5
+
+    @pytest.mark.parametrize('bad', [0, np.nan])
+    def test_a_bad_one_is_made_anew(self, bad):
+        link = L.Linear(4, 3)
+        optimizer = make(link, SpectralNormProjection(0.1))
+        update(optimizer)
+        getattr(link.W.update_rule, PROJECTION_VECTOR)[...] = bad
+        link.W.array *= 3
+        update(optimizer)
+        assert reference.true_norm(link.W.array) == pytest.approx(
+            0.1, rel=1e-5)
+
+
 @pytest.mark.gpu
 class TestOnDevice:
 
@@ -427,3 +726,36 @@ class TestOnDevice:
         W = cuda.to_cpu(link.W.array)
         assert float(observation['spectral_norm_penalty']) == pytest.approx(
             reference.true_norm(W) ** 2 / 2, rel=1e-3)
+
+    @pytest.mark.parametrize('dtype', [
+        pytest.param('e', marks=pytest.mark.slow), 'f'])
+    def test_projection_as_on_the_host_without_waiting(self, dtype):
+        model = self.model(dtype)
+        other = copy.deepcopy(model)
+        other.to_device('@cupy:0')
+        for x in (model, other):
+            optimizer = make(x, SpectralNormProjection(0.2), grad=0.1, lr=0.5)
+            if x is other and cuda.ndarray is on_host.DeviceArray:
+                with on_host.no_synchronization():
+                    for _ in range(3):
+                        optimizer.update()
+            else:
+                for _ in range(3):
+                    optimizer.update()
+        rtol = 1e-2 if dtype == 'e' else 1e-4
+        for a, b in zip(model.params(), other.params()):
+            assert b.dtype == dtype
+            np.testing.assert_allclose(
+                cuda.to_cpu(b.array), a.array, rtol=rtol, atol=rtol)
+        for link in model:
+            norm = reference.true_norm(
+                link.W.array.astype('d'), output_axis(link))
+            assert norm == pytest.approx(0.2, rel=2e-2)
+
+    def test_a_bad_weight_is_left_alone_by_the_projection(self):
+        link = L.Linear(4, 3)
+        link.W.array[0, 0] = np.nan
+        before = link.W.array.copy()
+        link.to_device('@cupy:0')
+        update(make(link, SpectralNormProjection(0.1)))
+        np.testing.assert_array_equal(cuda.to_cpu(link.W.array), before)

@@ -24,7 +24,12 @@ import numpy
 from sn_function._arithmetic import singular
 from sn_function._arithmetic.choose import arithmetic_of
 from sn_function._arithmetic.groups import Groups
-from sn_function._arithmetic.interface import Forward, Renewal, Settings
+from sn_function._arithmetic.interface import (
+    Forward,
+    Iterations,
+    Renewal,
+    Settings,
+)
 from sn_function._arithmetic.matrix import accumulator_dtype, as_matrix
 from sn_function.errors import VectorValueError
 
@@ -81,8 +86,12 @@ def _estimate(
     if settings.groups is not None:
         W, axis = settings.groups.split(W, axis)[iterations.largest][0], 1
         iterations = iterations.of_largest()
-    matrix = as_matrix(W, axis).astype(
-        accumulator_dtype(W.dtype), copy=False)
+    return sigma, residual(W, axis, sigma, iterations)
+
+
+def residual(W: Any, axis: int, sigma: Any, iterations: Iterations) -> Any:
+    """Returns ``r``, shape ``()``, of iterations that found sigma."""
+    matrix = as_matrix(W, axis).astype(accumulator_dtype(W.dtype), copy=False)
     # Divided first: then neither a large nor a small weight leaves the range.
     difference = (iterations.u / sigma).dot(matrix) - iterations.v
-    return sigma, (difference * difference).sum() ** 0.5
+    return (difference * difference).sum() ** 0.5

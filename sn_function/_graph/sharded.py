@@ -344,7 +344,7 @@ def sharded_spectral_normalize(
         return_sigma (bool): Return sigma, too.  Its gradients on all ranks
             are added.
         cap (float or None): Largest norm that the weight may keep, instead of
-            ``factor`` and ``eps``.
+            ``factor`` and ``eps``; gradients do not bring one back below it.
 
     Returns:
         ~chainer.Variable: ``Y``, of the shape and dtype of ``W``.  With

@@ -6,14 +6,14 @@ of its outputs: :func:`_output_axis` finds out.
 from __future__ import annotations
 
 import fnmatch
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
 import numpy
 
 from sn_function import errors
 from sn_function._arithmetic import singular
 from sn_function._arithmetic.matrix import normalize_axis
-from sn_function._snapshots import layouts, vectors
+from sn_function._snapshots import finding, layouts, vectors
 from sn_function._snapshots.layouts import WeightKeys
 from sn_function._snapshots.readers import Reader
 from sn_function._snapshots.vectors import WeightArrays
@@ -33,7 +33,7 @@ def read(reader: Reader, weight: WeightKeys, axes: Axes) -> WeightArrays:
     """
     W = _read_weight(reader, weight)
     gamma = None if weight.gamma is None else _read_gamma(
-        reader, weight.gamma)
+        reader, weight, weight.gamma)
     axis, is_unclear = _output_axis(reader, weight, W, axes)
     m = W.shape[axis]
     u, fault = _read_vector(reader, weight.u, weight.u_shape(m))
@@ -41,8 +41,21 @@ def read(reader: Reader, weight: WeightKeys, axes: Axes) -> WeightArrays:
     if weight.v is not None:
         v, fault_of_v = _read_vector(reader, weight.v, (W.size // m,))
         fault = fault or fault_of_v
+    if weight.layout == layouts.WRAPPER:
+        v = None  # made anew from u in each call
     arrays = WeightArrays(W, axis, u, v, gamma, fault, is_unclear)
-    if v is not None and fault is None and vectors.estimate(arrays) < 0:
+    if fault is None and weight.is_torch:
+        with numpy.errstate(all='ignore'):  # of a weight that is not finite
+            return _checked_of_torch(weight, arrays)
+    return arrays
+
+
+def _checked_of_torch(
+        weight: WeightKeys, arrays: WeightArrays) -> WeightArrays:
+    if weight.layout == layouts.TORCH_OLD:
+        A = singular.as_matrix(arrays.W, arrays.axis)
+        return arrays._replace(v=vectors.partner(A, arrays.u))
+    if arrays.v is not None and vectors.estimate(arrays) < 0:
         return arrays._replace(fault='opposite to v')
     return arrays
 
@@ -79,6 +92,25 @@ def named(
             weight.gamma_shape(arrays.W.ndim))
 
 
+def repaired_name(weight: WeightKeys) -> str:
+    """Returns the name of a weight beside its vectors.
+
+    It is another one where PyTorch had no vectors.
+    """
+    if weight.layout == layouts.TORCH:
+        return layouts.torch_keys(weight.layout, weight.path, weight.name).W
+    return weight.W
+
+
+def note_of(reader: Reader, weight: WeightKeys) -> str:
+    """Says what belongs to a weight and is of no use."""
+    if weight.layout == layouts.BIGGAN:
+        return '' if weight.extras[0] in reader.keys else (
+            f'{weight.extras[0]!r} is missing, and is not needed')
+    return ''.join(f'{key!r} is of an earlier step, and not used'
+                   for key in weight.extras)
+
+
 def gamma_state(
         reader: Reader, key: str, weight: WeightKeys, new: WeightKeys,
 ) -> Iterator[tuple[str, Any]]:
@@ -97,26 +129,34 @@ def gamma_state(
 def _read_weight(reader: Reader, weight: WeightKeys) -> Any:
     W = reader.read(weight.W)
     if W.dtype.char not in 'efd' or W.ndim < 2 or W.size == 0:
-        raise errors.SnapshotWeightError(
-            reader.path, weight.W, f'a weight is an array of float16, '
-            f'float32 or float64 with 2 or more dimensions, none of them '
-            f'empty, and this has shape {W.shape} and dtype {W.dtype}')
+        raise errors.SnapshotLayoutError(
+            reader.path, f'a weight is an array of float16, float32 or '
+            f'float64 with 2 or more dimensions, none of them empty, and '
+            f'{weight.W!r} has shape {W.shape} and dtype {W.dtype}',
+            _there(reader, weight))
     return W
 
 
-def _read_gamma(reader: Reader, key: str) -> Any:
+def _read_gamma(reader: Reader, weight: WeightKeys, key: str) -> Any:
     gamma = reader.read(key)
     if gamma.dtype.char not in 'efd' or gamma.size != 1:
-        raise errors.SnapshotWeightError(
-            reader.path, key, f'a gamma is one number, a float, and this has '
-            f'shape {gamma.shape} and dtype {gamma.dtype}')
+        raise errors.SnapshotLayoutError(
+            reader.path, f'a gamma is one number, a float, and {key!r} has '
+            f'shape {gamma.shape} and dtype {gamma.dtype}',
+            _there(reader, weight))
     return gamma.reshape(())
+
+
+def _there(reader: Reader, weight: WeightKeys) -> list[str]:
+    return [key for key in weight.keys if key in reader.keys]
 
 
 def _read_vector(
         reader: Reader, key: str, shape: tuple[int, ...],
 ) -> tuple[Any, str | None]:
     """Returns a vector, if it can be used, and otherwise why not."""
+    if key not in reader.keys:
+        return None, 'missing'
     entry = reader.entry(key)
     if not entry.is_plain:
         return None, 'not initialized'
@@ -134,7 +174,8 @@ def _read_vector(
 
 def vector_dtype(reader: Reader, weight: WeightKeys, W: Any) -> Any:
     """Returns the dtype of the vector in the file, else that of ``W``."""
-    dtype = reader.entry(weight.u).dtype
+    dtype = (reader.entry(weight.u).dtype if weight.u in reader.keys
+             else '')
     if dtype in ('float16', 'float32', 'float64'):
         return numpy.dtype(dtype)
     return W.dtype
@@ -148,15 +189,25 @@ def check_finite(reader: Reader, key: str, array: Any) -> None:
 
 # Axes
 
-def find(reader: Reader, prefix: str, axes: Axes) -> list[WeightKeys]:
-    """Returns the weights below a path; each pattern must fit one."""
-    weights = layouts.find(reader, prefix)
+def find(
+        reader: Reader, prefix: str, axes: Axes,
+        without_u: Sequence[str] = (),
+) -> list[WeightKeys]:
+    """Returns the weights below a path; each pattern must fit one.
+
+    Those that have no vector are found by the patterns ``without_u``.
+    """
+    if without_u:
+        weights = finding.with_plain(
+            reader, finding.find_any(reader, prefix), without_u)
+    else:
+        weights = finding.find(reader, prefix)
     for pattern, axis in axes.items():
         if all(given_axis(weight, {pattern: axis}) is None
                for weight in weights):
-            raise errors.SnapshotLayoutError(
-                reader.path, f'no weight fits the pattern {pattern!r} of an '
-                f'axis', [weight.W for weight in weights])
+            raise errors.SnapshotPatternError(
+                reader.path, pattern, 'no weight fits the pattern of an axis',
+                [weight.W for weight in weights])
     return weights
 
 
@@ -176,10 +227,10 @@ def _output_axis(
     if given is not None:
         return normalize_axis(given, W.ndim), False
     # PyTorch may have dim=1 for a matrix; Chainer has 0.
-    if weight.layout == layouts.SNGAN or (
+    if weight.layout in layouts.FIRST_AXIS or (
             W.ndim == 2 and not weight.is_torch):
         return 0, False
-    shape = reader.entry(weight.u).shape
+    shape = _shape_of_u(reader, weight)
     if shape is None or len(shape) != 1:
         return 0, False
     if W.shape[0] != W.shape[1]:
@@ -187,6 +238,12 @@ def _output_axis(
     if shape[0] != W.shape[0] or not numpy.isfinite(W).all():
         return 0, False
     return _axis_by_vectors(reader, weight, W)
+
+
+def _shape_of_u(
+        reader: Reader, weight: WeightKeys) -> tuple[int, ...] | None:
+    return (reader.entry(weight.u).shape if weight.u in reader.keys
+            else None)
 
 
 def _axis_by_vectors(
@@ -220,9 +277,9 @@ def axis_is_guessed(
         reader: Reader, weight: WeightKeys, arrays: WeightArrays, axes: Axes,
 ) -> bool:
     """Whether the axis is 0 only because nothing says which it is."""
-    if arrays.W.ndim == 2 or weight.layout == layouts.SNGAN or (
+    if arrays.W.ndim == 2 or weight.layout in layouts.FIRST_AXIS or (
             arrays.fault is None) or given_axis(weight, axes) is not None:
         return False
     first, second = arrays.W.shape[:2]
-    return first == second or reader.entry(weight.u).shape not in (
+    return first == second or _shape_of_u(reader, weight) not in (
         (first,), (second,))

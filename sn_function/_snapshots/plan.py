@@ -68,18 +68,18 @@ class Plan:
             progress: Given the entries, passes them on.
 
         Raises:
-            SnapshotTargetError: Two entries would get one name.
+            SnapshotNameError: Two entries would get one name.
 
         """
         left_out = list(reader.ignored)
-        taken: set[str] = set()
+        taken: dict[str, str] = {}  # entries of the input, by new names
 
-        def take(key: str) -> str:
-            name = self.name_of(key)
+        def take(new: str, key: str) -> str:
+            name = self.name_of(new)
             if name in taken:
-                raise errors.SnapshotTargetError(
-                    reader.path, name, 'two entries would get this name')
-            taken.add(name)
+                raise errors.SnapshotNameError(
+                    reader.path, name, taken[name], key)
+            taken[name] = key
             return name
 
         key: str
@@ -87,9 +87,9 @@ class Plan:
             for key in progress(reader.keys):
                 if key in self._replacements:
                     for new, array in self._replacements[key]():
-                        writer.write(take(new), array)
+                        writer.write(take(new, key), array)
                 elif key.startswith(self.prefix):
-                    name = take(self._names.get(key, key))
+                    name = take(self._names.get(key, key), key)
                     if not writer.copy(reader, key, name):
                         left_out.append(key)
         return left_out

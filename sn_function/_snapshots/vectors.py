@@ -55,6 +55,15 @@ def normalized(
     return Y.array, float(sigma.array)
 
 
+def partner(A: Any, u: Any) -> Any:
+    """Returns ``v = A^T u / |A^T u|``, in the dtype of ``u``."""
+    v = u.astype(A.dtype) @ A
+    norm = numpy.linalg.norm(v)
+    # Where u is orthogonal to A, any v gives a sigma of zero.
+    v = v / norm if norm else numpy.full(v.shape, v.size ** -0.5)
+    return v.astype(u.dtype)
+
+
 def angle(A: Any, u: Any, v: Any) -> float:
     """Returns the cosine of the angle between ``u`` and ``A v``."""
     t = A @ v

@@ -188,6 +188,47 @@ def test_damaged(damage, tmp_path, monkeypatch):
     assert refused > 0
 
 
+OTHER_LAYOUTS = {
+    'torch-0.4': {'weight_orig': (4, 5), 'weight_u': (4,), 'weight': (4, 5)},
+    'torch-wrapper': {'module.weight_bar': (4, 5), 'module.weight_u': (4,),
+                      'module.weight_v': (5,), 'module.bias': (4,)},
+    'biggan': {'weight': (4, 5), 'u0': (1, 4), 'sv0': (1,)}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('layout', OTHER_LAYOUTS)
+def test_other_layouts(layout, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # They are not waited for until they are on the disk.
+    monkeypatch.setattr(os, 'fsync', lambda handle: None)
+    rng = np.random.RandomState(0)
+    np.savez('in.npz', **{
+        f'module.l{i}.{name}': rng.normal(size=shape).astype('f')
+        for i in range(2) for name, shape in OTHER_LAYOUTS[layout].items()})
+    good = pathlib.Path('in.npz').read_bytes()
+    assert [run(args)[0] for args in COMMANDS] == [0] * len(COMMANDS)
+    refused = 0
+    for damage in wrong_shape, wrong_key_of_torch, wrong_value, wrong_type:
+        for _ in range(15):
+            pathlib.Path('in.npz').write_bytes(damage(good, rng))
+            for args in COMMANDS:
+                refused += run(args)[0] != 0
+    assert refused > 0
+
+
+def wrong_key_of_torch(data, rng):
+    def change(arrays):
+        key = rng.choice(sorted(arrays))
+        stem = 'module.l0.'
+        new = rng.choice([
+            'weight', 'u0', 'l.weight_u', stem + 'weight', stem + 'u0',
+            stem + 'sv0', stem + 'weight_v', stem + 'weight_orig',
+            stem + 'module.weight_bar', stem + 'module.weight_orig', 'module',
+            '.', 'module..', '_orig_mod.module.l0.weight_u', 'l0/W_u'])
+        arrays[str(new)] = arrays.pop(key)
+    return _rewritten(data, change)
+
+
 @pytest.mark.parametrize('kind', [
     pytest.param('h5', marks=pytest.mark.slow), 'safetensors', 'pt'])
 def test_other_kinds(kind, tmp_path, monkeypatch):

@@ -73,6 +73,6 @@ def test_entries_are_made_when_it_is_their_turn(reader, tmp_path):
 def test_two_entries_of_one_name(reader, tmp_path, plan_one):
     plan = Plan()
     plan_one(plan)
-    with pytest.raises(errors.SnapshotTargetError, match='two entries'):
+    with pytest.raises(errors.SnapshotNameError, match="'a/0' and 'b'"):
         written(plan, reader, tmp_path)
     assert [each.name for each in tmp_path.iterdir()] == ['in.npz']

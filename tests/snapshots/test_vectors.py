@@ -77,6 +77,16 @@ def test_vectors_of_the_same_library_stay(v):
     assert vectors.converted(arrays, v is not None, 1) is arrays
 
 
+def test_partner():
+    W = np.random.normal(size=(4, 6))
+    u = np.random.normal(size=4).astype('f')
+    v = vectors.partner(W, u)
+    assert v.dtype == np.float32
+    np.testing.assert_allclose(v, unit(W.T @ u), rtol=1e-5, atol=1e-6)
+    v = vectors.partner(0 * W, u)
+    assert np.linalg.norm(v) == pytest.approx(1)
+
+
 def test_fit_and_angle():
     W = np.random.normal(size=(5, 8))
     U, _, V = np.linalg.svd(W)

@@ -1,0 +1,247 @@
+"""Finds the weights of a snapshot, by the names and shapes of its entries."""
+from __future__ import annotations
+
+import fnmatch
+import re
+from typing import Iterator, Sequence
+
+from sn_function import errors
+from sn_function._snapshots import layouts
+from sn_function._snapshots.layouts import WeightKeys
+from sn_function._snapshots.readers import Reader
+
+_TORCH = re.compile(r'((?:.*\.)?)([^.]+)_(?:orig|bar|u|v)')
+_PARAMETRIZED = re.compile(
+    r'((?:.*\.)?)parametrizations\.([^.]+)\.(?:original|0\._u|0\._v)')
+_BIGGAN = re.compile(r'((?:.*\.)?)(?:u|sv)0')
+
+
+def find(reader: Reader, prefix: str) -> list[WeightKeys]:
+    """Returns the weights below ``prefix``, in the order of the file.
+
+    Raises:
+        SnapshotLayoutError: There is none, or of two libraries, or a vector
+            without its weight.
+        SnapshotGammaError: A gamma may belong to either of two weights.
+
+    """
+    found = find_any(reader, prefix)
+    if not found:
+        raise errors.SnapshotLayoutError(
+            reader.path, 'no weight with spectral normalization was found in '
+            'it', reader.keys)
+    return found
+
+
+def find_any(reader: Reader, prefix: str) -> list[WeightKeys]:
+    """The same, where there may be none."""
+    keys = _keys_below(reader, prefix)
+    found = [*_find_chainer(reader, keys), *_find_torch(reader, keys)]
+    if len({weight.is_torch for weight in found}) > 1:
+        raise errors.SnapshotLayoutError(
+            reader.path, 'it has weights both as Chainer and as PyTorch name '
+            'them', [weight.W for weight in found])
+    known = set(keys)
+    return _in_order(reader, [
+        weight._replace(gamma=_gamma(reader, weight, found, known))
+        for weight in found])
+
+
+def with_plain(
+        reader: Reader, found: Sequence[WeightKeys], patterns: Sequence[str],
+) -> list[WeightKeys]:
+    """Returns the weights, and those without a vector that fit a pattern.
+
+    The vectors of these have names, and no entries yet.
+
+    Raises:
+        SnapshotPatternError: There is none that fits.
+
+    """
+    taken = {key for weight in found for key in weight.keys}
+    plain = [key for key in _keys_below(reader, '')
+             if key not in taken and _is_matrix(reader, key)]
+    new = []
+    for pattern in patterns:
+        fitting = [key for key in plain if key == pattern or (
+            layouts.split(key)[1] in ('W', 'weight')
+            and fnmatch.fnmatchcase(key, pattern))]
+        if not fitting:
+            raise errors.SnapshotPatternError(
+                reader.path, pattern, 'no weight without a vector fits the '
+                'pattern', plain)
+        new += fitting
+    return _in_order(reader, [
+        *found, *map(_plain_keys, dict.fromkeys(new))])
+
+
+def prefix_for(reader: Reader, model: str | None, layout: str) -> str:
+    """Returns the prefix of what a file of a layout gets.
+
+    A state dict is of one model: from a trainer's snapshot it gets the only
+    one with such weights.
+    """
+    known = layouts.models(reader.keys)
+    if model is not None or not known or layout not in layouts.OF_TORCH:
+        return layouts.prefix_of(reader, model)
+    with_weights = layouts.models(
+        each.W for each in find(reader, 'updater/model:'))
+    if len(with_weights) != 1:
+        raise errors.SnapshotModelError(reader.path, None, known)
+    return layouts.prefix_of(reader, with_weights[0])
+
+
+def _keys_below(reader: Reader, prefix: str) -> list[str]:
+    return [key for key in reader.keys if key.startswith(prefix)
+            and not key.startswith(layouts.OPTIMIZER)]
+
+
+def _in_order(
+        reader: Reader, weights: Sequence[WeightKeys]) -> list[WeightKeys]:
+    order = {key: i for i, key in enumerate(reader.keys)}
+    return sorted(weights, key=lambda weight: order[weight.W])
+
+
+# Without vectors
+
+def _is_matrix(reader: Reader, key: str) -> bool:
+    return len(reader.entry(key).shape or ()) >= 2
+
+
+def _plain_keys(key: str) -> WeightKeys:
+    path, name = layouts.split(key)
+    if path.endswith('.') or (not path and name == 'weight'):
+        return layouts.torch_keys(layouts.TORCH, path, name)._replace(W=key)
+    return WeightKeys(layouts.CHAINER, path, name, key, f'{key}_u')
+
+
+# Of Chainer
+
+def _find_chainer(reader: Reader, keys: Sequence[str]) -> list[WeightKeys]:
+    found, known = [], set(keys)
+    for key in keys:
+        path, name = layouts.split(key)
+        if name.endswith('_u') and not path.endswith('.'):
+            W = key[:-2]
+            # A PyTorch weight_u at the top has no separator either.
+            if (W not in known and name != 'W_u') or f'{W}_orig' in known:
+                continue
+            if W not in known:
+                raise _missing_weight(reader, W, key, path)
+            shape = reader.entry(W).shape
+            if name == 'W_u' or shape is None or len(shape) > 1:
+                found.append(WeightKeys(
+                    layouts.CHAINER, path, name[:-2], W, key))
+        elif name == 'u' and path + 'W' in known and (
+                f'{path}W_u' not in known):
+            found.append(WeightKeys(
+                layouts.SNGAN, path, 'W', path + 'W', key))
+    return found
+
+
+def _gamma(
+        reader: Reader, weight: WeightKeys, found: Sequence[WeightKeys],
+        known: set[str]) -> str | None:
+    """Returns the entry of the gamma of a weight, if it has one."""
+    if weight.is_torch:
+        return None
+    # The first hook of a link calls it gamma, others W_gamma.
+    own, shared = f'{weight.plain}_gamma', f'{weight.path}gamma'
+    if own in known:
+        return own
+    shape = reader.entry(shared).shape if shared in known else None
+    if shape is None or not set(shape) <= {1}:
+        return None
+    for other in found:
+        if other.path == weight.path and other is not weight and (
+                f'{other.plain}_gamma' not in known):
+            raise errors.SnapshotGammaError(
+                reader.path, shared, f'it may be the gamma of '
+                f'{weight.W!r} or of {other.W!r}')
+    return shared
+
+
+# Of PyTorch
+
+def _find_torch(reader: Reader, keys: Sequence[str]) -> list[WeightKeys]:
+    known = set(keys)
+    found = []
+    # Several entries are of one weight: these are an ordered set.
+    for weight in dict.fromkeys(_torch_weights(keys, known)):
+        there = _marks(reader, weight, known)
+        if weight.W in known and there:
+            found.append(weight)
+        elif len(there) > 1 or (
+                there and weight.layout == layouts.PARAMETRIZED):
+            raise _missing_weight(reader, weight.W, there[0], weight.path)
+        # Others are of weight_norm, of pruning, or of something else.
+    return found
+
+
+def _marks(
+        reader: Reader, weight: WeightKeys, known: set[str]) -> list[str]:
+    """Returns the entries that show that a weight is normalized."""
+    marks = [weight.u, weight.v]
+    if weight.layout == layouts.BIGGAN:
+        log_of_sigma = weight.extras[0]
+        if log_of_sigma not in known and (
+                len(reader.entry(weight.u).shape or ()) != 2):
+            return []  # some other u0
+        marks = [weight.u, log_of_sigma]
+    return [key for key in marks if key is not None and key in known]
+
+
+def _torch_weights(
+        keys: Sequence[str], known: set[str]) -> Iterator[WeightKeys]:
+    """Yields the weight that an entry is of by its name, if any."""
+    for key in keys:
+        if '/' in key:
+            continue
+        for pattern, keys_of in ((_PARAMETRIZED, _parametrized),
+                                 (_TORCH, _reparametrized),
+                                 (_BIGGAN, _biggan)):
+            match = pattern.fullmatch(key)
+            if match:
+                yield keys_of(match, known)
+                break
+
+
+def _parametrized(match: re.Match[str], known: set[str]) -> WeightKeys:
+    return layouts.torch_keys(layouts.PARAMETRIZED, match[1], match[2])
+
+
+def _reparametrized(match: re.Match[str], known: set[str]) -> WeightKeys:
+    path, name = match[1], match[2]
+    stem = path + name
+    weight = layouts.torch_keys(layouts.TORCH, path, name)
+    if f'{stem}_bar' in known and weight.W not in known:
+        child = path if path == 'module.' or path.endswith(
+            '.module.') else ''
+        return weight._replace(
+            layout=layouts.WRAPPER, W=f'{stem}_bar', child=child,
+            path=path[:-len('module.')] if child else path)
+    if weight.W in known:
+        if stem in known:  # a buffer, stale since the last step
+            weight = weight._replace(extras=(stem,))
+        if weight.u in known and weight.v not in known:
+            return weight._replace(layout=layouts.TORCH_OLD, v=None)
+    return weight
+
+
+def _biggan(match: re.Match[str], known: set[str]) -> WeightKeys:
+    path = match[1]
+    extras = [f'{path}sv0']
+    while f'{path}u{len(extras)}' in known:
+        extras += [f'{path}u{len(extras)}']
+    others = [f'{path}sv{i}' for i in range(1, len(extras))]
+    return WeightKeys(
+        layouts.BIGGAN, path, 'weight', f'{path}weight', f'{path}u0',
+        extras=tuple(extras + [key for key in others if key in known]))
+
+
+def _missing_weight(
+        reader: Reader, key: str, vector: str, path: str,
+) -> errors.SnapshotLayoutError:
+    return errors.SnapshotLayoutError(
+        reader.path, f'{vector!r} is there, and no weight {key!r} for it',
+        [key for key in reader.keys if key.startswith(path)])
