@@ -14,6 +14,7 @@ from chainer.backends import cuda
 from sn_function import errors
 from sn_function._arithmetic import matrix
 from sn_function._arithmetic.choose import is_on_device
+from sn_function._arithmetic.groups import Groups, length_of_u
 
 
 def check_settings(
@@ -51,6 +52,17 @@ def check_count(name: str, value: int, least: int) -> None:
         raise errors.IterationCountError(name, value, least)
 
 
+def check_groups(groups: Any) -> Groups | None:
+    """Returns the groups along the first axis of a weight, if several."""
+    try:
+        count = operator.index(groups)
+    except TypeError:
+        count = 0
+    if count < 1 or isinstance(groups, bool):
+        raise errors.GroupCountError(groups)
+    return Groups(count) if count > 1 else None
+
+
 def is_real(x: Any) -> bool:
     return type(x) is float or (
         isinstance(x, numbers.Real) and not isinstance(x, bool))
@@ -71,11 +83,13 @@ def check_weight(W: Any) -> None:
         raise errors.WeightShapeError(W.shape)
 
 
-def check_arrays(W: Any, u: Any, axis: int, update_u: bool) -> int:
+def check_arrays(
+        W: Any, u: Any, axis: int, update_u: bool,
+        groups: Groups | None = None) -> int:
     """Checks W and u, and returns the axis counted from the front."""
     array = W.array if isinstance(W, chainer.Variable) else W
     vector = u.array if isinstance(u, chainer.Variable) else u
-    if _are_plain(array, vector, axis) and (
+    if groups is None and _are_plain(array, vector, axis) and (
             not update_u or (vector is u and _is_writable(u))):
         return axis
     if array is None and array is not W:
@@ -87,8 +101,9 @@ def check_arrays(W: Any, u: Any, axis: int, update_u: bool) -> int:
     if not (_is_float_array(vector)
             and vector.dtype in (array.dtype, accumulator)):
         raise errors.VectorTypeError(u, array.dtype)
-    if vector.shape != (shape[axis],):
-        raise errors.VectorShapeError(vector.shape, shape, axis)
+    length = length_of_u(shape, axis, groups)
+    if vector.shape != (length,):
+        raise errors.VectorShapeError(vector.shape, shape, axis, length)
     if not _are_on_one_device(vector, array):
         raise errors.VectorDeviceError(
             *map(backend.get_device_from_array, (vector, array)))

@@ -17,6 +17,9 @@ SUPPORTED = (
     L.Linear, L.EmbedID, L.Convolution2D, L.ConvolutionND, L.Deconvolution2D,
     L.DeconvolutionND, L.DilatedConvolution2D)
 
+# Each of its groups is a map, and the whole weight as one matrix is none.
+SUPPORTED_BY_GROUP = (*SUPPORTED, L.DepthwiseConvolution2D)
+
 # The hooks of this package, on links and on chains; and Chainer's as well.
 OURS = (LocalHook,)
 ALL_HOOKS = (*OURS, *HOOKS)
@@ -27,9 +30,19 @@ Filter = Any
 
 # Links
 
-def is_supported(link: chainer.Link, weight_name: str = 'W') -> bool:
-    """Whether the link's weight is one that a chain's hook normalizes."""
-    return isinstance(link, SUPPORTED) and hasattr(link, weight_name)
+def is_supported(
+        link: chainer.Link, weight_name: str = 'W', groups: str | None = None,
+) -> bool:
+    """Whether the link's weight is one that a chain's hook normalizes.
+
+    Args:
+        link: The link.
+        weight_name: Name of the weight.
+        groups: As in :class:`.link_hooks.SpectralNormalization`.
+
+    """
+    kinds = SUPPORTED if groups is None else SUPPORTED_BY_GROUP
+    return isinstance(link, kinds) and hasattr(link, weight_name)
 
 
 def hooks_of(link: chainer.Link) -> list[Any]:
@@ -98,10 +111,11 @@ def hooked_links(
 
 def supported_links(
         model: chainer.Link, weight_name: str = 'W',
+        groups: str | None = None,
 ) -> Iterator[tuple[str, chainer.Link]]:
     """Yields each supported link under each of its paths, as filters do."""
     return ((path, link) for path, link in model.namedlinks()
-            if is_supported(link, weight_name))
+            if is_supported(link, weight_name, groups))
 
 
 def _unique_links(

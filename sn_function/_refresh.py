@@ -12,7 +12,7 @@ from sn_function import _models, errors
 from sn_function._arithmetic import singular
 from sn_function._links import call
 from sn_function._links import gamma as _gamma
-from sn_function._links.weight import output_axis
+from sn_function._links.weight import groups_of, output_axis
 from sn_function.link_hooks import SpectralNormalization
 
 
@@ -63,17 +63,19 @@ def refresh(*models: chainer.Link, gamma: bool = False) -> None:
 
 def _refresh(weight: _models.LinkWeight, W: Any, gamma: bool) -> None:
     path, link, weight_name, hook = weight
-    A = singular.as_matrix(cuda.to_cpu(W), output_axis(link))
+    A = singular.matrices(
+        cuda.to_cpu(W), output_axis(link), groups_of(link, hook))
     if not numpy.isfinite(A).all():
         warnings.warn(
             f'{path.rstrip("/")}/{weight_name} of {type(link).__name__} holds '
             f'NaN or Inf, so {hook.vector_name} was left as it was.',
             errors.SpectralNormalizationWarning, stacklevel=3)
         return
-    sigma, u, _ = singular.largest(A)
+    sigmas, us, _ = zip(*map(singular.largest, A))
+    sigma = max(sigmas)
     if sigma > 0:
         setattr(link, hook.vector_name,
-                link.device.send(u.astype(W.dtype)))
+                link.device.send(numpy.concatenate(us).astype(W.dtype)))
     parameter = _models.gamma_of(link, hook) if gamma else None
     if parameter is None or parameter.array is None:
         return

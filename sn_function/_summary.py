@@ -174,7 +174,8 @@ class _Structure:
             id(link) for chain in model.links()
             for hook in chain.local_link_hooks.values()
             if isinstance(hook, ChainSpectralNormalization)
-            for path, link in _models.supported_links(chain)
+            for path, link in _models.supported_links(
+                chain, groups=hook.hook.groups)
             if not hook.accepts(path, link)}
         self.owners = {
             id(layer): link for link in model.links()
@@ -192,8 +193,8 @@ class _Structure:
         owner = self.owners.get(id(link))
         if owner is not None and name in n_step.weight_names(owner):
             return NO_HOOK, ''
-        if _models.is_supported(link) and name == 'W':
-            is_left_out = id(link) in self.filtered_out
+        is_left_out = id(link) in self.filtered_out
+        if (is_left_out or _models.is_supported(link)) and name == 'W':
             return FILTERED_OUT if is_left_out else NO_HOOK, ''
         return (UNKNOWN if shape is None else UNSUPPORTED,
                 type(link).__name__)

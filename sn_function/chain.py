@@ -71,7 +71,8 @@ class ChainSpectralNormalization(LocalHook):
 
     Adds a :class:`~sn_function.SpectralNormalization` to every link in the
     chain that it supports: :class:`~chainer.links.Linear`,
-    :class:`~chainer.links.EmbedID`, the convolutions and the deconvolutions.
+    :class:`~chainer.links.EmbedID`, the convolutions and the deconvolutions,
+    and with ``groups='each'`` :class:`~chainer.links.DepthwiseConvolution2D`.
     When the chain is called, all these weights are normalized in one node of
     the graph; a link that the chain calls twice uses the same normalized
     weight twice.  Otherwise it is the same as a hook on each link: the same
@@ -153,7 +154,8 @@ class ChainSpectralNormalization(LocalHook):
         weight_name = self.hook.weight_name
         found = {  # once each: a link may have several paths
             id(link): link for path, link
-            in _models.supported_links(chain, weight_name)
+            in _models.supported_links(
+                chain, weight_name, self.hook.groups)
             if not LinkState.is_on(link, weight_name)
             and self.accepts(path, link)}
         found.update(

@@ -74,6 +74,18 @@ class WeightNotFoundError(SpectralNormalizationError, ValueError):
             f'the hook to the child link that holds the weight.')
 
 
+class GroupCountError(SpectralNormalizationError, ValueError):
+    """The weight has no such number of groups."""
+
+    def __init__(self, groups: Any, shape: Sequence[int] = ()) -> None:
+        super().__init__(
+            f'groups, the number of maps that W holds one after another '
+            f'along its first axis, must be an integer of at least 1 that '
+            f'divides the length of that axis, but is {groups!r}'
+            + (f', for W of shape {tuple(shape)}' if shape else '')
+            + '. Give the groups of the convolution, or leave it out.')
+
+
 class NStepWeightError(SpectralNormalizationError, ValueError):
     """A hook for one weight is added to an n-step RNN."""
 
@@ -108,11 +120,14 @@ class VectorShapeError(SpectralNormalizationError, ValueError):
     """The start vector's length is not that of the output axis."""
 
     def __init__(self, shape: Sequence[int], W_shape: Sequence[int],
-                 axis: int) -> None:
+                 axis: int, length: int) -> None:
+        n = W_shape[axis]
+        what = 'axis' if length == n else 'axis and groups'
         super().__init__(
             f'u has shape {tuple(shape)}, but W of shape {tuple(W_shape)} '
-            f'with output axis {axis} needs shape ({W_shape[axis]},). Make u '
-            f'anew, or check axis.')
+            f'with output axis {axis} '
+            + ('' if length == n else 'and a vector for each group ')
+            + f'needs shape ({length},). Make u anew, or check {what}.')
 
 
 class VectorDeviceError(SpectralNormalizationError, ValueError):
@@ -202,6 +217,17 @@ class CapConflictError(SpectralNormalizationError, ValueError):
         super().__init__(
             f'cap leaves weights with a smaller norm alone, and '
             f'{name}={value!r} scales every weight. Give one of the two.')
+
+
+class GroupsError(SpectralNormalizationError, ValueError):
+    """The hook is told something unknown about groups."""
+
+    def __init__(self, groups: Any) -> None:
+        super().__init__(
+            f"groups must be 'each', for the largest norm of any group of a "
+            f"grouped convolution, or None, for that of the whole weight as "
+            f"one matrix, but is {groups!r}. How many groups there are is "
+            f"known from the link.")
 
 
 class GammaError(SpectralNormalizationError, TypeError):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Sequence, overload
 
 import chainer
 
-from sn_function import errors
+from sn_function import _checks, errors
 from sn_function._graph import normalize
 from sn_function._graph.normalize import ArrayOrVariable, Number
 
@@ -36,6 +36,7 @@ def spectral_normalize(
         update_u: bool = ...,
         return_sigma: Literal[False] = ...,
         cap: Number | None = ...,
+        groups: int = ...,
 ) -> chainer.Variable: ...
 
 
@@ -53,6 +54,7 @@ def spectral_normalize(
         update_u: bool = ...,
         return_sigma: Literal[True],
         cap: Number | None = ...,
+        groups: int = ...,
 ) -> tuple[chainer.Variable, chainer.Variable]: ...
 
 
@@ -70,6 +72,7 @@ def spectral_normalize(
         update_u: bool = ...,
         return_sigma: bool = ...,
         cap: Number | None = ...,
+        groups: int = ...,
 ) -> chainer.Variable | tuple[chainer.Variable, chainer.Variable]: ...
 
 
@@ -86,6 +89,7 @@ def spectral_normalize(
         update_u: bool = False,
         return_sigma: bool = False,
         cap: Number | None = None,
+        groups: int = 1,
 ) -> chainer.Variable | tuple[chainer.Variable, chainer.Variable]:
     """Divides a weight by an estimate of its largest singular value.
 
@@ -137,6 +141,11 @@ def spectral_normalize(
             gradient of one above it is orthogonal to ``W``, so no step along
             it leads back below; see
             :class:`~sn_function.optimizer_hooks.SpectralNormProjection`.
+        groups (int): Number ``G`` of maps that ``W`` holds, one after
+            another along its first axis, as in a grouped convolution.  Each
+            has iterations of its own, and :math:`\\sigma` is the largest of
+            their norms.  ``u`` is their vectors, one after another: of shape
+            ``(m,)`` with ``axis=0``, else ``(G m,)``.
 
     Returns:
         ~chainer.Variable: ``Y``, of the shape and dtype of ``W``.  With
@@ -170,7 +179,8 @@ def spectral_normalize(
 
     """
     settings = normalize.make_settings(
-        n_power_iteration, axis, detach_uv, factor, eps, cap)
+        n_power_iteration, axis, detach_uv, factor, eps, cap,
+        _checks.check_groups(groups))
     outputs, = normalize.normalize([normalize.make_weight(
         W, u, gamma, settings, ('Y', 'sigma') if return_sigma else ('Y',),
         update_u)])
@@ -185,6 +195,7 @@ def spectral_norm(
         *,
         detach_uv: bool = False,
         update_u: bool = False,
+        groups: int = 1,
 ) -> chainer.Variable:
     """Estimates the largest singular value of a weight, differentiably.
 
@@ -202,6 +213,8 @@ def spectral_norm(
         detach_uv (bool): Take ``u`` and ``v`` as constants in the gradient.
         update_u (bool): Overwrite the array ``u`` with the last ``u``,
             unless that is zero or not finite.
+        groups (int): Number of maps along the first axis of ``W``, as in
+            :func:`spectral_normalize`; sigma is the largest of theirs.
 
     Returns:
         ~chainer.Variable: Sigma, of shape ``()`` and of the dtype of ``W``
@@ -227,7 +240,8 @@ def spectral_norm(
 
     """
     settings = normalize.make_settings(
-        n_power_iteration, axis, detach_uv, 1.0, 0.0, None)
+        n_power_iteration, axis, detach_uv, 1.0, 0.0, None,
+        _checks.check_groups(groups))
     outputs, = normalize.normalize([normalize.make_weight(
         W, u, None, settings, ('sigma',), update_u)])
     return outputs[0]
@@ -247,6 +261,7 @@ def spectral_normalize_all(
         update_u: bool = ...,
         return_sigma: Literal[False] = ...,
         cap: Number | None = ...,
+        groups: int | Sequence[int] = ...,
 ) -> tuple[chainer.Variable, ...]: ...
 
 
@@ -264,6 +279,7 @@ def spectral_normalize_all(
         update_u: bool = ...,
         return_sigma: Literal[True],
         cap: Number | None = ...,
+        groups: int | Sequence[int] = ...,
 ) -> tuple[tuple[chainer.Variable, ...], tuple[chainer.Variable, ...]]: ...
 
 
@@ -281,6 +297,7 @@ def spectral_normalize_all(
         update_u: bool = ...,
         return_sigma: bool = ...,
         cap: Number | None = ...,
+        groups: int | Sequence[int] = ...,
 ) -> (tuple[chainer.Variable, ...]
       | tuple[tuple[chainer.Variable, ...], tuple[chainer.Variable, ...]]): ...
 
@@ -298,6 +315,7 @@ def spectral_normalize_all(
         update_u: bool = False,
         return_sigma: bool = False,
         cap: Number | None = None,
+        groups: int | Sequence[int] = 1,
 ) -> tuple[chainer.Variable, ...] | tuple[tuple[chainer.Variable, ...], ...]:
     """Normalizes many weights, such as all of a model, in one node.
 
@@ -322,6 +340,8 @@ def spectral_normalize_all(
         return_sigma (bool): Return the sigmas, too.
         cap (float or None): Largest norm that a weight may keep, instead of
             ``factor`` and ``eps``; gradients do not bring one back below it.
+        groups (int or list of int): Number of maps in a weight, one for all
+            or one for each; with several, a vector has their length.
 
     Returns:
         tuple of ~chainer.Variable: The normalized weights.  With
@@ -342,9 +362,11 @@ def spectral_normalize_all(
 
     """
     n = len(Ws)
-    axes = axis if isinstance(axis, (list, tuple)) else [axis] * n
+    axes, counts = ([x] * n if not isinstance(x, (list, tuple)) else x
+                    for x in (axis, groups))
     gammas = [None] * n if gammas is None else gammas
-    for name, given in (('us', us), ('gammas', gammas), ('axis', axes)):
+    for name, given in (('us', us), ('gammas', gammas), ('axis', axes),
+                        ('groups', counts)):
         if len(given) != n:
             raise errors.CountError(name, len(given), n)
     names = ('Y', 'sigma') if return_sigma else ('Y',)
@@ -352,9 +374,10 @@ def spectral_normalize_all(
         n_power_iteration, 0, detach_uv, factor, eps, cap)
     outputs = normalize.normalize([
         normalize.make_weight(
-            W, u, gamma, settings if type(axis) is int and axis == 0 else
-            settings._replace(axis=axis), names, update_u)
-        for W, u, gamma, axis in zip(Ws, us, gammas, axes)])
+            W, u, gamma, settings._replace(
+                axis=axis, groups=_checks.check_groups(count)),
+            names, update_u)
+        for W, u, gamma, axis, count in zip(Ws, us, gammas, axes, counts)])
     columns = tuple([
         tuple([of_weight[i] for of_weight in outputs])
         for i in range(len(names))])

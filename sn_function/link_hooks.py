@@ -22,7 +22,7 @@ from sn_function._links import scope as scopes
 from sn_function._links.hooked_weight import HookedWeight
 from sn_function._links.local_hook import LocalHook
 from sn_function._links.state import LinkState
-from sn_function._links.weight import output_axis
+from sn_function._links.weight import groups_of, output_axis
 
 
 class SpectralNormalization(LocalHook):
@@ -63,8 +63,8 @@ class SpectralNormalization(LocalHook):
             :func:`~sn_function.functions.spectral_normalize`.
         use_gamma (bool): Multiply by a trainable parameter of shape ``()``,
             ``link.gamma``, that starts as the largest singular value of the
-            initial weight, or as 1 where that is zero.  If that name is taken, the parameter is called
-            ``weight_name + '_gamma'``.
+            initial weight, or as 1 where that is zero.  If that name is
+            taken, the parameter is called ``weight_name + '_gamma'``.
         factor (float or None): Divides sigma, and so multiplies the weight;
             above 0.  ``None`` means 1.
         weight_name (str): Name of the link's weight; left out for n-step RNNs.
@@ -87,6 +87,14 @@ class SpectralNormalization(LocalHook):
             ``factor=cap``.  In that paper the weights themselves are scaled
             after each update, and come back:
             :class:`~sn_function.optimizer_hooks.SpectralNormProjection`.
+        groups (str or None): What sigma is for a convolution with groups.
+            ``None``, as in Chainer's hook: that of the whole weight as one
+            matrix, which is above that of each of its groups.  ``'each'``:
+            the largest one of any group, each with a vector and iterations
+            of its own, so that the largest group gets the norm 1.  It also
+            serves :class:`~chainer.links.DepthwiseConvolution2D`, where
+            each channel is a group.  Links without groups are the same with
+            both.  See :doc:`models`.
 
     Attributes:
         vector_name (str): Name of the link's vector, ``weight_name + '_u'``.
@@ -131,6 +139,7 @@ class SpectralNormalization(LocalHook):
     """
 
     name = 'SpectralNormalization'
+    groups: str | None = None  # in pickles of versions before 0.2
 
     def __init__(
             self,
@@ -144,11 +153,15 @@ class SpectralNormalization(LocalHook):
             detach_uv: bool = False,
             n_warmup: int = 15,
             cap: float | None = None,
+            groups: str | None = None,
     ) -> None:
         _checks.check_settings(n_power_iteration, factor, eps, cap)
         if cap is not None and use_gamma:
             raise errors.CapConflictError('use_gamma', use_gamma)
         _checks.check_count('n_warmup', n_warmup, 0)
+        if groups is not None and not (
+                isinstance(groups, str) and groups == 'each'):
+            raise errors.GroupsError(groups)
         self.n_power_iteration = n_power_iteration
         self.eps = eps
         self.use_gamma = use_gamma
@@ -159,6 +172,7 @@ class SpectralNormalization(LocalHook):
         self.detach_uv = detach_uv
         self.n_warmup = n_warmup
         self.cap = cap
+        self.groups = groups
         if name is not None:
             self.name = name
 
@@ -166,7 +180,8 @@ class SpectralNormalization(LocalHook):
     def v(self) -> Any:
         """The right vector of the latest call, shape ``(n,)``, or ``None``.
 
-        An array on the device of the weight, as in Chainer's hook.  A hook on
+        With ``groups='each'``, those of all groups, one after another.  An
+        array on the device of the weight, as in Chainer's hook.  A hook on
         several links gives that of the link that was called last.
         """
         state = _LATEST.get(self, _nothing)()
@@ -194,7 +209,8 @@ class SpectralNormalization(LocalHook):
         setattr(link, self.vector_name, None)
         link.register_persistent(self.vector_name)
         if gamma_name is not None:
-            gamma.register(link, gamma_name, W, self.axis)
+            gamma.register(link, gamma_name, W, self.axis,
+                           groups_of(link, self))
         if W.array is not None:
             HookedWeight(self, link, W).vector_and_gamma()
 

@@ -8,18 +8,20 @@ of the largest row.
 
 A small weight takes one launch forward and one backward, which it shares with
 others of the same node.  A large one takes ``3 K + 1`` and, with the exact
-gradient, ``4 K``, or 3 with u and v constant.
+gradient, ``4 K``, or 3 with u and v constant.  One of several groups is
+computed by :mod:`.grouped`, without kernels of its own.
 """
 from __future__ import annotations
 
 import importlib
 import math
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy
 from chainer.backends import cuda
 
-from sn_function._arithmetic import kernels
+from sn_function._arithmetic import grouped, kernels
+from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
     Array,
     Arrays,
@@ -110,15 +112,28 @@ class Iterations:
         return self.number('DIVISOR'), self.number('ABOVE')
 
 
-def normalize_all(
-        calls: Sequence[Forward]) -> list[tuple[Arrays, Iterations]]:
+def normalize_all(calls: Sequence[Forward]) -> list[tuple[Arrays, Any]]:
     """Small weights of a kind share a launch."""
-    return _run(kernels.fused_fwd, [_Forward(call) for call in calls])
+    return _each(
+        calls, lambda plain: _run(kernels.fused_fwd, list(map(
+            _Forward, plain))), grouped.normalize_and_store)
 
 
 def gradients_all(calls: Sequence[Backward]) -> list[Arrays]:
     """Small weights of a kind share a launch."""
-    return _run(kernels.fused_bwd, [_Backward(call) for call in calls])
+    return _each(
+        calls, lambda plain: _run(kernels.fused_bwd, list(map(
+            _Backward, plain))), grouped.gradients)
+
+
+def _each(
+        calls: Sequence[Any], plain: Callable[[Any], list[Any]],
+        of_groups: Callable[[Any], Any]) -> list[Any]:
+    """Returns the result of each; those without groups are run together."""
+    results = iter(plain([
+        call for call in calls if call.settings.groups is None]))
+    return [next(results) if call.settings.groups is None else of_groups(call)
+            for call in calls]
 
 
 def _run(fused: kernels.Fused, parts: Sequence[Any]) -> list[Any]:
@@ -294,10 +309,13 @@ class _Backward:
             numpy.int32(norm), gu)
 
 
-def warm_up(W: Array, u: Array, axis: int, n: int) -> None:
+def warm_up(
+        W: Array, u: Array, axis: int, n: int, groups: Groups | None = None,
+) -> None:
     for _ in range(n):  # one at a time: the vectors of one are enough
         normalize_all([Forward(
-            Settings(1, axis, True), W, u, 1.0, (), update_u=True)])
+            Settings(1, axis, True, groups=groups), W, u, 1.0, (),
+            update_u=True)])
 
 
 def _contiguous(x: Array) -> Array:

@@ -1,7 +1,7 @@
 """The arithmetic of NumPy, as :mod:`.device` is that of CuPy.
 
-:mod:`.power_iteration` computes each weight, and :mod:`.stacks` small ones of
-one kind together.
+:mod:`.power_iteration` computes each weight, :mod:`.stacks` small ones of one
+kind together, and :mod:`.grouped` one of several groups.
 """
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, Callable, Sequence
 
 import numpy
 
-from sn_function._arithmetic import power_iteration, stacks
+from sn_function._arithmetic import grouped, power_iteration, stacks
+from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
     Array,
     Arrays,
@@ -24,10 +25,11 @@ def normalize_all(calls: Sequence[Forward]) -> list[tuple[Arrays, Any]]:
     # NaN and overflow show in the results; they need no warning as well.
     with numpy.errstate(all='ignore'):
         results = _run(
-            calls, stacks.kind, stacks.normalize, power_iteration.normalize)
+            calls, stacks.kind, stacks.normalize,
+            lambda call: _module(call).normalize(call))
         for call, (_, iterations) in zip(calls, results):
             if call.update_u:
-                power_iteration.store(call.u, iterations)
+                _module(call).store(call.u, iterations)
         return results
 
 
@@ -35,7 +37,12 @@ def gradients_all(calls: Sequence[Backward]) -> list[Arrays]:
     with numpy.errstate(all='ignore'):
         return _run(
             calls, stacks.stack_of, stacks.gradients,
-            power_iteration.gradients)
+            lambda call: _module(call).gradients(call))
+
+
+def _module(call: Forward | Backward) -> Any:
+    """Returns the module that computes one weight."""
+    return power_iteration if call.settings.groups is None else grouped
 
 
 def _run(
@@ -60,6 +67,9 @@ def _run(
     return results
 
 
-def warm_up(W: Array, u: Array, axis: int, n: int) -> None:
+def warm_up(
+        W: Array, u: Array, axis: int, n: int, groups: Groups | None = None,
+) -> None:
     normalize_all([Forward(
-        Settings(n, axis, True), W, u, 1.0, (), update_u=True)])
+        Settings(n, axis, True, groups=groups), W, u, 1.0, (),
+        update_u=True)])

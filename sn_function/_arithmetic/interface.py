@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol, Sequence, Tuple
 
+from sn_function._arithmetic.groups import Groups
+
 Array = Any  # numpy.ndarray or cupy.ndarray
 Arrays = Tuple[Array, ...]
 
@@ -17,6 +19,7 @@ class Settings(NamedTuple):
     ``Y`` is ``gamma factor W`` divided by sigma, by ``eps`` where sigma is
     less, and by ``at_zero`` where sigma is zero.  That is for the gradient, as
     Y is zero there: ``1 / eps`` would make any step away from zero a huge one.
+    Without ``groups`` a weight is one matrix.
     """
 
     n_power_iteration: int
@@ -25,6 +28,7 @@ class Settings(NamedTuple):
     factor: float = 1.0
     eps: float = 0.0
     at_zero: float = 1.0
+    groups: Groups | None = None
 
 
 class Renewal(NamedTuple):
@@ -91,7 +95,7 @@ class Forward(NamedTuple):
     Attributes:
         settings: What the caller chose.
         W: Weight with 2 or more dimensions.
-        u: Start vector, shape ``(m,)``.
+        u: Start vector, shape ``(m,)``, or with groups ``(G m,)``.
         gamma: A float, or an array of shape ``()``.
         output_names: ``'Y'``, ``'sigma'``, both or none.
         update_u: Whether to overwrite ``u`` with ``u_K``, unless that is zero
@@ -156,6 +160,8 @@ class Arithmetic(Protocol):
     def gradients_all(self, calls: Sequence[Backward]) -> list[Arrays]:
         """Returns ``gW``, ``gu`` and ``ggamma``, as wanted."""
 
-    def warm_up(self, W: Array, u: Array, axis: int, n: int) -> None:
+    def warm_up(
+            self, W: Array, u: Array, axis: int, n: int,
+            groups: Groups | None = None) -> None:
         """Moves ``u`` on by ``n`` iterations, unless it would not be finite.
         """

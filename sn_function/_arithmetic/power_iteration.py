@@ -343,7 +343,8 @@ def coefficient_of_Y(call: Forward, iterations: PowerIteration) -> float:
     if initial is not None and gamma == initial and sigma < math.inf and (
             abs(sigma - gamma) > GAMMA_LIMIT * gamma):
         # A host may compute it; the estimate is what a device has at hand.
-        gamma = float(singular.norm(call.W, call.settings.axis)) or 1.0
+        gamma = float(singular.norm(
+            call.W, call.settings.axis, call.settings.groups)) or 1.0
         call.gamma[...] = initial[...] = gamma
         gamma = as_float(call.gamma)
     divisor, _ = iterations.floored(call.settings)

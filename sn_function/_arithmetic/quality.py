@@ -23,6 +23,7 @@ import numpy
 
 from sn_function._arithmetic import singular
 from sn_function._arithmetic.choose import arithmetic_of
+from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
     Forward,
     Iterations,
@@ -35,7 +36,7 @@ from sn_function.errors import VectorValueError
 
 def measure(
         W: Any, u: Any, axis: int, n_power_iteration: int, true_sigma: bool,
-        renewal: Renewal | None = None,
+        renewal: Renewal | None = None, groups: Groups | None = None,
 ) -> dict[str, Any]:
     """Returns numbers on one weight, on its device; nothing waits for them.
 
@@ -46,6 +47,8 @@ def measure(
         n_power_iteration: Number of iterations from ``u``.
         true_sigma: Whether the true sigma is wanted.
         renewal: When the estimate is one from another vector than ``u``.
+        groups: The groups, if sigma is that of the largest one of them; the
+            residual is, too.
 
     Returns:
         Arrays of shape ``()`` and dtype float64: ``'peak'``, the largest
@@ -60,13 +63,13 @@ def measure(
         numbers = {'peak': xp.maximum(W.max(), -W.min())}
         if u is not None:
             numbers['is_sound'] = xp.isfinite(u).all() & (u != 0).any()
-            settings = Settings(n_power_iteration, axis, True)
+            settings = Settings(n_power_iteration, axis, True, groups=groups)
             numbers['sigma'], numbers['residual'] = _estimate(
                 W, u, settings, renewal)
             if renewal is not None:
                 numbers['sigma_of_u'], _ = _estimate(W, u, settings)
         if true_sigma:
-            numbers['true_sigma'] = singular.norm(W, axis)
+            numbers['true_sigma'] = singular.norm(W, axis, groups)
         return {name: xp.asarray(x).astype(numpy.float64)
                 for name, x in numbers.items()}
 
@@ -79,7 +82,11 @@ def _estimate(
             Forward(settings, W, u, 1.0, ('sigma',), renewal=renewal)])
     except VectorValueError:  # a device replaces it without a word
         return math.nan, math.nan
-    return sigma, residual(W, settings.axis, sigma, iterations)
+    axis = settings.axis
+    if settings.groups is not None:
+        W, axis = settings.groups.split(W, axis)[iterations.largest][0], 1
+        iterations = iterations.of_largest()
+    return sigma, residual(W, axis, sigma, iterations)
 
 
 def residual(W: Any, axis: int, sigma: Any, iterations: Iterations) -> Any:

@@ -8,6 +8,7 @@ import chainer
 import numpy
 
 from sn_function._arithmetic import matrix
+from sn_function._arithmetic.groups import Groups
 
 # From so many rows and columns on, only the largest singular value is found.
 LARGE = 4096
@@ -23,8 +24,10 @@ def as_matrix(W: Any, axis: int) -> Any:
     return matrix.as_matrix(W, axis).astype(numpy.float64)
 
 
-def norm(W: Any, axis: int) -> Any:
+def norm(W: Any, axis: int, groups: Groups | None = None) -> Any:
     """Returns the largest singular value of a weight, of NumPy or of CuPy.
+
+    With groups it is the largest one of any group.
 
     It is that of the smaller one of the Gram matrices.  For the largest one
     this loses nothing, and it is several times as fast as a singular value
@@ -36,16 +39,27 @@ def norm(W: Any, axis: int) -> Any:
 
     """
     xp = chainer.backend.get_array_module(W)
-    A = as_matrix(W, axis)
+    A = matrices(W, axis, groups)
     with numpy.errstate(all='ignore'):
         peak = abs(A).max()
         scale = xp.where((peak > 0) & xp.isfinite(peak), peak, 1.)
         # Of NaN there is no decomposition; it comes back at the end.
         A = A / scale
         A = xp.where(xp.isfinite(A), A, 0.)
-        gram = A.dot(A.T) if len(A) <= A.shape[1] else A.T.dot(A)
-        largest = xp.linalg.eigvalsh(gram)[-1]
+        # One by one, as CuPy has no such decomposition of large batches.
+        largest = xp.stack([
+            xp.linalg.eigvalsh(
+                x.dot(x.T) if len(x) <= x.shape[1] else x.T.dot(x))[-1]
+            for x in A]).max()
         return xp.sqrt(xp.maximum(largest, 0.)) * scale + 0 * peak
+
+
+def matrices(W: Any, axis: int, groups: Groups | None) -> Any:
+    """Returns the groups of a weight as matrices, shape ``(G, m, n)``."""
+    if groups is None:
+        return as_matrix(W, axis)[None]
+    A = groups.split(W, axis).transpose(0, 2, 1, 3)
+    return A.reshape(*A.shape[:2], -1).astype(numpy.float64)
 
 
 def singular_values(W: Any, axis: int) -> tuple[float, float | None]:

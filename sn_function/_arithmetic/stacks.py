@@ -57,7 +57,7 @@ def kind(call: Forward) -> Any:
     """What the weights of a stack have in common; ``None`` for no stack."""
     settings, W = call.settings, call.W
     dtype = W.dtype
-    if W.size > MAX_SIZE or settings.axis != 0 or not (
+    if W.size > MAX_SIZE or settings.axis != 0 or settings.groups or not (
             dtype.char in 'fd' and dtype.isnative and W.flags.c_contiguous):
         return None
     return W.shape, dtype.char, settings, call.output_names
@@ -135,7 +135,7 @@ def _unit(x: Any) -> tuple[Any, list[float], Any]:
 
 def stack_of(call: Backward) -> Any:
     """What identifies the stack of a weight; ``None`` for no stack."""
-    stack = call.iterations.stack
+    stack = None if call.settings.groups else call.iterations.stack
     return None if stack is None else id(stack)
 
 

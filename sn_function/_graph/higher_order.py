@@ -70,14 +70,42 @@ def _estimate(
         settings: Settings, iterations: Iterations, W: chainer.Variable,
         u: Any) -> chainer.Variable:
     """Sigma of a multiple of the weight that the iterations were run on."""
-    A = _Blocks(W, settings.axis)
+    axis = settings.axis
+    of_group: Any = iterations
+    if settings.groups is not None:
+        W, u, of_group = _largest_group(settings, iterations, W, u)
+        axis = 1
+    A = _Blocks(W, axis)
     if settings.detach_uv:
-        return F.sum(iterations.u * A.dot(chainer.as_variable(iterations.v)))
-    u = _start(iterations, u)
+        return F.sum(of_group.u * A.dot(chainer.as_variable(of_group.v)))
+    u = _start(of_group, u)
     for _ in range(settings.n_power_iteration):
         t = A.dot(_unit(A.tdot(u)))
         u = _unit(t)
     return F.sum(u * t)
+
+
+def _largest_group(
+        settings: Settings, iterations: Any, W: chainer.Variable, u: Any,
+) -> tuple[chainer.Variable, Any, Any]:
+    """Returns the largest group as a weight of output axis 1, and its own.
+
+    A group is chosen by a sum over all, of which the others are multiplied by
+    zero: so it is on a device, which does not tell which one it is.
+    """
+    assert settings.groups is not None
+    xp = backend.get_array_module(W.array)
+    blocks = settings.groups.split(W, settings.axis)
+    G, _, m, _ = blocks.shape
+    chosen = xp.zeros((G, 1), W.dtype)
+    chosen[iterations.largest] = 1
+    weight = F.sum(blocks * F.broadcast_to(chainer.as_variable(
+        chosen.reshape(G, 1, 1, 1)), blocks.shape), axis=0)
+    if isinstance(u, chainer.Variable):
+        u = F.reshape(u, (G, m))
+        u = F.sum(u * F.broadcast_to(
+            chainer.as_variable(chosen.astype(u.dtype)), (G, m)), axis=0)
+    return weight, u, iterations.of_largest()
 
 
 def _where(condition: Any, x: Any, y: Any) -> chainer.Variable:

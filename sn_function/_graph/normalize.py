@@ -12,6 +12,7 @@ from chainer import functions as F
 
 from sn_function import _checks
 from sn_function._arithmetic.choose import arithmetic_of
+from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
     Arithmetic,
     Array,
@@ -239,10 +240,12 @@ class SpectralNormalizeGrad(node.Node):
 
 def make_settings(
         n_power_iteration: int, axis: int, detach_uv: bool,
-        factor: float | None, eps: float, cap: float | None) -> Settings:
+        factor: float | None, eps: float, cap: float | None,
+        groups: Groups | None = None) -> Settings:
     """Checks what holds for any weight; :func:`make_weight` does the axis."""
     numbers = _checks.check_settings(n_power_iteration, factor, eps, cap)
-    return Settings(int(n_power_iteration), axis, detach_uv, *numbers)
+    return Settings(
+        int(n_power_iteration), axis, detach_uv, *numbers, groups=groups)
 
 
 def make_weight(
@@ -251,7 +254,8 @@ def make_weight(
         renewal: Renewal | None = None,
 ) -> tuple[Normalization, list[ArrayOrVariable]]:
     """Checks the arguments; returns a weight for a node, and its inputs."""
-    axis = _checks.check_arrays(W, u, settings.axis, update_u)
+    axis = _checks.check_arrays(
+        W, u, settings.axis, update_u, settings.groups)
     if axis != settings.axis or type(settings.axis) is not int:
         settings = settings._replace(axis=axis)
     gamma = 1.0 if gamma is None else _checks.check_gamma(gamma, W)

@@ -15,6 +15,7 @@ from chainer.backends import cuda
 from sn_function import errors
 from sn_function._arithmetic import singular
 from sn_function._arithmetic.choose import is_on_device
+from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.matrix import accumulator_dtype
 
 
@@ -28,9 +29,10 @@ def free_name(link: chainer.Link, weight_name: str) -> str:
 
 def register(
         link: chainer.Link, name: str, W: chainer.Parameter, axis: int,
+        groups: Groups | None = None,
 ) -> None:
     """Adds gamma to the parameters of the link."""
-    gamma = chainer.Parameter(LargestSingularValue(W, axis))
+    gamma = chainer.Parameter(LargestSingularValue(W, axis, groups))
     gamma.to_device(link.device)
     with link.init_scope():
         setattr(link, name, gamma)
@@ -100,6 +102,7 @@ class LargestSingularValue:
     Args:
         W: The weight, which may be initialized later.
         axis: Its output axis.
+        groups: Its groups, if the norm is that of the largest one.
 
     Attributes:
         value: What gamma was initialized with, an array of shape ``()``.
@@ -109,10 +112,14 @@ class LargestSingularValue:
 
     value: Any = None
     shape: Any = None
+    groups: Groups | None = None  # in pickles of versions before 0.2
 
-    def __init__(self, W: chainer.Parameter, axis: int) -> None:
+    def __init__(
+            self, W: chainer.Parameter, axis: int,
+            groups: Groups | None = None) -> None:
         self.W = W
         self.axis = axis
+        self.groups = groups
         self._dtype: Any = None
 
     @property
@@ -135,7 +142,7 @@ class LargestSingularValue:
         W: Any = self.W.array
         if W is None:
             return
-        norm = singular.norm(W, self.axis)
+        norm = singular.norm(W, self.axis, self.groups)
         xp = chainer.backend.get_array_module(norm)
         array[...] = xp.where((norm > 0) & (norm < math.inf), norm, 1.)
         self.value = array.copy()

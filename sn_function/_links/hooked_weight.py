@@ -11,6 +11,7 @@ from typing import Any, Protocol, Sequence
 import chainer
 
 from sn_function import errors
+from sn_function._arithmetic.groups import length_of_u
 from sn_function._arithmetic.interface import (
     SETTLED,
     Array,
@@ -22,7 +23,7 @@ from sn_function._graph import normalize as _graph
 from sn_function._links import gamma as _gamma
 from sn_function._links import recompute, vector
 from sn_function._links.state import LinkState
-from sn_function._links.weight import output_axis
+from sn_function._links.weight import groups_of, output_axis
 
 # How much a vector turns in an iteration, at most, while its weight is trained
 # (measured: :doc:`accuracy`).  In test mode nothing moves it on, so there it
@@ -41,6 +42,7 @@ class Hook(Protocol):
     factor: float | None
     eps: float
     cap: float | None
+    groups: str | None
 
 
 def renewal_of(
@@ -88,8 +90,10 @@ class HookedWeight:
         if self.state.gamma_name is not None:
             gamma = getattr(link, self.state.gamma_name)
         u = getattr(link, hook.vector_name)
+        groups = groups_of(link, hook)
         has_other_shape = (
-            u is not None and u.shape != (W.shape[output_axis(link)],)) or (
+            u is not None and u.shape != (
+                length_of_u(W.shape, output_axis(link), groups),)) or (
             gamma is not None and not _gamma.fits(gamma, W))
         if has_other_shape:
             names = hook.vector_name + (
@@ -97,7 +101,7 @@ class HookedWeight:
             self.discard_vector(
                 f'{names} belonged to a weight of another shape than '
                 f'{W.shape}.')
-        u = vector.find(link, hook.vector_name, W, hook.n_warmup)
+        u = vector.find(link, hook.vector_name, W, hook.n_warmup, groups)
         if gamma is not None:
             _gamma.initialize(gamma, self.W, has_other_shape)
         return u, gamma
@@ -134,11 +138,12 @@ class HookedWeight:
             is_train, = node.config('train')
             renewal = renewal_of(hook, is_train, gamma, self.W)
         given = (hook.n_power_iteration, hook.detach_uv, hook.factor,
-                 hook.eps, hook.cap)
+                 hook.eps, hook.cap, hook.groups)
         if state.settings[0] != given:
             state.settings = given, _graph.make_settings(
                 hook.n_power_iteration, output_axis(self.link),
-                hook.detach_uv, hook.factor, hook.eps, hook.cap)
+                hook.detach_uv, hook.factor, hook.eps, hook.cap,
+                groups_of(self.link, hook))
         return _graph.make_weight(
             self.W, u, gamma, state.settings[1], ('Y',), update_u, renewal)
 

@@ -9,11 +9,32 @@ from chainer import links as L
 from chainer.utils import size_of_shape
 
 from sn_function import errors
+from sn_function._arithmetic.groups import Groups
+
+# Links whose weight may have groups, one after another along axis 0.
+GROUPED = (
+    L.Convolution2D, L.ConvolutionND, L.Deconvolution2D, L.DeconvolutionND)
 
 
 def output_axis(link: chainer.Link) -> int:
     """Returns the output axis of the link's weight."""
     return int(isinstance(link, (L.Deconvolution2D, L.DeconvolutionND)))
+
+
+def groups_of(link: chainer.Link, hook: Any) -> Groups | None:
+    """Returns the groups that a hook sees in its weight, if several.
+
+    Where it normalizes each, they are those of the convolution's ``W``.
+    Chainer's hook does not.
+    """
+    if getattr(hook, 'groups', None) is None or hook.weight_name != 'W':
+        return None
+    if isinstance(link, L.DepthwiseConvolution2D):
+        return Groups(None, axis=1)  # one for each channel of the input
+    if not isinstance(link, GROUPED):
+        return None
+    count = getattr(link, 'groups', 1)
+    return Groups(count) if count > 1 else None
 
 
 def initialize(cb_args: Any, W: chainer.Parameter, weight_name: str) -> None:

@@ -11,6 +11,7 @@ from sn_function import _checks
 from sn_function._arithmetic import quality
 from sn_function._links import call
 from sn_function._links.hooked_weight import renewal_of
+from sn_function._links.weight import groups_of
 from sn_function._models import LinkWeight, gamma_of
 from sn_function.link_hooks import output_axis
 
@@ -71,7 +72,8 @@ class MonitoredWeight:
         numbers = quality.measure(
             W, u, hook.axis if is_of_chainer else output_axis(link),
             hook.n_power_iteration, true_sigma,
-            None if is_of_chainer else renewal_of(hook, is_train=False))
+            None if is_of_chainer else renewal_of(hook, is_train=False),
+            groups_of(link, hook))
         gamma = gamma_of(link, hook)
         if gamma is not None and gamma.array is not None:
             numbers['gamma'] = gamma.array.astype(numpy.float64)

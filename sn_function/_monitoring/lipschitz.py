@@ -29,7 +29,7 @@ def n_windows(link: chainer.Link) -> int:
     the input, and a pixel is in ``n`` of these; so its norm is at most
     ``sqrt(n)`` times that of the weight.
     """
-    kernel = link.W.shape[2:] if is_supported(link) else ()
+    kernel = link.W.shape[2:] if is_supported(link, groups='each') else ()
     if not kernel:
         return 1
     if output_axis(link) == 1:  # a deconvolution
@@ -38,7 +38,8 @@ def n_windows(link: chainer.Link) -> int:
     return math.prod(
         -(-k * math.gcd(stride, dilate) // stride)
         for k, stride, dilate in zip(
-            kernel, _each(link.stride, ndim), _each(link.dilate, ndim)))
+            kernel, _each(link.stride, ndim),
+            _each(getattr(link, 'dilate', 1), ndim)))
 
 
 def _each(x: Any, ndim: int) -> Any:

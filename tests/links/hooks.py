@@ -20,6 +20,7 @@ class Hook(chainer.LinkHook):
     factor: Optional[float] = None
     eps: float = 1e-6
     cap: Optional[float] = None
+    groups: Optional[str] = None
 
     def added(self, link):
         LinkState(self.weight_name, None).put(link)

@@ -1,0 +1,309 @@
+"""Power iterations on the groups of a weight, all at once, and their adjoint.
+
+The weight is seen as an array ``A`` of shape ``(G, l, m, r)``, see
+:class:`.groups.Groups`; the vectors ``u`` have the shape ``(G, 1, 1, m)`` and
+``v`` ``(G, l, 1, r)``.  The formulas are those of :mod:`.power_iteration`.
+
+All here is for NumPy and for CuPy, where nothing waits for the device.  On the
+host each group is divided by its largest entry only where a norm is so large
+or small that its square has lost digits, and then in float64; on a device,
+always.  What a scale does to the letters:
+
+    A = W_g / scale        sigma_g = scale |t_K|        G is the same
+"""
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import chainer
+import numpy
+
+from sn_function import errors
+from sn_function._arithmetic.interface import SETTLED, Renewal, Settings
+from sn_function._arithmetic.matrix import ORDINARY
+
+
+class Vectors(NamedTuple):
+    """What ``n`` iterations on all groups computed.
+
+    Attributes:
+        us, vs: ``u_0 .. u_n`` and ``v_1 .. v_n``.
+        s_norms, t_norms: Norms of ``s_1 .. s_n`` and ``t_1 .. t_n``, each of
+            shape ``(G, 1, 1, 1)`` and dtype float64.
+
+    """
+
+    us: list[Any]
+    vs: list[Any]
+    s_norms: list[Any]
+    t_norms: list[Any]
+
+
+class OfGroup(NamedTuple):
+    """What :class:`.interface.Iterations` has, of one group."""
+
+    u: Any
+    v: Any
+    start: Any
+    restarted: Any
+
+
+class Iterations(NamedTuple):
+    """What a forward computed, for its backward.
+
+    Attributes:
+        vectors: Those of all groups.
+        sigmas: Estimate of each group, shape ``(G,)`` and dtype float64.
+        sigma: The largest: a float, or an array of shape ``()`` of a device.
+        largest: Index of that group: a slice of length 1, or an array of
+            shape ``(1,)`` of a device.
+        given: The start vector that was given, shape ``(G m,)``.
+        scale: What each group was divided by, shape ``(G, 1, 1, 1)``, or 1.
+        u_norm: What each vector was divided by, likewise.
+        restarts: Whether ``u_0`` of a group is not the one that was given,
+            likewise, or ``False``.
+
+    """
+
+    vectors: Vectors
+    sigmas: Any
+    sigma: Any
+    largest: Any
+    given: Any
+    scale: Any = 1.0
+    u_norm: Any = 1.0
+    restarts: Any = False
+
+    @property
+    def u(self) -> Any:
+        return self.vectors.us[-1].reshape(-1)
+
+    @property
+    def v(self) -> Any:
+        return self.vectors.vs[-1].reshape(-1)
+
+    @property
+    def start(self) -> Any:
+        if self.restarts is False:
+            return self.given
+        first = self.vectors.us[0]
+        given = self.given.reshape(first.shape)
+        xp = chainer.backend.get_array_module(first)
+        return xp.where(self.restarts, first, given).reshape(-1).astype(
+            given.dtype, copy=False)
+
+    @property
+    def restarted(self) -> Any:
+        """That of the largest group; of the others nothing depends on it."""
+        if self.restarts is False:
+            return False
+        restarted = self.restarts[self.largest].reshape(())
+        return (bool(restarted) if isinstance(self.largest, slice)
+                else restarted)
+
+    def floored(self, settings: Settings) -> tuple[Any, Any]:
+        """Returns what ``W`` is divided by, and whether that is sigma."""
+        sigma, eps = self.sigma, settings.eps
+        if isinstance(sigma, float):
+            if sigma == 0:
+                return settings.at_zero, False
+            return (eps, False) if sigma < eps else (sigma, True)
+        xp = chainer.backend.get_array_module(sigma)
+        is_zero, is_below = sigma == 0, sigma < eps
+        divisor = xp.where(is_zero, settings.at_zero, xp.where(
+            is_below, eps, sigma))
+        return divisor, ~(is_zero | is_below)
+
+    def of_largest(self) -> OfGroup:
+        """Returns the vectors of the largest group."""
+        us, vs, *_ = self.vectors
+        start = self.start.reshape(us[0].shape)
+        u, v, start = [
+            x[self.largest].reshape(-1) for x in (us[-1], vs[-1], start)]
+        return OfGroup(u, v, start, self.restarted)
+
+
+def iterate(A: Any, u: Any, n: int) -> Vectors:
+    """Runs ``n`` power iterations on all groups.
+
+    Args:
+        A: Array of shape ``(G, l, m, r)``.
+        u: Array of shape ``(G, 1, 1, m)``.
+        n: Number of iterations.
+
+    """
+    vectors = Vectors([u], [], [], [])
+    for _ in range(n):
+        v, s_norm = _unit(_tdot(A, u))
+        u, t_norm = _unit(_dot(A, v))
+        for column, x in zip(vectors, (u, v, s_norm, t_norm)):
+            column.append(x)
+    return vectors
+
+
+def _tdot(A: Any, u: Any) -> Any:
+    """``W^T u`` of each group, shape ``(G, l, 1, r)``."""
+    return u @ A
+
+
+def _dot(A: Any, v: Any) -> Any:
+    """``W v`` of each group, shape ``(G, 1, 1, m)``."""
+    t = A @ transposed(v)
+    if A.shape[1] > 1:
+        t = t.sum(axis=1)
+    return t.reshape(len(A), 1, 1, -1)
+
+
+def _unit(x: Any) -> tuple[Any, Any]:
+    """Unit vectors, or zero where x is zero; and the norms, in float64."""
+    norm = _norm(x)
+    return (x / _or_one(norm)).astype(x.dtype, copy=False), norm
+
+
+def _norm(x: Any) -> Any:
+    x = x.astype(numpy.float64, copy=False).reshape(len(x), 1, 1, -1)
+    return (x * x).sum(axis=3, keepdims=True) ** 0.5
+
+
+def _or_one(x: Any) -> Any:
+    """``x``, or 1 where that is zero."""
+    return x + (x == 0)
+
+
+def _peak(x: Any) -> Any:
+    """The largest magnitude of each group, or 1 where it is 0 or not finite.
+    """
+    xp = chainer.backend.get_array_module(x)
+    peak = abs(x).max(axis=(1, 2, 3), keepdims=True).astype(numpy.float64)
+    return xp.where((peak > 0) & xp.isfinite(peak), peak, 1.0)
+
+
+def settle(A: Any, vectors: Vectors, n: int, renewal: Renewal) -> Vectors:
+    """Runs ``n`` iterations again where a vector is one of another weight.
+
+    Each group has a vector of its own, and is decided for by itself: from
+    where it is taken to, until it is settled.  On the host only.
+    """
+    limit, is_stale = renewal.limit, True
+    for _ in range(0, renewal.n_warmup, n):
+        is_stale = is_stale & _turns_by_more_than(limit, vectors)
+        if not is_stale.any():
+            break
+        limit = SETTLED
+        vectors = iterate(
+            A, numpy.where(is_stale, vectors.us[-1], vectors.us[0]), n)
+    return vectors
+
+
+def _turns_by_more_than(limit: float, vectors: Vectors) -> Any:
+    """Whether ``1 - u_0 . u_1 / |u_0|`` of each group is more than limit."""
+    # u_0 . W v_1 = |W^T u_0|
+    cosine = vectors.s_norms[0] / (vectors.t_norms[0] * _norm(vectors.us[0]))
+    sigma = vectors.t_norms[-1]
+    return (cosine < 1 - limit) & (sigma > 0) & (sigma < math.inf)
+
+
+def power_iteration(
+        A: Any, u: Any, n: int, renewal: Renewal | None = None) -> Iterations:
+    """Runs ``n`` power iterations on each group.
+
+    Args:
+        A: Array of shape ``(G, l, m, r)``.
+        u: Array of shape ``(G m,)``, which is copied.
+        n: Number of iterations.
+        renewal: When they start from another vector; on the host only.
+
+    Raises:
+        VectorValueError: On the host, ``u`` is zero or not finite.
+
+    """
+    # A copy: the owner of u is free to change it.
+    given = u.astype(A.dtype)
+    start = given.reshape(len(A), 1, 1, A.shape[2])
+    if not isinstance(A, numpy.ndarray):
+        return _carefully(A, start, n, None)
+    vectors = iterate(A, start, n)
+    if renewal is not None:
+        vectors = settle(A, vectors, n, renewal)
+    low, high = ORDINARY[A.dtype.char]
+    norms = numpy.array([vectors.s_norms, vectors.t_norms])
+    if norms.min() > low and norms.max() < high:
+        return _finished(
+            vectors, vectors.t_norms[-1], vectors.us[0].reshape(-1))
+    if not (numpy.isfinite(given).all() and given.any()):
+        raise errors.VectorValueError(u)
+    return _carefully(A.astype(numpy.float64), start, n, renewal)
+
+
+def _carefully(
+        A: Any, given: Any, n: int, renewal: Renewal | None) -> Iterations:
+    """Iterations on groups and from vectors of any size.
+
+    A vector that its group takes to zero is replaced, unless that is zero, as
+    is one that is not finite: by the unit vector of the row of the largest
+    norm.
+    """
+    xp = chainer.backend.get_array_module(A)
+    scale, u_peak = _peak(A), _peak(given)
+    A = (A / scale).astype(A.dtype, copy=False)
+    start, length = _unit(given / u_peak)  # in float64, as peaks are
+    start = start.astype(A.dtype, copy=False)
+    rows = (A * A).sum(axis=(1, 3)).reshape(given.shape)
+    is_zero = rows.max(axis=3, keepdims=True) == 0
+    is_usable = xp.isfinite(length) & (is_zero | (
+        _tdot(A, start) != 0).any(axis=(1, 3), keepdims=True))
+    largest_row = xp.arange(A.shape[2]) == xp.expand_dims(
+        rows.argmax(axis=3), 3)
+    start = xp.where(is_usable, start, largest_row.astype(A.dtype))
+    vectors = iterate(A, start, n)
+    restarts = ~is_usable
+    if renewal is not None:
+        vectors = settle(A, vectors, n, renewal)
+        restarts |= (vectors.us[0] != start).any(axis=3, keepdims=True)
+    iterations = _finished(
+        vectors, vectors.t_norms[-1] * scale, given.reshape(-1))
+    return iterations._replace(
+        scale=scale, u_norm=_or_one(length) * u_peak, restarts=restarts)
+
+
+def _finished(vectors: Vectors, sigmas: Any, given: Any) -> Iterations:
+    sigmas = sigmas.reshape(-1)
+    sigma, largest = sigmas.max(), sigmas.argmax()  # NaN is the largest
+    if isinstance(sigmas, numpy.ndarray):
+        sigma, largest = float(sigma), slice(largest, largest + 1)
+    else:
+        largest = largest.reshape(1)
+    return Iterations(vectors, sigmas, sigma, largest, given)
+
+
+def adjoint(
+        A: Any, vectors: Vectors, need_u: bool) -> tuple[Any, Any, Any]:
+    """As :func:`.power_iteration.adjoint`, of groups that were picked.
+
+    Returns:
+        ``P (1, 1, 2K, m)``, ``Q (1, l, 2K, r)`` and ``ubar (1, 1, 1, m)`` or
+        ``None``.
+
+    """
+    us, vs, s_norms, t_norms = vectors
+    dtype = A.dtype
+    P, Q = [], []
+    tbar, ubar = us[-1], None
+    for k in range(len(vs) - 1, -1, -1):
+        sbar = _tdot(A, tbar)
+        sbar = sbar - vs[k] * (vs[k] * sbar).sum()
+        sbar = (sbar / _or_one(s_norms[k])).astype(dtype, copy=False)
+        P += [tbar, us[k]]
+        Q += [vs[k], sbar]
+        if k > 0:
+            tbar = (_dot(A, sbar) / _or_one(t_norms[k - 1])).astype(
+                dtype, copy=False)
+        elif need_u:
+            ubar = _dot(A, sbar)
+    xp = chainer.backend.get_array_module(A)
+    return xp.concatenate(P, axis=2), xp.concatenate(Q, axis=2), ubar
+
+
+def transposed(x: Any) -> Any:
+    return x.transpose(0, 1, 3, 2)

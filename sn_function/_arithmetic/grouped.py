@@ -1,0 +1,221 @@
+"""Normalization of a weight by the largest of its groups, and its gradient.
+
+The groups ``W_1 .. W_G`` of a weight are maps of their own, side by side, so
+the norm of all of them is that of the largest:
+
+    sigma = max_g sigma_g        Y = gamma f W / max(sigma, eps)
+
+Each ``sigma_g`` is from iterations of its own, of :mod:`.group_iterations`,
+and the gradient of sigma is that of the largest one.  As there, all is for
+NumPy and for CuPy.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import chainer
+import numpy
+
+from sn_function._arithmetic import (
+    buffers,
+    group_iterations,
+    power_iteration,
+)
+from sn_function._arithmetic.group_iterations import (
+    Iterations,
+    Vectors,
+    transposed,
+)
+from sn_function._arithmetic.interface import (
+    GAMMA_LIMIT,
+    Arrays,
+    Backward,
+    Forward,
+    Settings,
+)
+from sn_function._arithmetic.matrix import accumulator_dtype
+
+
+def normalize(call: Forward) -> tuple[Arrays, Iterations]:
+    """Returns ``Y`` and ``sigma``, as named, and what backward needs.
+
+    Call it with NumPy's warnings off, as :func:`.power_iteration.normalize`.
+
+    Raises:
+        VectorValueError: On the host, ``u`` is zero or not finite.
+
+    """
+    settings, W = call.settings, call.W
+    dtype = accumulator_dtype(W.dtype)
+    array = W.astype(dtype, copy=False)
+    iterations = group_iterations.power_iteration(
+        _split(settings, array), call.u, settings.n_power_iteration,
+        call.renewal)
+    outputs: Arrays = ()
+    if 'Y' in call.output_names:
+        Y = _times(array, _coefficient_of_Y(call, iterations),
+                   buffers.empty_of(W, call.reuse and W is array))
+        outputs = Y.astype(W.dtype, copy=False),
+    if 'sigma' in call.output_names:
+        xp = chainer.backend.get_array_module(W)
+        outputs += xp.asarray(iterations.sigma).astype(dtype),
+    return outputs, iterations
+
+
+def _coefficient_of_Y(call: Forward, iterations: Any) -> Any:
+    """As :func:`.power_iteration.coefficient_of_Y`, on a device, too."""
+    if isinstance(iterations.sigma, float):
+        return power_iteration.coefficient_of_Y(call, iterations)
+    gamma, sigma = call.gamma, iterations.sigma
+    initial = call.renewal and call.renewal.initial_gamma
+    if initial is not None:
+        xp = chainer.backend.get_array_module(sigma)
+        is_off = (gamma == initial) & xp.isfinite(sigma) & (
+            abs(sigma - gamma) > GAMMA_LIMIT * gamma)
+        gamma[...] = xp.where(
+            is_off, xp.where(sigma > 0, sigma, 1.0), gamma)
+        initial[...] = xp.where(is_off, gamma, initial)
+    divisor, _ = iterations.floored(call.settings)
+    return _number(gamma) * call.settings.factor / divisor
+
+
+def _split(settings: Settings, W: Any) -> Any:
+    assert settings.groups is not None
+    return settings.groups.split(W, settings.axis)
+
+
+def normalize_and_store(call: Forward) -> tuple[Arrays, Iterations]:
+    """:func:`normalize`, which then overwrites ``u`` if that is asked for."""
+    outputs, iterations = normalize(call)
+    if call.update_u:
+        store(call.u, iterations)
+    return outputs, iterations
+
+
+def store(u: Any, iterations: Iterations) -> None:
+    """Overwrites ``u`` with ``u_K``, where no sigma is zero or not finite.
+
+    Nothing is changed where one is not finite; the vector of a group whose
+    sigma is zero stays as it is.
+    """
+    xp = chainer.backend.get_array_module(u)
+    new = iterations.vectors.us[-1]
+    is_good = (iterations.sigmas > 0) & xp.isfinite(iterations.sigma)
+    old = u.reshape(new.shape)
+    u[...] = xp.where(
+        is_good.reshape(-1, 1, 1, 1), new, old).reshape(-1)
+
+
+def gradients(call: Backward) -> Arrays:
+    """Returns ``gW``, ``gu`` and ``ggamma``, as wanted.
+
+    Call it with NumPy's warnings off, as :func:`.power_iteration.normalize`.
+
+    """
+    settings, iterations, wanted, W, u, gamma, gY, gsigma, reuse = call
+    dtype = iterations.vectors.us[0].dtype
+    array = W.astype(dtype, copy=False)
+    a, c, dot = 0.0, 0.0, 0.0  # gW = a gY + c G
+    if gY is not None:
+        gY = gY.astype(dtype, copy=False)
+        a, c, dot = _coefficients(
+            settings, iterations, gamma, _inner(gY, array))
+    if gsigma is not None:
+        c = c + _number(gsigma)
+    grads: dict[str, Any] = {}
+    if 'gamma' in wanted:
+        xp = chainer.backend.get_array_module(W)
+        grads['gamma'] = xp.asarray(settings.factor * dot).astype(gamma.dtype)
+    if 'W' in wanted or 'u' in wanted:
+        G, ubar = _of_sigma(settings, iterations, array, 'u' in wanted)
+        if 'W' in wanted:
+            out = _times(gY, a, buffers.empty_of(
+                W, reuse and W is array), array)
+            blocks = _split(settings, out)
+            blocks[iterations.largest] += (G * c).astype(dtype, copy=False)
+            grads['W'] = out.astype(W.dtype, copy=False)
+        if 'u' in wanted:
+            xp = chainer.backend.get_array_module(W)
+            gu = xp.zeros_like(iterations.vectors.us[0])
+            gu[iterations.largest] = ubar * c
+            grads['u'] = gu.reshape(-1).astype(u.dtype)
+    return tuple([grads[name] for name in wanted])
+
+
+def _coefficients(
+        settings: Settings, iterations: Any, gamma: Any, dot: Any,
+) -> tuple[Any, Any, Any]:
+    """As :func:`.power_iteration.coefficients`, on a device, too."""
+    if isinstance(dot, float):
+        return power_iteration.coefficients(
+            settings, iterations, gamma, dot)
+    xp = chainer.backend.get_array_module(dot)
+    divisor, is_above = iterations.floored(settings)
+    dot = dot / divisor
+    a = _number(gamma) * settings.factor / divisor
+    return a, xp.where(is_above, -a * dot, 0.0), dot
+
+
+def _of_sigma(
+        settings: Settings, iterations: Iterations, W: Any, need_u: bool,
+) -> tuple[Any, Any]:
+    """Differentiates sigma with respect to the largest group and its vector.
+
+    Returns:
+        ``G``, shape ``(1, l, m, r)``, and the derivative with respect to the
+        vector that was given, shape ``(1, 1, 1, m)``, or ``None``.
+
+    """
+    largest = iterations.largest
+    vectors = Vectors(*[
+        [x[largest] for x in column] for column in iterations.vectors])
+    if settings.detach_uv:
+        return transposed(vectors.us[-1]) * vectors.vs[-1], None
+    scale, u_norm, restarts = [
+        x[largest] if hasattr(x, 'shape') else x for x in (
+            iterations.scale, iterations.u_norm, iterations.restarts)]
+    A = (_split(settings, W)[largest] / scale).astype(
+        vectors.us[0].dtype, copy=False)
+    P, Q, ubar = group_iterations.adjoint(A, vectors, need_u)
+    if ubar is not None:
+        ubar = ubar * (scale / u_norm)
+        if restarts is not False:
+            xp = chainer.backend.get_array_module(ubar)
+            ubar = xp.where(restarts, 0, ubar)
+    return transposed(P) @ Q, ubar
+
+
+def _inner(x: Any, y: Any) -> Any:
+    """``<x, y>``: a float, or an array of a device."""
+    if isinstance(x, numpy.ndarray):
+        return float(x.ravel().dot(y.ravel()))
+    return (x.astype(numpy.float64) * y).sum()
+
+
+def _number(x: Any) -> Any:
+    """A number, or an array of shape ``()``: as a float, on the host."""
+    return (x.item() if isinstance(x, numpy.ndarray)
+            else x if isinstance(x, float) else x.astype(numpy.float64))
+
+
+def _times(x: Any, number: Any, empty: Any, like: Any = None) -> Any:
+    """``x`` times a number, in its dtype; zeros if x is ``None``.
+
+    Args:
+        x: An array, or ``None``.
+        number: A number, or an array of shape ``()`` and dtype float64.
+        empty: Makes the array that is returned, on the host.
+        like: An array of the shape and dtype of the result.
+
+    """
+    like = x if like is None else like
+    xp = chainer.backend.get_array_module(like)
+    out = (xp.empty if xp is not numpy else empty)(like.shape, like.dtype)
+    if x is None:
+        out[...] = 0
+        return out
+    if xp is numpy:
+        return numpy.multiply(x, float(number), out=out)
+    # Of one dimension more, it is not taken for a number of the dtype of x.
+    out[...] = x * number.reshape((1,) * x.ndim)
+    return out
