@@ -25,6 +25,7 @@ from sn_function._arithmetic import singular
 from sn_function._arithmetic.choose import arithmetic_of
 from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
+    GAMMA_LIMIT,
     Forward,
     Iterations,
     Renewal,
@@ -95,3 +96,18 @@ def residual(W: Any, axis: int, sigma: Any, iterations: Iterations) -> Any:
     # Divided first: then neither a large nor a small weight leaves the range.
     difference = (iterations.u / sigma).dot(matrix) - iterations.v
     return (difference * difference).sum() ** 0.5
+
+
+def gamma_of_next_call(gamma: Any, sigma: Any, renewal: Renewal | None) -> Any:
+    """Returns gamma, or what a call makes it anew; a float64 of shape ``()``.
+
+    Here that is the estimate, as it is on a device.
+    """
+    xp = chainer.backend.get_array_module(gamma)
+    value = gamma.astype(numpy.float64)
+    initial = renewal and renewal.initial_gamma
+    if initial is None:
+        return value
+    is_made_anew = (gamma == initial) & xp.isfinite(sigma) & (
+        abs(sigma - value) > GAMMA_LIMIT * value)
+    return xp.where(is_made_anew, xp.where(sigma > 0, sigma, 1.), value)

@@ -4,11 +4,11 @@ from __future__ import annotations
 from typing import Any, Iterable, NamedTuple
 
 import chainer
-import numpy
 from chainer import link_hooks
 
 from sn_function import _checks
 from sn_function._arithmetic import quality
+from sn_function._arithmetic.groups import length_of_u
 from sn_function._links import call
 from sn_function._links.hooked_weight import renewal_of
 from sn_function._links.weight import groups_of
@@ -57,8 +57,12 @@ class MonitoredWeight:
 
     @property
     def is_initialized(self) -> bool:
-        return self.array is not None and (
-            self.hook is None or self.vector is not None)
+        if self.array is None or self.hook is None:
+            return self.array is not None
+        # A weight of another shape gets another vector in the next call.
+        return self.vector is not None and self.vector.size == length_of_u(
+            self.array.shape, output_axis(self.link),
+            groups_of(self.link, self.hook))
 
     def measure(self, true_sigma: bool) -> dict[str, Any]:
         """Returns numbers on it, arrays of shape () on its device."""
@@ -69,14 +73,18 @@ class MonitoredWeight:
         # dtype and device.
         u = link.device.send(u).astype(W.dtype, copy=False)
         is_of_chainer = _is_of_chainer(hook)
+        gamma = gamma_of(link, hook)
+        if gamma is not None and gamma.array is None:
+            gamma = None
+        renewal = None if is_of_chainer else renewal_of(
+            hook, False, gamma, call.original(link, hook.weight_name))
         numbers = quality.measure(
             W, u, hook.axis if is_of_chainer else output_axis(link),
-            hook.n_power_iteration, true_sigma,
-            None if is_of_chainer else renewal_of(hook, is_train=False),
+            hook.n_power_iteration, true_sigma, renewal,
             groups_of(link, hook))
-        gamma = gamma_of(link, hook)
-        if gamma is not None and gamma.array is not None:
-            numbers['gamma'] = gamma.array.astype(numpy.float64)
+        if gamma is not None:
+            numbers['gamma'] = quality.gamma_of_next_call(
+                gamma.array, numbers['sigma'], renewal)
         return numbers
 
     def layer(self, numbers: dict[str, float]) -> Layer:

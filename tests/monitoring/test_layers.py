@@ -175,3 +175,21 @@ class TestMeasure:
                     link(np.ones((1, 3), 'f')).array, y.array)
         assert found[0][0].true_sigma == pytest.approx(
             reference.true_norm(link.W.array), rel=1e-5)
+
+
+@pytest.mark.parametrize('size', [3, 0])
+def test_gamma_of_a_weight_that_was_replaced(size):
+    """As the next call makes it; the report leaves it alone."""
+    link = L.Linear(20, 30).add_hook(SpectralNormalization(use_gamma=True))
+    before = link.gamma.array.copy()
+    link.W.array *= size
+    layer, = measure(link)
+    np.testing.assert_array_equal(link.gamma.array, before)
+    np.testing.assert_allclose(
+        layer.norm, reference.true_norm(link.W.array), rtol=1e-5)
+
+
+def test_a_weight_of_another_shape_is_left_out():
+    link = L.Linear(20, 30).add_hook(SpectralNormalization())
+    link.W.array = np.ones((7, 20), 'f')
+    assert measure(link) == []
