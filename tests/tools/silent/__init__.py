@@ -6,8 +6,17 @@ package in a checkout of an earlier version, such as of
 ``git worktree add CHECKOUT 49aeec4``; without it, on Chainer's hook where that
 has the same fault.  :mod:`tests.test_tools.test_silent` asserts the outcomes.
 """
-from tests.tools.silent import vectors
-from tests.tools.silent.cases import CASES as ALL
-from tests.tools.silent.cases import Case, outcome_now, outcome_of_chainer
+from tests.tools.silent import layouts, models, noops, vectors
+from tests.tools.silent.cases import (
+    CASES,
+    Case,
+    outcome_now,
+    outcome_of_chainer,
+)
 
-__all__ = ['ALL', 'Case', 'outcome_now', 'outcome_of_chainer', 'vectors']
+# In the order in which the table has them.
+MODULES = vectors, noops, models, layouts
+ALL = [each for module in MODULES for each in CASES
+       if each.run.__module__ == module.__name__]
+
+__all__ = ['ALL', 'Case', 'outcome_now', 'outcome_of_chainer']
