@@ -112,6 +112,7 @@ def summary(
         1 of 2 weights are normalized
 
     """
+    _models.check_models('summary', model)
     usage = None if run is None else _Usage.of(model, run)
     structure = _Structure(model)
     rows = []
