@@ -69,10 +69,11 @@ def cached(*models: chainer.Link) -> Iterator[None]:
 
     """
     _models.check_models('cached', *models)
-    if not any(next(_models.hooked_links(model, (SpectralNormalization,)), ())
-               for model in models):
-        warnings.warn(errors.NothingToShareWarning(models), stacklevel=3)
     scope = scopes.Scope(models, SpectralNormalization)
+    if not any(isinstance(hook, SpectralNormalization)
+               for link in scope.links.values()
+               for hook in link.local_link_hooks.values()):
+        warnings.warn(errors.NothingToShareWarning(models), stacklevel=3)
     scopes.begin(scope)
     try:
         yield

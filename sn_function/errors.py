@@ -22,7 +22,8 @@ def _rebuild(cls: type[BaseException], args: Any) -> BaseException:
 def _describe(x: Any) -> str:
     shape, dtype = getattr(x, 'shape', None), getattr(x, 'dtype', None)
     if shape is None or dtype is None:
-        return f'{type(x).__name__} {x!r}'
+        name, text = type(x).__name__, repr(x)
+        return text if text.startswith(name) else f'{name} {text}'
     return f'{type(x).__name__} of shape {tuple(shape)} and dtype {dtype}'
 
 
@@ -371,8 +372,8 @@ def _slash_hint(filter: Any) -> str:
     patterns = filter if isinstance(filter, (list, tuple)) else [filter]
     for one in patterns:
         if isinstance(one, str) and one[:1] not in ('/', '*', '?', '['):
-            return (f' Paths begin with a slash, so {one!r} takes nothing: is '
-                    f'it {"/" + one!r}?')
+            return (f' Paths begin with a slash, so {one!r} takes nothing: '
+                    f'did you mean {"/" + one!r}?')
     return ''
 
 
@@ -443,7 +444,7 @@ class ChainCallWarning(SpectralNormalizationWarning):
             f'all the same, but each by itself and in each of its calls, so '
             f'one that is called twice is normalized twice, and its u moves '
             f'on twice. Rename {call} to forward, as of Chainer 5, or call '
-            f'the chain in the scope: with sn_function.cached(chain).')
+            f'it in the scope `with sn_function.cached(model):`.')
 
 
 class UntrainedGammaWarning(SpectralNormalizationWarning):

@@ -410,8 +410,8 @@ class TestHookOfAChain:
 
     @pytest.mark.parametrize(('filter', 'match'), [
         ('0', r"filter '0' takes none of its links, which are /0, /1, /2, /3, "
-              r"/4, /5, /6, /7 and 2 more\. .* is it '/0'\?"),
-        (['/x', '1*'], r"takes none of .* is it '/1\*'\?"),
+              r"/4, /5, /6, /7 and 2 more\. .* did you mean '/0'\?"),
+        (['/x', '1*'], r"takes none of .* did you mean '/1\*'\?"),
         ('/x', r"'/x' takes none of its links.* /7 and 2 more\. Give"),
         (L.EmbedID, r'EmbedID.* takes none of its links, which are /0, '),
         ([], r'takes none of')])

@@ -188,7 +188,7 @@ class TestModelsGiven:
         (pathlib.Path('x.npz'), r"x\.npz.*`sn-function (bake SNAPSHOT OUT|"
                                 r"inspect SNAPSHOT)`"),
         (np.ones((2, 3)), r'ndarray of shape \(2, 3\).*Give the link'),
-        (SpectralNormalization(), r'SpectralNormalization\(n_power_iter.*'
+        (SpectralNormalization(), r'given SpectralNormalization\(n_power_it.*'
                                   r'model\.add_hook\(hook\)'),
         (ChainSpectralNormalization(), r'model\.add_hook\(hook\)'),
         (link_hooks.SpectralNormalization(), r'model\.add_hook\(hook\)'),
