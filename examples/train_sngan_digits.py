@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
     scores = digits_score.score(images, samples, args.device)
     with open(os.path.join(args.out, 'scores.json'), 'w') as f:
         json.dump(scores, f, indent=4)
-    plain = sn_function.bake(dis)
+    plain = dis if args.hook == 'none' else sn_function.bake(dis)
     for name, model in (('gen', gen), ('dis', dis), ('dis_plain', plain)):
         chainer.serializers.save_npz(
             os.path.join(args.out, f'{name}.npz'), model)

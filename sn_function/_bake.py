@@ -3,13 +3,20 @@ from __future__ import annotations
 
 import collections
 import copy
+import warnings
 from typing import Any, NamedTuple, TypeVar
 
 import chainer
 
 from sn_function import errors
 from sn_function._links import n_step
-from sn_function._models import ALL_HOOKS, hooked_links, hooks_of
+from sn_function._links.bypass import bypasses_hooks
+from sn_function._models import (
+    ALL_HOOKS,
+    check_models,
+    hooked_links,
+    hooks_of,
+)
 from sn_function.link_hooks import SpectralNormalization
 
 Model = TypeVar('Model', bound=chainer.Link)
@@ -17,8 +24,12 @@ Model = TypeVar('Model', bound=chainer.Link)
 
 def bake(model: Model, in_place: bool) -> Model:
     """See :func:`sn_function.bake`."""
-    for path, link in hooked_links(model):
+    check_models('bake', model)
+    hooked = list(hooked_links(model))
+    for path, link in hooked:
         _check(path, link)
+    if not hooked:
+        warnings.warn(errors.NothingToBakeWarning(model), stacklevel=3)
     if not in_place:
         model = copy.deepcopy(model)
         for param in model.params():
@@ -40,6 +51,10 @@ def _check(path: str, link: chainer.Link) -> None:
     where = f'{type(link).__name__} {path}'
     if n_step.is_n_step(link) and n_step.is_in_use(link):
         raise errors.WeightInUseError(where, 'ws')
+    if hooks_of(link) and bypasses_hooks(link):
+        raise errors.HookBypassedError(
+            [(path, link)], ', or, if it is to compute what it does now, '
+            'delete the hook first with link.delete_hook(name)')
     for hook in hooks_of(link):
         W = getattr(link, hook.weight_name)
         if not isinstance(W, chainer.Parameter):

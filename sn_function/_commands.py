@@ -135,12 +135,15 @@ def inspect(
     """Report the norm of each weight and whether its vector can be used.
 
     sigma is the largest singular value of the weight, in float64; estimate is
-    what its vector u gives for it, which is what the weight is divided by.
-    condition is sigma over the smallest singular value. The vector is
+    what its vector u gives for it, which is what the weight is divided by in
+    test mode, by a hook with the default settings. condition is sigma over
+    the smallest singular value. The vector is
 
     \b
       ok              usable, and its estimate within 10% of sigma
       lags            usable; training, or repair --all, brings it up
+      stale           of another weight: the hook iterates first, in each
+                      call, unless n_warmup is 0; repair --all ends that
       NaN, zero, ...  not usable: see repair
 
     All entries are read, and their checksums compared. The exit code is 3 if
@@ -163,6 +166,9 @@ def inspect(
 @click.argument('snapshot_', metavar='SNAPSHOT')
 @click.argument('out', metavar='OUT')
 @_iterations
+@click.option('--n-warmup', type=click.IntRange(0),
+              default=snapshot.N_WARMUP, show_default=True, metavar='N',
+              help="That of the hook; 0 for Chainer's own hook.")
 @click.option('--factor', type=float, metavar='F',
               help='That of the hook.  [default: 1]')
 @click.option('--eps', type=float, default=1e-6, show_default=True,

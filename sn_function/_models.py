@@ -73,6 +73,21 @@ def gamma_of(link: chainer.Link, hook: Any) -> chainer.Parameter | None:
 
 # Models
 
+def check_models(function: str, *models: Any) -> None:
+    """Raises an error unless these are models, at least one.
+
+    Args:
+        function: Name of what they were given to.
+        models: What was given.
+
+    """
+    for model in models:
+        if not isinstance(model, chainer.Link):
+            raise errors.ModelTypeError(function, model)
+    if not models:
+        raise errors.ModelTypeError(function)
+
+
 class LinkWeight(NamedTuple):
     """A weight of a link, and the hook that normalizes it, or ``None``."""
 
@@ -136,6 +151,13 @@ def check_filter(filter: Filter) -> None:
         if not (isinstance(one, str) or callable(one)
                 or (one is None and not is_list)):
             raise errors.FilterError(one)
+
+
+def filter_text(filter: Filter) -> str:
+    """Returns the filter as it is written in a program."""
+    if isinstance(filter, (list, tuple)):
+        return f'[{", ".join(map(filter_text, filter))}]'
+    return getattr(filter, '__qualname__', None) or repr(filter)
 
 
 def takes(filter: Filter, path: str, link: chainer.Link) -> bool:

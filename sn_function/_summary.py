@@ -121,6 +121,7 @@ def summary(
         1 of 2 weights are normalized
 
     """
+    _models.check_models('summary', model)
     usage = None if run is None else Usage.of(model, run)
     structure = _Structure(model)
     rows = []

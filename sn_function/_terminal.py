@@ -96,7 +96,8 @@ def _reports_table(title: str, reports: Sequence[WeightReport]) -> Table:
     table = _table(
         title, 'weight, shape, >sigma, >estimate, >condition, vector')
     for report in reports:
-        style = {'ok': 'green', 'lags': 'yellow'}.get(report.status, 'red')
+        style = {'ok': 'green', 'lags': 'yellow', 'stale': 'yellow'}.get(
+            report.status, 'red')
         shape = '-' if report.shape is None else ' x '.join(
             map(str, report.shape))
         table.add_row(

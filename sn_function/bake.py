@@ -37,17 +37,22 @@ def bake(model: Model, in_place: bool = False) -> Model:
       baked one from now on.
     * A NaN in a weight stays in the baked one.
     * There is no way back: keep the snapshot of the hooked model.
+    * A model without hooks is not changed, and there is a
+      :class:`~sn_function.errors.SpectralNormalizationWarning`.
 
     Args:
-        model (~chainer.Link): A link or a chain, with hooks or without.
+        model (~chainer.Link): A link or a chain.
         in_place (bool): Change this model, instead of a deep copy of it.
 
     Returns:
         ~chainer.Link: The baked model: a copy, or ``model`` itself.
 
     Raises:
+        ModelTypeError: ``model`` is no link; for a file see
+            :func:`sn_function.snapshot.bake`.  Nothing has been changed, as
+            with each of these errors.
+        HookBypassedError: The hook of a link has no effect.
         UninitializedWeightError: A link that has a hook was never called.
-            Nothing has been changed, as with each of these errors.
         WeightInUseError: It is called within a call of the model.
         ValueError: Chainer cannot copy a :class:`~chainer.Sequential` that
             has a lambda: give it a named function, or bake in place.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
+import warnings
 from typing import Any, Iterator
 
 import chainer
@@ -14,8 +15,10 @@ import chainer
 from sn_function import _models, errors
 from sn_function._links import call, n_step
 from sn_function._links import scope as scopes
+from sn_function._links.bypass import bypasses_hooks
+from sn_function._links.printing import settings_text
 from sn_function._links.state import LinkState
-from sn_function.link_hooks import LocalHook, SpectralNormalization
+from sn_function.link_hooks import LocalHook, SpectralNormalization, is_set_up
 
 
 @contextlib.contextmanager
@@ -43,8 +46,15 @@ def cached(*models: chainer.Link) -> Iterator[None]:
     * A second run by :func:`chainer.functions.forget` starts from the ``u``
       that the first one started from, in the scope or after it.
 
+    * If no link of the models has that hook, nothing is shared, and there is
+      a :class:`~sn_function.errors.SpectralNormalizationWarning`.  Chainer's
+      hook does not count.
+
     Args:
         models (~chainer.Link): Links or chains.
+
+    Raises:
+        ModelTypeError: There is none, or one is no link.
 
     .. admonition:: Example
 
@@ -58,7 +68,12 @@ def cached(*models: chainer.Link) -> Iterator[None]:
         ...     loss = (layer(x) - layer(-x)).array.sum()  # normalizes once
 
     """
+    _models.check_models('cached', *models)
     scope = scopes.Scope(models, SpectralNormalization)
+    if not any(isinstance(hook, SpectralNormalization)
+               for link in scope.links.values()
+               for hook in link.local_link_hooks.values()):
+        warnings.warn(errors.NothingToShareWarning(models), stacklevel=3)
     scopes.begin(scope)
     try:
         yield
@@ -86,6 +101,12 @@ class ChainSpectralNormalization(LocalHook):
     put into the chain later get none.  :meth:`~chainer.Link.delete_hook`
     removes the hooks that were added.
 
+    Chainer does not tell a hook of a call of a chain whose class has a
+    ``__call__`` of its own, in the place of ``forward``.  Then each link
+    normalizes its weight by itself, and there is a warning.  A link of such a
+    class could not be normalized at all, and is refused, unless the filter
+    leaves it out: see :ref:`own-call`.
+
     Args:
         filter (str, type, callable, list or None): Which links: a pattern
             of their paths in the chain, such as ``'/block*/conv?'``, with the
@@ -105,7 +126,7 @@ class ChainSpectralNormalization(LocalHook):
     Raises:
         SpectralNormalizationError: One of :mod:`sn_function.errors`; from
             :meth:`~chainer.Link.add_hook`, which then leaves the chain as it
-            was, where no link is found.
+            was, where no link is found, or one that never calls hooks.
 
     .. admonition:: Example
 
@@ -138,11 +159,11 @@ class ChainSpectralNormalization(LocalHook):
         """Adds the hook to the links."""
         done: list[chainer.Link] = []
         try:
-            for link in self._links(chain):
+            links = self._links(chain)
+            self._check(chain, links)
+            for _, link in links:
                 link.add_hook(self.hook)
                 done.append(link)
-            if not done:
-                raise errors.NoLinkError(chain, self.hook.weight_name)
         except BaseException:
             for link in done:
                 link.delete_hook(self.hook.name)
@@ -150,19 +171,50 @@ class ChainSpectralNormalization(LocalHook):
             chain.local_link_hooks.popitem()
             raise
 
-    def _links(self, chain: chainer.Link) -> list[chainer.Link]:
+    def _links(self, chain: chainer.Link) -> list[tuple[str, chainer.Link]]:
+        """Returns the links that get the hook, with the path of each."""
         weight_name = self.hook.weight_name
-        found = {  # once each: a link may have several paths
-            id(link): link for path, link
-            in _models.supported_links(
-                chain, weight_name, self.hook.groups)
-            if not LinkState.is_on(link, weight_name)
-            and self.accepts(path, link)}
-        found.update(
-            (id(link), link) for link in chain.links()
-            if _models.names_n_step_class(self.filter, link)
-            and not n_step.is_hooked(link))
+        supported = list(_models.supported_links(
+            chain, weight_name, self.hook.groups))
+        free = [(path, link) for path, link in supported
+                if not LinkState.is_on(link, weight_name)]
+        chosen = [(path, link) for path, link in free
+                  if self.accepts(path, link)]
+        chosen += [(path, link) for path, link in chain.namedlinks()
+                   if _models.names_n_step_class(self.filter, link)
+                   and not n_step.is_hooked(link)]
+        if not chosen:
+            raise errors.NoLinkError(
+                chain, weight_name, self.filter, supported, free)
+        found: dict[int, tuple[str, chainer.Link]] = {}
+        for path, link in chosen:  # once each: it may have several paths
+            found.setdefault(id(link), (path, link))
         return list(found.values())
+
+    def _check(
+            self, chain: chainer.Link,
+            links: list[tuple[str, chainer.Link]]) -> None:
+        """Raises an error or warns where the hook would have no effect."""
+        bypassing = [each for each in links if bypasses_hooks(each[1])]
+        if bypassing:
+            raise errors.HookBypassedError(
+                bypassing, ', or leave these links out by the filter of the '
+                'hook, which may be a function of the path and the link')
+        if bypasses_hooks(chain):
+            warnings.warn(errors.ChainCallWarning(chain), stacklevel=4)
+        if self.hook.use_gamma:
+            set_up = [path for path, link in links if is_set_up(link)]
+            if set_up:
+                warnings.warn(
+                    errors.UntrainedGammaWarning(set_up), stacklevel=4)
+
+    def __repr__(self) -> str:
+        settings = settings_text(self.hook)
+        if self.filter is not None:
+            settings = f'{_models.filter_text(self.filter)}, {settings}'
+        if self.name != type(self).name:
+            settings += f', name={self.name!r}'
+        return f'{type(self).__name__}({settings})'
 
     def accepts(self, path: str, link: chainer.Link) -> bool:
         """Returns whether the filter takes the link at that path."""
@@ -198,3 +250,9 @@ class _HookOfLink(SpectralNormalization):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.key = uuid.uuid4().hex
+
+    def _warn(self, link: chainer.Link) -> None:
+        """Leaves it to the hook of the chain, which warns once for all."""
+
+    def __repr__(self) -> str:
+        return f'{SpectralNormalization.__name__}({settings_text(self)})'

@@ -2,7 +2,8 @@
 and what to do.  Every one is raised before anything has been changed."""
 from __future__ import annotations
 
-from typing import Any, Mapping, Sequence
+import os
+from typing import Any, Iterable, Mapping, Sequence
 
 
 class SpectralNormalizationError(Exception):
@@ -21,8 +22,24 @@ def _rebuild(cls: type[BaseException], args: Any) -> BaseException:
 def _describe(x: Any) -> str:
     shape, dtype = getattr(x, 'shape', None), getattr(x, 'dtype', None)
     if shape is None or dtype is None:
-        return f'{type(x).__name__} {x!r}'
+        name, text = type(x).__name__, repr(x)
+        return text if text.startswith(name) else f'{name} {text}'
     return f'{type(x).__name__} of shape {tuple(shape)} and dtype {dtype}'
+
+
+def _some(items: Iterable[Any]) -> str:
+    items = list(dict.fromkeys(map(str, items)))
+    more = f' and {len(items) - 8} more' if len(items) > 8 else ''
+    return (', '.join(items[:8]) or 'none') + more
+
+
+def _links(model: Any) -> str:
+    return _some(f'{path} ({type(link).__name__})'
+                 for path, link in model.namedlinks())
+
+
+def _is_chain(link: Any) -> bool:
+    return next(iter(link.children()), None) is not None
 
 
 # Weights
@@ -68,10 +85,17 @@ class WeightNotFoundError(SpectralNormalizationError, ValueError):
         what = ('has an attribute of this name that is not a Parameter'
                 if hasattr(link, weight_name) else 'has no such attribute')
         known = ', '.join(map(repr, sorted(link._params))) or 'none'
+        remedy = ('Give one of them as weight_name, or add the hook to the '
+                  'child link that holds the weight.')
+        if _is_chain(link):
+            setting = ('' if weight_name == 'W'
+                       else f'weight_name={weight_name!r}')
+            remedy = (f'To normalize the links in this chain, add '
+                      f'sn_function.ChainSpectralNormalization({setting}) to '
+                      f'it. For one weight: {remedy[0].lower()}{remedy[1:]}')
         super().__init__(
             f'Weight {weight_name!r} does not exist: {name} {what}. Its own '
-            f'parameters: {known}. Give one of them as weight_name, or add '
-            f'the hook to the child link that holds the weight.')
+            f'parameters: {known}. {remedy}')
 
 
 class GroupCountError(SpectralNormalizationError, ValueError):
@@ -241,7 +265,62 @@ class GammaError(SpectralNormalizationError, TypeError):
             f'chainer.Parameter(numpy.array(1, W.dtype)).')
 
 
+# Models
+
+class ModelTypeError(SpectralNormalizationError, TypeError):
+    """Something else is given in the place of a model, or nothing."""
+
+    def __init__(self, function: str, *given: Any) -> None:
+        what = _describe(given[0]) if given else 'nothing'
+        remedy = (_instead_of_model(function, given[0]) if given
+                  else f'Name the models: {function}(model).')
+        super().__init__(
+            f'{function} takes a model, which is a chainer.Link or a Chain, '
+            f'but was given {what}. {remedy}')
+
+
+def _instead_of_model(function: str, given: Any) -> str:
+    if isinstance(given, (str, bytes, os.PathLike)):
+        command = 'bake' if function == 'bake' else 'inspect'
+        arguments = {'bake': 'SNAPSHOT OUT', 'inspect': 'SNAPSHOT'}[command]
+        python = arguments.lower().replace(' ', ', ')
+        return (f'If that is the file of a snapshot, load it into its model '
+                f'first: chainer.serializers.load_npz(file, model). For files '
+                f'alone there is sn_function.snapshot.{command}({python}), '
+                f'or the command `sn-function {command} {arguments}`.')
+    if isinstance(given, type):
+        return f'Give an object of this class: {given.__name__}(...).'
+    if hasattr(given, 'forward_preprocess'):
+        return ('Add the hook to a link, model.add_hook(hook), and give the '
+                'model.')
+    if hasattr(given, 'target'):
+        return 'Give the model that it optimizes, optimizer.target.'
+    if isinstance(given, (list, tuple)) and function == 'cached':
+        return 'Give the models one by one: cached(*models).'
+    return 'Give the link that has the weights.'
+
+
 # Hooks
+
+class HookBypassedError(SpectralNormalizationError, ValueError):
+    """A link never calls its hooks."""
+
+    def __init__(
+            self, links: Sequence[tuple[str, Any]], or_else: str = '') -> None:
+        where = _some(f'{path or type(link).__name__} ({_own_call(link)})'
+                      for path, link in links)
+        super().__init__(
+            f'A hook has no effect on a link whose class hides the __call__ '
+            f'of chainer.Link, which calls the hooks: {where}. Rename this '
+            f'__call__ to forward, as of Chainer 5, or let it call '
+            f'super().__call__ in the place of self.forward{or_else}.')
+
+
+def _own_call(link: Any) -> str:
+    """Where the call of a link is defined, such as ``Block.__call__``."""
+    cls = next(c for c in type(link).__mro__ if '__call__' in vars(c))
+    return f'{cls.__name__}.__call__'
+
 
 class HookCollisionError(SpectralNormalizationError, ValueError):
     """The weight has a hook already."""
@@ -301,15 +380,38 @@ class FilterError(SpectralNormalizationError, TypeError):
 class NoLinkError(SpectralNormalizationError, ValueError):
     """A chain has no link whose weight could be normalized."""
 
-    def __init__(self, chain: Any, weight_name: str) -> None:
+    def __init__(
+            self, chain: Any, weight_name: str, filter: Any,
+            supported: Sequence[tuple[str, Any]],
+            free: Sequence[tuple[str, Any]]) -> None:
+        paths = _some(path for path, _ in free or supported)
+        if free:
+            what = (f'The filter {filter!r} takes none of its links, which '
+                    f'are {paths}.{_slash_hint(filter)} Give a filter that '
+                    f'takes some of these paths, or none for all')
+        elif supported:
+            what = (f'All links whose {weight_name} could be normalized have '
+                    f'a hook already: {paths}. Do without this one, or delete '
+                    f'theirs first with link.delete_hook(name)')
+        else:
+            what = (f'None is a Linear, an EmbedID, a convolution or a '
+                    f'deconvolution that has a {weight_name}: '
+                    f'{_links(chain)}. Add the hook when all links are in '
+                    f'the chain, put the class of an n-step RNN into the '
+                    f'filter, or add SpectralNormalization to the links '
+                    f'themselves')
         super().__init__(
-            f'{type(chain).__name__} has no link that is a Linear, an '
-            f'EmbedID, a convolution or a deconvolution, has a {weight_name} '
-            f'without spectral normalization, and passes the filter. Add the '
-            f'hook when all links are in the chain, look at '
-            f'chain.namedlinks() for the paths that the filter is called '
-            f'with, put the class of an n-step RNN into the filter, or add '
-            f'SpectralNormalization to the links themselves.')
+            f'{type(chain).__name__} has no link to normalize. {what}. '
+            f'chain.namedlinks() has all paths.')
+
+
+def _slash_hint(filter: Any) -> str:
+    patterns = filter if isinstance(filter, (list, tuple)) else [filter]
+    for one in patterns:
+        if isinstance(one, str) and one[:1] not in ('/', '*', '?', '['):
+            return (f' Paths begin with a slash, so {one!r} takes nothing: '
+                    f'did you mean {"/" + one!r}?')
+    return ''
 
 
 class ModelCopyError(SpectralNormalizationError, TypeError):
@@ -342,12 +444,19 @@ class RunArgumentError(SpectralNormalizationError, ValueError):
 class NothingToReportError(SpectralNormalizationError, ValueError):
     """A model has no weight whose sigma could be reported."""
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(
-            f'{type(model).__name__} has no spectral normalization, so there '
-            f'is no estimate of sigma to report. Add a hook to its links '
-            f'before the trainer runs, or ask for the true values with '
-            f'true_sigma=True.')
+    def __init__(self, model: Any, true_sigma: bool) -> None:
+        name = type(model).__name__
+        what = (f'{name} has no spectral normalization, so there is no '
+                f'estimate of sigma to report. Add a hook to its links before '
+                f'the trainer runs, or ask for the true values with '
+                f'true_sigma=True.')
+        if true_sigma:
+            what = (f'{name} has no spectral normalization, and no link that '
+                    f'is a Linear, an EmbedID, a convolution or a '
+                    f'deconvolution, so there is nothing to report. Its '
+                    f'links: {_links(model)}. Add a hook to one that has a '
+                    f'weight, or leave the report out.')
+        super().__init__(what)
 
 
 class ToleranceError(SpectralNormalizationError, ValueError):
@@ -385,8 +494,9 @@ class NoWeightError(SpectralNormalizationError, ValueError):
             f'{type(target).__name__} has no link that is a Linear, an '
             f'EmbedID, a convolution or a deconvolution, has no spectral '
             f'normalization, and passes the filter, so there is nothing to '
-            f'{verb}. Look at target.namedlinks() for the paths that the '
-            f'filter is called with, or remove the hook from the optimizer.')
+            f'{verb}. Its links: {_links(target)}. Look at '
+            f'target.namedlinks() for the paths that the filter is called '
+            f'with, or remove the hook from the optimizer.')
 
 
 class NoPenaltyError(NoWeightError):
@@ -404,7 +514,56 @@ class NoProjectionError(NoWeightError):
 
 
 class SpectralNormalizationWarning(UserWarning):
-    """A weight, its vector or its estimate of sigma is not right."""
+    """A weight, its vector or its estimate of sigma is not right, or what was
+    asked for has no effect."""
+
+
+class ChainCallWarning(SpectralNormalizationWarning):
+    """The hook of a chain does not see the calls of the chain."""
+
+    def __init__(self, chain: Any) -> None:
+        call = _own_call(chain)
+        super().__init__(
+            f'{call} hides the __call__ of chainer.Link, which calls the hook '
+            f'of a {type(chain).__name__}. The links in it are normalized '
+            f'all the same, but each by itself and in each of its calls, so '
+            f'one that is called twice is normalized twice, and its u moves '
+            f'on twice. Rename {call} to forward, as of Chainer 5, or call '
+            f'it in the scope `with sn_function.cached(model):`.')
+
+
+class UntrainedGammaWarning(SpectralNormalizationWarning):
+    """gamma is added to a link that an optimizer was set up for already."""
+
+    def __init__(self, links: Sequence[str]) -> None:
+        super().__init__(
+            f'use_gamma adds a parameter, gamma, but an optimizer was set up '
+            f'for the others of {_some(links)} already. It does not know '
+            f'gamma, which stays what it is. Call optimizer.setup(model) '
+            f'after the hook is added, again if it was called before.')
+
+
+class NothingToBakeWarning(SpectralNormalizationWarning):
+    """A model without hooks is baked."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(
+            f'{type(model).__name__} has no spectral normalization, so bake '
+            f'leaves all its weights as they are. If it was trained with '
+            f'hooks, add them before its snapshot is loaded, and bake it '
+            f'then; sn_function.summary(model) shows what has a hook.')
+
+
+class NothingToShareWarning(SpectralNormalizationWarning):
+    """Models without this package's hooks share their weights."""
+
+    def __init__(self, models: Sequence[Any]) -> None:
+        names = _some(type(model).__name__ for model in models)
+        super().__init__(
+            f'cached has no effect: no link of {names} has the hook '
+            f'sn_function.SpectralNormalization; that of Chainer has no part '
+            f'in it. Add the hook, or leave the scope out; '
+            f'sn_function.summary(model) shows what has a hook.')
 
 
 # Processes that train one model
@@ -413,17 +572,13 @@ class NotSynchronizedError(SpectralNormalizationError, RuntimeError):
     """Ranks have different models."""
 
     def __init__(self, differences: Mapping[str, Sequence[int]]) -> None:
-        def some(items: Sequence[str]) -> str:
-            more = f' and {len(items) - 8} more' if len(items) > 8 else ''
-            return ', '.join(items[:8]) + more
-
         self.differences = differences
         found = [f'{path} of {"rank" if len(ranks) == 1 else "ranks"} '
-                 f'{some([str(rank) for rank in ranks])}'
+                 f'{_some(ranks)}'
                  for path, ranks in differences.items()]
         super().__init__(
             f'These differ from rank 0, or exist on one of the two only: '
-            f'{some(found)}. Make the optimizer with '
+            f'{_some(found)}. Make the optimizer with '
             f'sn_function.distributed.create_multi_node_optimizer, call the '
             f'model in training mode on all ranks or on none, and do not '
             f'change a weight on one rank alone.')
@@ -511,7 +666,7 @@ def printable(text: str) -> str:
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _some(keys: Sequence[str]) -> str:
+def _some_keys(keys: Sequence[str]) -> str:
     """The first few of the names, and how many more there are."""
     some = ', '.join(map(repr, list(keys)[:4])) or 'none'
     return some + (f' and {len(keys) - 4} more' if len(keys) > 4 else '')
@@ -569,7 +724,7 @@ class SnapshotLayoutError(SnapshotError):
     def __init__(self, path: str, what: str, keys: Sequence[str]) -> None:
         super().__init__(
             path, None,
-            f'its layout is unknown: {what}. Its entries: {_some(keys)}',
+            f'its layout is unknown: {what}. Its entries: {_some_keys(keys)}',
             'Known are W with W_u (Chainer, sn_function), W with u '
             '(sngan_projection), and of PyTorch weight_orig with weight_u, '
             'parametrizations.weight, weight_bar with weight_u, and weight '
@@ -585,7 +740,7 @@ class SnapshotPatternError(SnapshotError):
                  keys: Sequence[str]) -> None:
         super().__init__(
             path, None, f'{what}: {pattern!r}',
-            f'Give a pattern that fits one of {_some(keys)}.' if keys
+            f'Give a pattern that fits one of {_some_keys(keys)}.' if keys
             else 'The file has none.')
 
 
@@ -597,7 +752,7 @@ class SnapshotRenameError(SnapshotError):
         super().__init__(
             path, None, f'{old!r} cannot be renamed: {what}',
             f'Give a path of the file, in whole parts: it has '
-            f'{_some(paths)}.')
+            f'{_some_keys(paths)}.')
 
 
 class SnapshotNameError(SnapshotError):

@@ -82,8 +82,10 @@ class SpectralNormReport(training.Extension):
 
     Raises:
         ToleranceError: The tolerance is not above 0.
-        NothingToReportError: When the trainer starts: no layer has a hook,
-            and ``true_sigma`` is false.
+        ModelTypeError: ``model`` is no link.
+        NothingToReportError: When the trainer starts, as hooks may be added
+            until then, and from :meth:`measure`: no layer has a hook, and
+            ``true_sigma`` is false, or there is no layer of these kinds.
 
     .. admonition:: Example
 
@@ -108,6 +110,7 @@ class SpectralNormReport(training.Extension):
             self, model: chainer.Link, true_sigma: bool = False,
             filename: str | None = None, prefix: str | None = None,
             tolerance: float = 0.2) -> None:
+        _models.check_models('SpectralNormReport', model)
         if not _checks.as_float(tolerance) > 0:
             raise errors.ToleranceError(tolerance)
         self._model = model
@@ -119,12 +122,19 @@ class SpectralNormReport(training.Extension):
         self._tolerance = tolerance
         self._warned: set[tuple[str, str]] = set()
 
+    def __repr__(self) -> str:
+        prefix = self._prefix[:-1] if self._prefix else None
+        return (
+            f'{type(self).__name__}({type(self._model).__name__}, '
+            f'true_sigma={self._true_sigma!r}, '
+            f'filename={self._picture.filename!r}, prefix={prefix!r}, '
+            f'tolerance={self._tolerance!r})')
+
     # Of a trainer
 
     def initialize(self, trainer: training.Trainer) -> None:
         """Checks that there is something to report."""
-        if not self._weights():
-            raise errors.NothingToReportError(self._model)
+        self._checked_weights()
 
     def __call__(self, trainer: training.Trainer) -> None:
         """Reports, warns and draws."""
@@ -167,8 +177,14 @@ class SpectralNormReport(training.Extension):
             list of Layer: In the order of ``model.namedlinks()``.
 
         """
-        measured = layers.measure(self._weights(), self._true_sigma)
+        measured = layers.measure(self._checked_weights(), self._true_sigma)
         return [weight.layer(numbers) for weight, numbers in measured]
+
+    def _checked_weights(self) -> list[layers.MonitoredWeight]:
+        weights = self._weights()
+        if not weights:
+            raise errors.NothingToReportError(self._model, self._true_sigma)
+        return weights
 
     def _weights(self) -> list[layers.MonitoredWeight]:
         return [layers.MonitoredWeight(weight)

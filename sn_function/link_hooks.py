@@ -7,6 +7,7 @@ only, and may serve any number of links.
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from typing import Any, Callable
 
@@ -19,6 +20,7 @@ from sn_function._arithmetic.matrix import as_matrix
 from sn_function._graph import node
 from sn_function._links import call, gamma, n_step, recompute, weight
 from sn_function._links import scope as scopes
+from sn_function._links.bypass import bypasses_hooks
 from sn_function._links.hooked_weight import HookedWeight
 from sn_function._links.local_hook import LocalHook
 from sn_function._links.state import LinkState
@@ -47,7 +49,11 @@ class SpectralNormalization(LocalHook):
     to N dimensions, grouped or not, initialized or not, and, by
     ``weight_name``, any other link that uses one of its own parameters as a
     weight.  Add it before ``optimizer.setup(model)`` if ``use_gamma`` is
-    true, as that adds a parameter.
+    true, as that adds a parameter; later there is a warning.
+
+    Chainer calls the hooks of a link in ``Link.__call__``.  A link whose class
+    hides that by a ``__call__`` of its own, as was usual before Chainer 5, is
+    refused: see :ref:`own-call`.
 
     On an n-step RNN, such as :class:`~chainer.links.NStepLSTM`, it normalizes
     every matrix ``w0``, ``w1``, ... of every layer, each by its own norm and
@@ -108,7 +114,7 @@ class SpectralNormalization(LocalHook):
         SpectralNormalizationError: One of :mod:`sn_function.errors`, for a
             setting out of its range; and from
             :meth:`~chainer.Link.add_hook`, which then leaves the link as it
-            was, for a link that lacks the weight.
+            was, for a link that lacks the weight, or never calls hooks.
 
     See: T. Miyato et al., `Spectral Normalization for Generative Adversarial
     Networks <https://arxiv.org/abs/1802.05957>`_
@@ -199,7 +205,8 @@ class SpectralNormalization(LocalHook):
             self._check_link(link)
             gamma_name = (
                 gamma.free_name(link, weight_name) if self.use_gamma else None)
-        except errors.SpectralNormalizationError:
+            self._warn(link)
+        except BaseException:
             # Link.add_hook has put the hook in before it calls this.
             link.local_link_hooks.popitem()
             raise
@@ -223,6 +230,13 @@ class SpectralNormalization(LocalHook):
                 link, self.vector_name, self.weight_name)
         if W.array is not None:
             _checks.check_weight(W.array)
+        if bypasses_hooks(link):
+            raise errors.HookBypassedError([('', link)])
+
+    def _warn(self, link: chainer.Link) -> None:
+        if self.use_gamma and is_set_up(link):
+            warnings.warn(errors.UntrainedGammaWarning(
+                [type(link).__name__]), stacklevel=4)
 
     def deleted(self, link: chainer.Link) -> None:
         """Removes the vector and, with ``use_gamma``, the parameter."""
@@ -307,6 +321,11 @@ class SpectralNormalization(LocalHook):
 
 # The hooks that normalize a weight of their link, ours and Chainer's.
 HOOKS = (SpectralNormalization, chainer_link_hooks.SpectralNormalization)
+
+
+def is_set_up(link: chainer.Link) -> bool:
+    """Whether an optimizer has the parameters that the link has now."""
+    return any(param.update_rule is not None for param in link.params())
 
 
 def _nothing() -> None:

@@ -39,6 +39,8 @@ from sn_function._snapshots.vectors import WeightArrays
 LAYOUTS = layouts.LAYOUTS
 # The largest relative error of an estimate of sigma that is not reported.
 LAG = 0.1
+# That of the hook, where it is not given.
+N_WARMUP = 15
 
 
 class WeightReport(NamedTuple):
@@ -53,12 +55,16 @@ class WeightReport(NamedTuple):
         dtype: Its dtype.
         axis: Its output axis.
         sigma: Its largest singular value.
-        estimate: What its vectors give for sigma, in test mode.
+        estimate: What its vectors give for sigma, in test mode, by a hook
+            with the default settings.
         condition: ``sigma`` over the smallest singular value; ``inf`` where
             that is zero up to rounding.
         status: ``'ok'``; ``'lags'``, for an estimate more than 10% too low;
+            ``'stale'``, where the hook first iterates to a vector of this
+            weight, as the stored one alone gives 10% less than the estimate;
             or what is wrong with the vector, or the weight.
-        healthy: Whether the vector can be used: ``'ok'`` or ``'lags'``.
+        healthy: Whether the vector can be used: ``'ok'``, ``'lags'`` or
+            ``'stale'``.
         note: What else there is to say.
 
     What is not known is ``None``.
@@ -77,7 +83,7 @@ class WeightReport(NamedTuple):
 
     @property
     def healthy(self) -> bool:
-        return self.status in ('ok', 'lags')
+        return self.status in ('ok', 'lags', 'stale')
 
 
 class WeightChange(NamedTuple):
@@ -187,32 +193,49 @@ def _report(reader: Reader, weight: WeightKeys, axes: Axes) -> WeightReport:
     report = report._replace(sigma=sigma, condition=condition)
     if arrays.fault is not None:
         return report._replace(status=arrays.fault)
-    estimate = vectors.estimate(arrays)
-    lags = abs(estimate - sigma) > LAG * sigma
-    return report._replace(
-        estimate=estimate, status='lags' if lags else 'ok')
+    return _with_estimate(report, weight, arrays, sigma)
+
+
+def _with_estimate(
+        report: WeightReport, weight: WeightKeys, arrays: WeightArrays,
+        sigma: float) -> WeightReport:
+    estimate = vectors.estimate(arrays, n_warmup=weight.warmup(N_WARMUP))
+    of_u = vectors.estimate(arrays)
+    status, note = 'ok', report.note
+    if of_u < (1 - LAG) * estimate:
+        status = 'stale'
+        note = '; '.join(filter(None, (
+            f'u is of another weight, and gives {of_u:#.6g} by itself: '
+            f'repair --all makes it anew', note)))
+    if abs(estimate - sigma) > LAG * sigma:
+        status = 'lags'
+    return report._replace(estimate=estimate, status=status, note=note)
 
 
 # Baking
 
 def bake(
         src: Path, dst: Path, *, n_power_iteration: int = 1,
-        factor: float | None = None, eps: float = 1e-6,
-        cap: float | None = None, model: str | None = None,
-        axes: Axes | None = None, rename: Rename | None = None,
-        overwrite: bool = False, compress: bool | None = None,
-        progress: Progress = iter) -> Outcome:
+        n_warmup: int = N_WARMUP, factor: float | None = None,
+        eps: float = 1e-6, cap: float | None = None,
+        model: str | None = None, axes: Axes | None = None,
+        rename: Rename | None = None, overwrite: bool = False,
+        compress: bool | None = None, progress: Progress = iter) -> Outcome:
     """Writes a snapshot with normalized weights, for a model without hooks.
 
     The weights are, bit for bit, those that a model of Chainer with the hook
     of this package uses in test mode.  Vectors, gammas and the state that an
     optimizer has for a gamma are dropped; all other entries are copied.
 
+    Such a hook iterates first where ``u`` has not settled, as one of another
+    weight.  Other libraries do not, so for their layouts nor does this.
+
     Args:
         src (path): A snapshot.
         dst (path): The output, of the kind that its extension names.
         n_power_iteration (int): That of the hook, which a snapshot does not
             hold.  PyTorch has the sigma of its vectors instead.
+        n_warmup (int): That of the hook; 0 for Chainer's own hook.
         factor (float or None): That of the hook.
         eps (float): That of the hook.
         cap (float or None): That of the hook.
@@ -261,6 +284,7 @@ def bake(
     changes: list[WeightChange] = []
     factor_, eps_, _ = _checks.check_settings(
         n_power_iteration, 1.0 if factor is None else factor, eps, cap)
+    _checks.check_count('n_warmup', n_warmup, 0)
     path = writers.check_output(dst, src, overwrite)
     with readers.open_snapshot(src) as reader:
         plan = Plan(layouts.prefix_of(reader, model))
@@ -272,7 +296,8 @@ def bake(
                     'a weight that is capped has no gamma')
             Y, sigma = vectors.normalized(
                 entries.read_usable(reader, weight, axes),
-                weight.iterations(n_power_iteration), factor_, eps_)
+                weight.iterations(n_power_iteration),
+                weight.warmup(n_warmup), factor_, eps_)
             name = names.plain(weight)
             changes.append(WeightChange(
                 plan.name_of(name), 'baked', sigma,
@@ -309,6 +334,10 @@ def convert(
     vectors that the iterations end with, and Chainer a vector from which one
     iteration comes to the sigma of PyTorch, if there is one; :class:`Outcome`
     has the difference that is left.
+
+    Here Chainer is its own hook, or that of this package with ``n_warmup=0``.
+    By default that of this package iterates further, in test mode, from a
+    vector that has not settled: then its norms are nearer to 1.
 
     Args:
         src (path): A snapshot, or a state dict.
@@ -518,7 +547,8 @@ def _repair_weight(
     arrays = entries.read(reader, weight, axes)
     entries.check_finite(reader, weight.W, arrays.W)
     if arrays.fault is None and not always:
-        return WeightChange(weight.W, 'kept', vectors.estimate(arrays))
+        return WeightChange(weight.W, 'kept', vectors.estimate(
+            arrays, n_warmup=weight.warmup(N_WARMUP)))
     entries.check_axis(reader, weight, arrays)
     sigma, u, v = vectors.converged(arrays)
     dtype = entries.vector_dtype(reader, weight, arrays.W)

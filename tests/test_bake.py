@@ -319,11 +319,33 @@ class TestModel:
     def test_single_link_and_plain_models(self):
         link = trained(SpectralNormalization())
         plain = bake(link)
-        again = bake(plain)
+        with pytest.warns(
+                errors.SpectralNormalizationWarning,
+                match='Linear has no .*hooks, add them before its snapshot'
+        ) as record:
+            again = bake(plain)
+        assert [w.filename for w in record] == [__file__]
         assert type(again) is L.Linear
         assert again is not plain
         assert_same_bits(again.W.array, plain.W.array)
-        assert bake(plain, in_place=True) is plain
+        with pytest.warns(errors.NothingToBakeWarning):
+            assert bake(plain, in_place=True) is plain
+
+    def test_a_hook_without_effect(self):
+        """Chainer takes it; what it makes of the weight is never used."""
+        class Own(L.Linear):
+            def __call__(self, x):
+                return F.linear(x, self.W, self.b)
+
+        model = chainer.Chain(own=Own(6, 5))
+        hook = link_hooks.SpectralNormalization()
+        model.own.add_hook(hook)
+        for in_place in False, True:
+            with pytest.raises(
+                    errors.HookBypassedError,
+                    match=r'/own \(Own\.__call__\).*link\.delete_hook'):
+                bake(model, in_place)
+        assert list(model.own.local_link_hooks.values()) == [hook]
 
     def test_other_hooks_stay(self):
         link = trained(SpectralNormalization())

@@ -409,11 +409,19 @@ class TestHookOfAChain:
         with pytest.raises(errors.FilterError, match='pattern'):
             ChainSpectralNormalization(filter)
 
-    def test_nothing_passes_the_filter(self):
-        model = Model()
-        with pytest.raises(errors.NoLinkError):
-            model.add_hook(ChainSpectralNormalization([]))
+    @pytest.mark.parametrize(('filter', 'match'), [
+        ('0', r"filter '0' takes none of its links, which are /0, /1, /2, /3, "
+              r"/4, /5, /6, /7 and 2 more\. .* did you mean '/0'\?"),
+        (['/x', '1*'], r"takes none of .* did you mean '/1\*'\?"),
+        ('/x', r"'/x' takes none of its links.* /7 and 2 more\. Give"),
+        (L.EmbedID, r'EmbedID.* takes none of its links, which are /0, '),
+        ([], r'takes none of')])
+    def test_nothing_passes_the_filter(self, filter, match):
+        model = chainer.ChainList(*(L.Linear(2, 2) for _ in range(10)))
+        with pytest.raises(errors.NoLinkError, match=match):
+            model.add_hook(ChainSpectralNormalization(filter))
         assert not model.local_link_hooks
+        assert not any(hasattr(link, 'W_u') for link in model)
 
     def test_links_keep_the_hook_they_have(self):
         model = Model()
@@ -440,11 +448,26 @@ class TestHookOfAChain:
 
     def test_no_link(self):
         model = Model()
-        for hook in (ChainSpectralNormalization(weight_name='V'),
-                     ChainSpectralNormalization(lambda path, link: False)):
-            with pytest.raises(errors.NoLinkError, match='namedlinks'):
-                model.add_hook(hook)
-            assert not model.local_link_hooks
+        with pytest.raises(
+                errors.NoLinkError,
+                match=r'has a V: / \(Model\), /conv \(Convolution2D\).*'
+                      r'namedlinks\(\) has all paths'):
+            model.add_hook(ChainSpectralNormalization(weight_name='V'))
+        assert not model.local_link_hooks
+
+    def test_all_links_have_a_hook(self):
+        model = hooked('link')
+        with pytest.raises(
+                errors.NoLinkError, match='have a hook already: /conv, /out'):
+            model.add_hook(ChainSpectralNormalization())
+        assert not model.local_link_hooks
+        model(images())
+
+    def test_refused_under_another_name(self):
+        model = Model()
+        with pytest.raises(errors.NoLinkError):
+            model.add_hook(ChainSpectralNormalization('/x'), 'other')
+        assert not model.local_link_hooks
 
     def test_is_no_context_manager(self):
         with pytest.raises(
@@ -459,6 +482,144 @@ class TestHookOfAChain:
             ChainSpectralNormalization(epsilon=1)
 
 
+class Own(L.Linear):
+    """A link from before Chainer 5."""
+
+    def __call__(self, x):
+        return CF.linear(x, self.W)
+
+
+class OwnModel(Model):
+    """A chain from before Chainer 5."""
+
+    def __call__(self, x):
+        return Model.forward(self, x)
+
+
+class TestOwnCall:
+    """Chainer calls no hook of a link whose class has a ``__call__``."""
+
+    def model(self):
+        return chainer.Chain(
+            a=L.Linear(3, 4), b=Own(4, 3), c=chainer.Sequential(Own(3, 2)))
+
+    @pytest.mark.parametrize(('filter', 'paths'), [
+        (None, ['/b', '/c/0']), (L.Linear, ['/b', '/c/0']),
+        (['/a', '/c/*'], ['/c/0'])])
+    def test_links_are_refused_by_their_paths(self, filter, paths):
+        model = self.model()
+        where = ', '.join(rf'{path} \(Own\.__call__\)' for path in paths)
+        with pytest.raises(
+                errors.HookBypassedError,
+                match=f'calls the hooks: {where}. Rename.*filter'):
+            model.add_hook(ChainSpectralNormalization(filter, use_gamma=True))
+        assert not any(link.local_link_hooks for link in model.links())
+        assert sorted(path for path, _ in model.namedparams()) == sorted(
+            path for path, _ in self.model().namedparams())
+
+    def test_links_are_left_out_by_the_filter(self):
+        model = self.model()
+        model.add_hook(ChainSpectralNormalization(
+            lambda path, link: not isinstance(link, Own), n_warmup=100))
+        assert [path for path, link in model.namedlinks()
+                if hasattr(link, 'W_u')] == ['/a']
+        y = model.a(np.eye(3, dtype='f')).array
+        assert np.linalg.norm(y, 2) == pytest.approx(1, abs=1e-4)
+
+    def test_a_chain_warns_and_its_links_are_normalized(self):
+        model = OwnModel(n_calls=2)
+        with pytest.warns(
+                errors.SpectralNormalizationWarning,
+                match=r'Rename OwnModel\.__call__ to forward.*'
+                      r'with sn_function\.cached') as record:
+            model.add_hook(ChainSpectralNormalization(n_warmup=100))
+        assert [w.filename for w in record] == [__file__]
+        model(images())
+        np.testing.assert_allclose(norms(model), 1, atol=1e-4)
+
+    def test_the_remedies_for_a_chain(self):
+        """Both share what it says is not shared."""
+        timer = chainer.function_hooks.TimerHook()
+
+        def n_nodes(model, scope=None):
+            timer.call_history.clear()
+            with timer, scope or contextlib.nullcontext():
+                model(images())
+            return [name for name, _ in timer.call_history].count(
+                'SpectralNormalize')
+
+        model = OwnModel(n_calls=2)
+        with pytest.warns(errors.ChainCallWarning):
+            model.add_hook(ChainSpectralNormalization())
+        model(images())
+        assert n_nodes(model) == 5  # 4 links, one of them called twice
+        assert n_nodes(model, cached(model)) == 1
+        model = hooked('chain', n_calls=2)
+        model(images())
+        assert n_nodes(model) == 1
+
+    def test_in_a_chain_that_calls_its_hook(self):
+        """There is nothing to warn of."""
+        model = chainer.Sequential(OwnModel(n_calls=2))
+        model.add_hook(ChainSpectralNormalization())
+        model(images())
+
+    def test_as_an_error_the_warning_changes_nothing(self):
+        model = OwnModel()
+        with pytest.raises(errors.ChainCallWarning):
+            model.add_hook(ChainSpectralNormalization())
+        assert not any(link.local_link_hooks for link in model.links())
+        assert not hasattr(model.same, 'W_u')
+
+
+class TestGammaAfterSetup:
+
+    def test_it_warns_once_with_the_paths(self):
+        model = Model()
+        optimizer = optimizers.SGD(.1).setup(model)
+        with pytest.warns(
+                errors.UntrainedGammaWarning,
+                match=r'of /conv, /out, .*Call optimizer\.setup') as record:
+            model.add_hook(ChainSpectralNormalization(use_gamma=True))
+        assert [w.filename for w in record] == [__file__]
+        assert model.same.gamma.update_rule is None
+        optimizer.setup(model)
+        assert model.same.gamma.update_rule is not None
+
+    def test_it_does_not_warn_otherwise(self):
+        model = hooked('chain', use_gamma=True)
+        optimizers.SGD(.1).setup(model)
+        model = Model()
+        optimizers.SGD(.1).setup(model)
+        model.add_hook(ChainSpectralNormalization())
+
+
+def all_but_out(path, link):
+    return path != '/out'
+
+
+@pytest.mark.parametrize(('args', 'settings', 'text'), [
+    ((), {}, ''), (('/conv*',), {}, "'/conv*', "),
+    ((['/conv*', L.Linear],), {}, "['/conv*', Linear], "),
+    ((all_but_out,), {}, 'all_but_out, ')])
+def test_the_text_of_a_hook(args, settings, text):
+    hook = ChainSpectralNormalization(*args, **settings)
+    assert repr(hook) == (
+        f'ChainSpectralNormalization({text}n_power_iteration=1)')
+
+
+def test_the_text_of_the_settings():
+    hook = ChainSpectralNormalization(name='mine', cap=2., n_power_iteration=2)
+    assert repr(hook) == (
+        "ChainSpectralNormalization(n_power_iteration=2, cap=2.0, "
+        "name='mine')")
+    assert repr(hook.hook) == (
+        'SpectralNormalization(n_power_iteration=2, cap=2.0)')
+    model = Model()
+    before = str(model)
+    assert str(model.add_hook(hook)) == before
+
+
 def ready(n_calls=1, **settings):
     """A model that is initialized, at an unconverged u."""
     model = hooked('link', n_calls, n_warmup=0, **settings)
@@ -468,6 +629,23 @@ def ready(n_calls=1, **settings):
 
 
 class TestCached:
+
+    @pytest.mark.parametrize('make', [
+        lambda: [Model()],
+        lambda: [Model(), L.Linear(2, 2)],
+        lambda: [L.Linear(2, 2).add_hook(link_hooks.SpectralNormalization())]])
+    def test_it_warns_where_nothing_is_shared(self, make):
+        models = make()
+        with pytest.warns(
+                errors.SpectralNormalizationWarning,
+                match=rf'no link of {type(models[0]).__name__}.*Add the hook'
+        ) as record, cached(*models):
+            assert _scope.covering(models[0]) is not None
+        assert [w.filename for w in record] == [__file__]
+
+    def test_one_hook_in_all_models_is_enough(self):
+        with cached(Model(), Model(), hooked('link')):
+            pass
 
     @pytest.mark.parametrize('kind', ['link', 'chain'])
     def test_one_normalization_for_all_calls(self, kind):

@@ -176,6 +176,25 @@ class TestOthers:
             assert np.linalg.norm(file['l1/W'], 2) == pytest.approx(
                 norm, abs=1e-5)
 
+    def test_vector_of_another_weight(self, path):
+        with np.load(path) as file:
+            arrays = dict(file)
+        W = arrays['l1/W'] = np.diag([1, 1, 1, 9]).astype('f') @ np.eye(4, 5)
+        u = arrays['l1/W_u'] = np.array([1, 0, 0, .01], 'f')
+        np.savez('in.npz', **arrays)
+        result = run('inspect', path)
+        assert result.exit_code == 0
+        assert 'stale' in result.output
+        for options, sigma in (
+                ([], 9), (['--n-warmup', '0'], np.linalg.norm(
+                    W @ W.T @ u) / np.linalg.norm(W.T @ u))):
+            assert run('bake', path, 'out.npz', '--overwrite', *options
+                       ).exit_code == 0
+            with np.load('out.npz') as file:
+                np.testing.assert_allclose(
+                    file['l1/W'], W / sigma, rtol=1e-4)
+        assert run('bake', path, 'b.npz', '--n-warmup', '-1').exit_code == 2
+
     def test_convert_there_and_back(self, path):
         result = run('convert', path, 'a.safetensors', '--to', 'torch')
         assert result.exit_code == 0

@@ -184,6 +184,28 @@ class TestInTraining:
         assert layer.norm == layer.true_sigma == pytest.approx(
             reference.true_norm(model.W.array), rel=1e-6)
 
+    def test_nothing_to_measure(self):
+        model = L.Linear(6, 1)
+        report = SpectralNormReport(model)
+        with pytest.raises(errors.NothingToReportError, match='true_sigma'):
+            report.measure()
+        model.add_hook(SpectralNormalization())  # then it works
+        layer, = report.measure()
+        assert layer.sigma == pytest.approx(
+            reference.true_norm(model.W.array), rel=1e-3)
+
+    def test_nothing_to_measure_without_an_estimate(self):
+        model = chainer.Sequential(L.BatchNormalization(3))
+        with pytest.raises(
+                errors.NothingToReportError,
+                match=r'links: / \(Sequential\), /0 \(BatchNormalization\)'):
+            SpectralNormReport(model, true_sigma=True).measure()
+
+    def test_its_text(self):
+        assert repr(SpectralNormReport(Model(), prefix='dis')) == (
+            "SpectralNormReport(Model, true_sigma=False, filename=None, "
+            "prefix='dis', tolerance=0.2)")
+
     @pytest.mark.parametrize('tolerance', [0, -1, float('nan'), None])
     def test_bad_tolerance(self, tolerance):
         with pytest.raises(errors.ToleranceError, match='above 0'):

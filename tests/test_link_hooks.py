@@ -949,6 +949,51 @@ class TestBadInput:
             link.add_hook(SpectralNormalization(weight_name='upward'))
         link.upward.add_hook(SpectralNormalization())
 
+    @pytest.mark.parametrize(('weight_name', 'remedy'), [
+        ('W', r'add sn_function\.ChainSpectralNormalization\(\) to it'),
+        ('H', r"ChainSpectralNormalization\(weight_name='H'\) to it")])
+    @pytest.mark.parametrize('kind', [
+        chainer.Sequential, chainer.ChainList,
+        lambda link: chainer.Chain(link=link)])
+    def test_a_chain(self, kind, weight_name, remedy):
+        chain = kind(L.Linear(5, 6))
+        with pytest.raises(errors.WeightNotFoundError, match=remedy):
+            chain.add_hook(SpectralNormalization(weight_name=weight_name))
+        self.check_unchanged(chain, kind(L.Linear(5, 6)))
+
+    def test_a_link_that_never_calls_hooks(self):
+        """It is from before Chainer 5, and would stay as it is."""
+        class Base(L.Linear):
+            def __call__(self, x):
+                return F.linear(x, self.W)
+
+        class Own(Base):
+            pass
+
+        link = Own(5, 6)
+        with pytest.raises(
+                errors.HookBypassedError,
+                match=r'Own \(Base\.__call__\)\. Rename this __call__ to forw'
+        ) as e:
+            link.add_hook(SpectralNormalization(use_gamma=True))
+        assert 'filter' not in str(e.value)
+        self.check_unchanged(link, Own(5, 6))
+        Base.forward = Base.__call__
+        del Base.__call__
+        link.add_hook(SpectralNormalization(n_warmup=100))
+        y = link(np.eye(5, dtype='f')).array
+        assert reference.true_norm(y) == pytest.approx(1, abs=1e-4)
+
+    def test_a_link_whose_call_goes_on_to_that_of_chainer(self):
+        class Twice(L.Linear):
+            def __call__(self, x):
+                return 2 * super().__call__(x)
+
+        link = Twice(5, 6, nobias=True).add_hook(
+            SpectralNormalization(n_warmup=100))
+        y = link(np.eye(5, dtype='f')).array
+        assert reference.true_norm(y) == pytest.approx(2, abs=1e-4)
+
     def test_an_empty_weight(self):
         link = L.Linear(5, 0)
         with pytest.raises(errors.WeightShapeError, match='empty'):
@@ -1022,6 +1067,60 @@ class TestBadInput:
         assert not link.local_link_hooks
         assert link._params == plain._params
         assert link._persistent == plain._persistent
+
+
+class TestGammaAfterSetup:
+    """An optimizer knows the parameters of when it was set up."""
+
+    def add(self, link, **settings):
+        return link.add_hook(SpectralNormalization(**settings))
+
+    @pytest.mark.parametrize('in_size', [5, None])
+    def test_it_warns_where_gamma_would_stay(self, in_size):
+        link = L.Linear(in_size, 6)
+        optimizer = chainer.optimizers.SGD(.1).setup(link)
+        with pytest.warns(
+                errors.SpectralNormalizationWarning,
+                match=r'of Linear already.*optimizer\.setup\(model\) after'
+        ) as record:
+            self.add(link, use_gamma=True)
+        assert [w.filename for w in record] == [__file__]
+        assert link.gamma.update_rule is None
+        optimizer.setup(link)  # as it says
+        optimizer.update(lambda: F.sum(link(x_of(2, 5)) ** 2))
+        gamma = link.gamma.array.copy()
+        optimizer.update(lambda: F.sum(link(x_of(2, 5)) ** 2))
+        assert link.gamma.array != gamma
+
+    def test_it_does_not_warn_otherwise(self):
+        link = self.add(L.Linear(5, 6), use_gamma=True)
+        chainer.optimizers.SGD(.1).setup(link)
+        link = L.Linear(5, 6)
+        chainer.optimizers.SGD(.1).setup(link)
+        self.add(link)
+
+    def test_as_an_error_it_changes_nothing(self):
+        link, plain = L.Linear(5, 6), L.Linear(5, 6)
+        for each in link, plain:
+            chainer.optimizers.SGD(.1).setup(each)
+        with pytest.raises(errors.UntrainedGammaWarning):
+            self.add(link, use_gamma=True)
+        TestBadInput().check_unchanged(link, plain)
+
+
+def test_the_text_of_a_hook():
+    """It makes the same hook, and links are printed as without it."""
+    assert repr(SpectralNormalization()) == (
+        'SpectralNormalization(n_power_iteration=1)')
+    hook = SpectralNormalization(
+        3, use_gamma=True, weight_name='H', name='mine', detach_uv=True)
+    assert repr(hook) == (
+        "SpectralNormalization(n_power_iteration=3, use_gamma=True, "
+        "weight_name='H', name='mine', detach_uv=True)")
+    assert vars(eval(repr(hook))) == vars(hook)
+    link = L.Linear(5, 6)
+    before = str(link)
+    assert str(link.add_hook(SpectralNormalization())) == before
 
 
 @pytest.mark.parametrize('bad', [

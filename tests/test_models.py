@@ -1,8 +1,12 @@
 """Which weights of a model are normalized, and which could be."""
+import pathlib
+from typing import ClassVar
+
 import sn_function  # isort: skip  # before chainer, which it repairs
 
 import chainer
 import chainer.links as L
+import numpy as np
 import pytest
 from chainer import link_hooks
 
@@ -166,6 +170,48 @@ class TestFilters:
     def test_what_is_none(self, filter):
         with pytest.raises(errors.FilterError, match='pattern'):
             _models.check_filter(filter)
+
+
+class TestModelsGiven:
+    """Something else in the place of a model is refused by name."""
+
+    TOOLS: ClassVar = {
+        'bake': sn_function.bake,
+        'summary': sn_function.summary,
+        'SpectralNormReport': extensions.SpectralNormReport,
+        'cached': lambda *models: sn_function.cached(*models).__enter__(),
+    }
+
+    @pytest.mark.parametrize(('given', 'match'), [
+        ('x.npz', r"given str 'x\.npz'\..*load_npz.*snapshot\."
+                  r"(bake\(snapshot, out\)|inspect\(snapshot\))"),
+        (pathlib.Path('x.npz'), r"x\.npz.*`sn-function (bake SNAPSHOT OUT|"
+                                r"inspect SNAPSHOT)`"),
+        (np.ones((2, 3)), r'ndarray of shape \(2, 3\).*Give the link'),
+        (SpectralNormalization(), r'given SpectralNormalization\(n_power_it.*'
+                                  r'model\.add_hook\(hook\)'),
+        (ChainSpectralNormalization(), r'model\.add_hook\(hook\)'),
+        (link_hooks.SpectralNormalization(), r'model\.add_hook\(hook\)'),
+        (L.Linear, r'Give an object of this class: Linear\(\.\.\.\)'),
+        (chainer.optimizers.SGD().setup(L.Linear(2, 2)), r'optimizer\.target'),
+        ([L.Linear(2, 2)], r'Give the (link|models one by one: cached\(\*m)'),
+        (None, r'given NoneType None\. Give the link')])
+    @pytest.mark.parametrize('tool', TOOLS)
+    def test_another_thing(self, tool, given, match):
+        with pytest.raises(TypeError, match=match) as e:
+            self.TOOLS[tool](given)
+        assert type(e.value) is errors.ModelTypeError
+        assert str(e.value).startswith(f'{tool} takes a model')
+
+    def test_no_model(self):
+        with pytest.raises(
+                errors.ModelTypeError, match=r'nothing\..*cached\(model\)'):
+            self.TOOLS['cached']()
+
+    def test_one_of_several(self):
+        link = L.Linear(2, 2).add_hook(SpectralNormalization())
+        with pytest.raises(errors.ModelTypeError, match='given int 3'):
+            self.TOOLS['cached'](link, 3)
 
 
 def test_all_tools_see_the_same():

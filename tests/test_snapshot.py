@@ -137,7 +137,8 @@ class TestInspect:
                 assert report.condition == pytest.approx(
                     values[0] / values[-1], rel=1e-4)
                 assert report.estimate == pytest.approx(
-                    reference.power_iteration(W, link.W_u)[2], rel=1e-5)
+                    reference.power_iteration(
+                        W, reference.settled(W, link.W_u))[2], rel=1e-5)
             assert report.shape == link.W.shape
             assert report.layout == 'chainer'
             assert report.healthy
@@ -271,7 +272,8 @@ class TestBake:
         model.linear.forward = lambda x: model.linear.W.array  # what it uses
         with chainer.using_config('train', False):
             Y = model.linear(np.ones((1, 5), 'f'))
-        snapshot.bake(path, files('out.npz'), axes={'square/W': 1})
+        snapshot.bake(path, files('out.npz'), axes={'square/W': 1},
+                      n_warmup=0)
         np.testing.assert_allclose(
             contents(files('out.npz'))['linear/W'], Y, rtol=1e-5)
 
@@ -329,8 +331,8 @@ class TestBake:
         assert not any('_u' in key or 'orig' in key for key in baked)
 
     @pytest.mark.parametrize('setting', [
-        {'n_power_iteration': 0}, {'factor': -1.}, {'eps': -1.}, {'cap': 0.},
-        {'cap': 1., 'factor': 2.}], ids=str)
+        {'n_power_iteration': 0}, {'n_warmup': -1}, {'factor': -1.},
+        {'eps': -1.}, {'cap': 0.}, {'cap': 1., 'factor': 2.}], ids=str)
     def test_settings_out_of_range(self, files, setting):
         path = saved(files, run(Model()))
         with pytest.raises(errors.SpectralNormalizationError):
@@ -402,7 +404,7 @@ class TestConvert:
             DATA / f'{name}.{end}', files('out.npz'), 'chainer')
         assert outcome.unknown == []
         assert max(each.difference for each in outcome.weights) < 1e-6
-        model = self.loaded(files('out.npz'))
+        model = self.loaded(files('out.npz'), n_warmup=0)
         weights = model.normalized()
         theirs = contents(DATA / f'{name}-normalized.npz')
         assert len(theirs) == 5
@@ -429,7 +431,8 @@ class TestConvert:
     @pytest.mark.parametrize('n_power_iteration', [1, 3])
     @pytest.mark.parametrize('layout', TORCH)
     def test_to_pytorch_and_back(self, files, layout, n_power_iteration):
-        model = run(Model(n_power_iteration=n_power_iteration), 1)
+        model = run(Model(
+            n_power_iteration=n_power_iteration, n_warmup=0), 1)
         path = saved(files, model)
         snapshot.convert(
             path, files('torch.npz'), layout, axes={'square/W': 1},
@@ -442,7 +445,7 @@ class TestConvert:
             sigma = u @ reference.as_matrix(W, axis) @ v
             np.testing.assert_allclose(W / sigma, Y, rtol=2e-6, atol=1e-7)
         snapshot.convert(files('torch.npz'), files('back.npz'), 'chainer')
-        back = self.loaded(files('back.npz')).normalized()
+        back = self.loaded(files('back.npz'), n_warmup=0).normalized()
         for name, Y in model.normalized().items():
             np.testing.assert_allclose(back[name], Y, rtol=2e-6, atol=1e-7)
         assert set(contents(files('back.npz'))) == set(contents(path))
@@ -470,7 +473,7 @@ class TestConvert:
         assert report.healthy
         snapshot.convert(path, files('out.npz'), 'chainer')
         chain = chainer.Chain(l=L.Linear(5, 4).add_hook(
-            SpectralNormalization(use_gamma=True)))
+            SpectralNormalization(use_gamma=True, n_warmup=0)))
         serializers.load_npz(files('out.npz'), chain)
         _, _, sigma = reference.power_iteration(W.astype('d'), u[0])
         with chainer.using_config('train', False):
@@ -611,7 +614,7 @@ class TestPyTorch:
         torch.save(modules.state_dict(), files('a.pt'))
         assert all(each.healthy for each in snapshot.inspect(files('a.pt')))
         snapshot.convert(files('a.pt'), files('b.npz'), 'chainer')
-        model = Model()
+        model = Model(n_warmup=0)
         serializers.load_npz(files('b.npz'), model)
         ours = model.normalized()
         for name, Y in self.normalized(modules).items():
@@ -626,7 +629,7 @@ class TestPyTorch:
                 param += .03 * torch.randn(param.shape) * param.std()
         torch.save(modules.state_dict(), files('a.pt'))
         outcome = snapshot.convert(files('a.pt'), files('b.npz'), 'chainer')
-        model = Model()
+        model = Model(n_warmup=0)
         serializers.load_npz(files('b.npz'), model)
         ours = model.normalized()
         differences = []
@@ -638,7 +641,7 @@ class TestPyTorch:
             pytest.approx(max(differences), rel=2e-2, abs=1e-6))
 
     def test_from_chainer(self, files, modules, layout):
-        model = run(Model())
+        model = run(Model(n_warmup=0))
         snapshot.convert(saved(files, model), files('b.pt'), layout,
                          axes={'square/W': 1})
         self.load(modules, files('b.pt'))

@@ -5,6 +5,8 @@ from typing import Any
 
 from chainer import link_hook
 
+from sn_function._links.printing import settings_text
+
 
 class LocalHook(link_hook.LinkHook):
     """A hook that belongs on a link."""
@@ -16,3 +18,6 @@ class LocalHook(link_hook.LinkHook):
 
     def __exit__(self, *_: Any) -> None:
         raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({settings_text(self)})'

@@ -19,6 +19,7 @@ from chainer.links.rnn import n_step_rnn
 from sn_function import errors
 from sn_function._links import call
 from sn_function._links import scope as scopes
+from sn_function._links.bypass import bypasses_hooks
 from sn_function._links.local_hook import LocalHook
 
 _WEIGHTS = 'ws'
@@ -55,6 +56,7 @@ def replace_hook(hook: Any, link: chainer.Link) -> None:
 
     Raises:
         NStepWeightError: The hook is for a certain weight.
+        HookBypassedError: A call of the link calls no hooks.
         SpectralNormalizationError: A layer cannot have the hook.  The link is
             left as it was, without the hook, as with each of these errors.
 
@@ -63,6 +65,8 @@ def replace_hook(hook: Any, link: chainer.Link) -> None:
     name, _ = link.local_link_hooks.popitem()
     if hook.weight_name != _ALL:
         raise errors.NStepWeightError(link, hook.weight_name)
+    if bypasses_hooks(link):
+        raise errors.HookBypassedError([('', link)])
     hook_of_layers = HookOfLayers(hook)
     hook_of_layers.add_to_layers(link)
     link.local_link_hooks[name] = hook_of_layers

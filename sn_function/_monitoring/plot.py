@@ -57,7 +57,7 @@ class Picture:
 
     def __init__(self, filename: str | None) -> None:
         self.history: list[dict[str, float]] = []
-        self._filename = filename
+        self.filename = filename
         self._path: str | None = None  # of a picture that is due
         self._rest_until = -math.inf
 
@@ -65,10 +65,10 @@ class Picture:
             self, directory: str, iteration: int, values: dict[str, float],
     ) -> None:
         """Adds a report, and draws if it is time to."""
-        if self._filename is None:
+        if self.filename is None:
             return
         self.history.append(dict(values, iteration=iteration))
-        self._path = os.path.join(directory, self._filename)
+        self._path = os.path.join(directory, self.filename)
         if time.perf_counter() >= self._rest_until:
             self.draw()
 

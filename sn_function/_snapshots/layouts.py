@@ -91,6 +91,10 @@ class WeightKeys(NamedTuple):
         """How many of them test mode has, where the hook has ``n``."""
         return 1 if self.layout == BIGGAN else n
 
+    def warmup(self, n: int) -> int:
+        """How many it may have before, where the hook may have ``n``."""
+        return n if self.layout == CHAINER else 0
+
 
 def torch_keys(layout: str, path: str, name: str) -> WeightKeys:
     """Returns the names of the entries in a layout of PyTorch."""

@@ -1,7 +1,8 @@
 """The vectors of a weight: the sigma they stand for, and their conversion.
 
 Chainer keeps ``u`` alone, and sigma is what K power iterations from it come
-to.  PyTorch keeps ``u`` and ``v``, and in test mode sigma is ``u^T W v``.
+to; the hook of this package iterates before that where ``u`` is one of another
+weight.  PyTorch keeps ``u`` and ``v``, and in test mode sigma is ``u^T W v``.
 """
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ from typing import Any, Callable, NamedTuple
 import numpy
 
 from sn_function import functions
-from sn_function._arithmetic import singular
+from sn_function._arithmetic import host, singular
+from sn_function._arithmetic.interface import (
+    SETTLED,
+    Forward,
+    Renewal,
+    Settings,
+)
 from sn_function._arithmetic.matrix import Matrix
 from sn_function._arithmetic.power_iteration import power_iteration
 
@@ -29,30 +36,50 @@ class WeightArrays(NamedTuple):
 
 # Sigma
 
-def estimate(arrays: WeightArrays, n_power_iteration: int = 1) -> float:
-    """Returns what the vectors give for sigma in test mode."""
+def estimate(
+        arrays: WeightArrays, n_power_iteration: int = 1, n_warmup: int = 0,
+) -> float:
+    """Returns what the vectors give for sigma in test mode.
+
+    Args:
+        arrays: A weight with its vectors.
+        n_power_iteration: Number of iterations from ``u``.
+        n_warmup: The most iterations before those, where ``u`` is one of
+            another weight.
+
+    """
     if arrays.v is not None:
         A = singular.as_matrix(arrays.W, arrays.axis)
         return float(arrays.u @ (A @ arrays.v))
-    sigma = functions.spectral_norm(
-        arrays.W, arrays.u.astype(arrays.W.dtype), n_power_iteration,
-        arrays.axis)
-    return float(sigma.array)
+    sigma, = _forward(
+        arrays, Settings(n_power_iteration, arrays.axis, True), n_warmup,
+        'sigma')
+    return float(sigma)
 
 
 def normalized(
-        arrays: WeightArrays, n_power_iteration: int, factor: float,
-        eps: float) -> tuple[Any, float]:
+        arrays: WeightArrays, n_power_iteration: int, n_warmup: int,
+        factor: float, eps: float) -> tuple[Any, float]:
     """Returns the weight as test mode uses it, and the sigma in it."""
     if arrays.v is not None:
         sigma = estimate(arrays)
         scale = arrays.W.dtype.type(factor / max(sigma, eps))
         return arrays.W * scale, sigma
-    outputs: Any = functions.spectral_normalize(
-        arrays.W, arrays.u.astype(arrays.W.dtype), n_power_iteration,
-        arrays.gamma, factor, eps, arrays.axis, return_sigma=True)
-    Y, sigma = outputs
-    return Y.array, float(sigma.array)
+    Y, sigma = _forward(
+        arrays, Settings(n_power_iteration, arrays.axis, True, factor, eps),
+        n_warmup, 'Y', 'sigma')
+    return Y, float(sigma)
+
+
+def _forward(
+        arrays: WeightArrays, settings: Settings, n_warmup: int, *names: str,
+) -> Any:
+    """Returns ``Y`` and sigma, as named: those of a hook in test mode."""
+    (outputs, _), = host.normalize_all([Forward(
+        settings, arrays.W, arrays.u.astype(arrays.W.dtype),
+        1.0 if arrays.gamma is None else arrays.gamma, names,
+        renewal=Renewal(n_warmup, SETTLED) if n_warmup else None)])
+    return outputs
 
 
 def partner(A: Any, u: Any) -> Any:

@@ -540,3 +540,18 @@ def test_hooks_are_of_this_package():
     """So an exporter finds them, and bake and delete_hook remove them."""
     hook, = make().local_link_hooks.values()
     assert isinstance(hook, link_hooks.LocalHook)
+
+
+class OldRNN(L.NStepRNNTanh):
+    """As before Chainer 5."""
+
+    def __call__(self, *args):
+        return self.forward(*args)
+
+
+def test_a_call_that_calls_no_hooks():
+    link = OldRNN(1, 3, 4, 0.)
+    with pytest.raises(errors.HookBypassedError, match='OldRNN'):
+        link.add_hook(SpectralNormalization())
+    assert not link.local_link_hooks
+    assert not any(layer.local_link_hooks for layer in link)

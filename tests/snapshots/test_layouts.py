@@ -135,12 +135,11 @@ class State:
 
 class Model(chainer.Chain):
 
-    def __init__(self, is_hooked):
+    def __init__(self, **settings):
         super().__init__()
 
         def link(link):
-            return link.add_hook(
-                SpectralNormalization()) if is_hooked else link
+            return link.add_hook(SpectralNormalization(**settings))
 
         with self.init_scope():
             self.l1 = link(L.Linear(5, 7))
@@ -163,9 +162,10 @@ def _here(tmp_path, monkeypatch):
     np.random.seed(0)
 
 
-def loaded(is_hooked=True, path='out.npz'):
-    model = Model(is_hooked)
-    serializers.load_npz(path, model)  # strict
+def loaded(n_warmup=0):
+    """The model with the numbers of Chainer's hook, unless it warms up."""
+    model = Model(n_warmup=n_warmup)
+    serializers.load_npz('out.npz', model)  # strict
     return model
 
 

@@ -11,9 +11,11 @@ import sn_function  # isort: skip  # before chainer, which it repairs
 import sn_function._bake  # isort: skip
 import chainer
 import numpy as np
+import pytest
 from hypothesis import stateful
 from hypothesis import strategies as st
 
+from sn_function import errors
 from tests.state_machine.checks import call
 from tests.state_machine.links import (
     CALL,
@@ -121,6 +123,16 @@ class Base(stateful.RuleBasedStateMachine):
             for hook in our_hooks(rec.link):
                 link.add_hook(self.hook_like(hook))
         return link
+
+    def add_hook(self, rec, link, **settings):
+        """Adds a hook to the link of a record, or to one that has its W."""
+        hook = sn_function.SpectralNormalization(**settings)
+        is_late = hook.use_gamma and any(
+            param.update_rule is not None for param in link.params())
+        expect = (pytest.warns(errors.UntrainedGammaWarning) if is_late
+                  else contextlib.nullcontext())
+        with expect, self.maybe_not_ordinary(rec):
+            link.add_hook(hook)
 
     @contextlib.contextmanager
     def maybe_not_ordinary(self, rec):

@@ -46,8 +46,7 @@ class Hooks(Base):
         link = self.make(rec.kind, False, rec.dtype)
         with link.init_scope():
             link.W = rec.params['W']
-        with self.maybe_not_ordinary(rec):
-            link.add_hook(sn_function.SpectralNormalization(**settings))
+        self.add_hook(rec, link, **settings)
         other = Record(link, rec.kind)
         other.family = rec.family
         self.put(other)
@@ -57,9 +56,7 @@ class Hooks(Base):
         rec = self.pick(i)
         if rec.kind != 'two' or rec.is_shared or 'H' in hooked(rec.link):
             return
-        with self.maybe_not_ordinary(rec):
-            rec.link.add_hook(sn_function.SpectralNormalization(
-                weight_name='H', name='H', **settings))
+        self.add_hook(rec, rec.link, weight_name='H', name='H', **settings)
         self.put_again(rec)
 
     @stateful.rule(i=INDEX, seed=SEED, settings=SETTINGS)
@@ -84,8 +81,7 @@ class Hooks(Base):
                 assert_close(
                     y.array, expected, 3e-2 if y.dtype == 'e' else 1e-3)
             rec.check()
-        with self.maybe_not_ordinary(rec):
-            link.add_hook(sn_function.SpectralNormalization(**settings))
+        self.add_hook(rec, link, **settings)
         self.put_again(rec)
 
     @stateful.rule(i=INDEX, first=st.booleans())
