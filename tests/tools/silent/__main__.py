@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import pathlib
 import subprocess
 import sys
-from typing import Dict, List, Sequence
+from typing import List, Sequence
 
 from tests.tools import silent
 from tests.tools.silent import ALL, outcome_now, outcome_of_chainer
@@ -35,12 +36,25 @@ def before(checkout: str, cases: Sequence[silent.Case]) -> List[str]:
     return result
 
 
+def show(rows: Sequence[Sequence[str]], as_rst: bool) -> None:
+    if as_rst:
+        print('.. csv-table::\n    :header-rows: 1\n')
+        for row in rows:
+            sys.stdout.write('    ')
+            csv.writer(sys.stdout, lineterminator='\n').writerow(
+                cell.replace('`', '``') for cell in row)
+        return
+    for row in [rows[0], ['---'] * len(rows[0]), *rows[1:]]:
+        print(f'| {" | ".join(row)} |')
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m tests.tools.silent',
         description=silent.__doc__.splitlines()[0])
     parser.add_argument('--before', metavar='CHECKOUT')
     parser.add_argument('--only', default='', help='part of a name')
+    parser.add_argument('--rst', action='store_true', help='as in the docs')
     args = parser.parse_args(argv)
     cases = [c for c in ALL if args.only in c.name or args.only in c.id]
     if args.before is None:
@@ -49,16 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         title = 'before'
         old = before(args.before, cases)
-    print(f'| fault | {title} | now |')
-    print('| --- | --- | --- |')
-    wrong: Dict[str, str] = {}
-    for c, text in zip(cases, old):
-        now, ok = outcome_now(c)
-        print(f'| {c.name} | {text} | {now} |', flush=True)
-        if not ok:
-            wrong[c.name] = now
-    for name, now in wrong.items():
-        print(f'wrong: {name}: {now}', file=sys.stderr)
+    outcomes = [outcome_now(c) for c in cases]
+    show([('fault', title, 'now', 'test'), *(
+        (c.name, text, now, f'`{c.id}`')
+        for c, text, (now, _) in zip(cases, old, outcomes))], args.rst)
+    wrong = [c.name for c, (_, ok) in zip(cases, outcomes) if not ok]
+    for name in wrong:
+        print(f'wrong: {name}', file=sys.stderr)
     return bool(wrong)
 
 
