@@ -19,7 +19,7 @@ from sn_function import _checks, errors
 from sn_function._arithmetic import buffers
 from sn_function._arithmetic.matrix import as_matrix
 from sn_function._graph import node
-from sn_function._links import call, gamma, recompute, weight
+from sn_function._links import call, gamma, recompute, turn, weight
 from sn_function._links import scope as scopes
 from sn_function._links.hooked_weight import HookedWeight
 from sn_function._links.state import LinkState
@@ -219,12 +219,14 @@ class SpectralNormalization(LocalHook):
 
     def forward_preprocess(self, cb_args: Any) -> None:
         """Replaces the weight by the normalized one until the call ends."""
+        def make() -> chainer.Variable:
+            W = call.original(link, self.weight_name)
+            if W.array is None:
+                weight.initialize(cb_args, W, self.weight_name)
+            return self.normalize_weight(link)
+
         link = cb_args.link
-        W = call.original(link, self.weight_name)
-        if W.array is None:
-            weight.initialize(cb_args, W, self.weight_name)
-        call.replace_weight(
-            cb_args, self.weight_name, self.normalize_weight(link))
+        call.replace_weight(cb_args, self.weight_name, make)
 
     def forward_postprocess(self, cb_args: Any) -> None:
         """Ensures that the weight is the link's own parameter again."""
@@ -243,6 +245,12 @@ class SpectralNormalization(LocalHook):
             UninitializedWeightError: The weight has no array yet.
 
         """
+        if turn.has_turn(link):
+            return self._normalize(link)
+        with turn.Turn(link):
+            return self._normalize(link)
+
+    def _normalize(self, link: chainer.Link) -> chainer.Variable:
         W = call.original(link, self.weight_name)
         if W.array is None:
             raise errors.UninitializedWeightError(
@@ -263,7 +271,7 @@ class SpectralNormalization(LocalHook):
                     is_train and not is_second_run, is_second_run)
         except errors.VectorValueError:
             self._discard_vector(own)
-            return self.normalize_weight(link)
+            return self._normalize(link)
         state.v = iterations.v
         _LATEST[self] = weakref.ref(state)
         if not is_second_run:
@@ -277,7 +285,7 @@ class SpectralNormalization(LocalHook):
         warnings.warn(
             f'{type(own.link).__name__}.{self.vector_name} was zero or not '
             f'finite, as in a snapshot of a model that had met a NaN. It '
-            f'was made anew.', stacklevel=3)
+            f'was made anew.', stacklevel=4)
         setattr(own.link, self.vector_name, None)
         own.state.start = None
 

@@ -1,0 +1,178 @@
+"""Turns of a link: one thread at a time replaces or moves what it has.
+
+A weight that is replaced for one call is replaced for all threads, so the
+calls of one link wait for each other.  Each link has a queue of turns, and
+the thread of the first one goes on.  There is no lock that could stay locked:
+each step is one operation of a list, which no other thread, interrupt or
+finalizer divides.  What wakes a thread that waits is a hint only: it looks at
+the queue again after a while, also for a turn that nobody will end.
+"""
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import weakref
+from typing import Any
+
+import chainer
+
+_CALL = chainer.Link.__call__.__code__
+# In seconds: how long a thread waits before it looks again.
+WAIT = 0.05
+
+# By the id of a link: a weak reference to it, and its queue.
+_queues: dict[int, tuple[Any, list[Turn]]] = {}
+
+
+def queue_of(link: chainer.Link) -> list[Turn]:
+    """Returns the turns of a link that have begun or wait, first one first."""
+    key = id(link)
+    found = _queues.get(key)
+    if found is None:
+        # Another thread may be quicker.
+        found = _queues.setdefault(key, (
+            weakref.ref(link, lambda _: _queues.pop(key, None)), []))
+    return found[1]
+
+
+def has_turn(link: chainer.Link) -> bool:
+    """Whether this thread is the one that goes on."""
+    for first in queue_of(link)[:1]:
+        return first.thread == threading.get_ident()
+    return False
+
+
+class Turn:
+    """A turn of the present thread; a context, which tells whether it has it.
+
+    A thread that has the turn may take further ones, which begin at once.
+
+    Args:
+        link: The link.
+        waits: Whether to wait for other threads, or to go without.
+
+    Attributes:
+        thread (int): Identifies the thread.
+
+    """
+
+    # A copy, such as within a copy of a link that is being called, has no
+    # part in the queue.
+    _queue: list[Turn] = []
+    _wake: Any = None
+
+    def __init__(self, link: chainer.Link, waits: bool = True) -> None:
+        self.link = link
+        self.thread = threading.get_ident()
+        self._waits = waits
+        self._queue = queue_of(link)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop('_queue', None)
+        state.pop('_wake', None)
+        return state
+
+    def __enter__(self) -> bool:
+        try:
+            return self.begin()
+        except BaseException:
+            self.end()
+            raise
+
+    def __exit__(self, *_: Any) -> None:
+        self.end()
+
+    def begin(self) -> bool:
+        """Joins the queue, and returns when this turn has come.
+
+        Returns:
+            Whether it has; if not, there is nothing to end.
+
+        """
+        queue = self._queue
+        if queue and self._begins_within():
+            return True
+        queue.append(self)
+        if queue[0] is self:
+            return True
+        if self._waits:
+            self._wait()
+            return True
+        self.end()
+        return False
+
+    def end(self) -> None:
+        """Leaves the queue; that it was left already is no error."""
+        queue = self._queue
+        if self in queue:
+            queue.remove(self)
+            for first in queue[:1]:
+                if first._wake is not None:
+                    with contextlib.suppress(RuntimeError):  # it is awake
+                        first._wake.release()
+
+    def _begins_within(self) -> bool:
+        """Begins at once if this thread has the turn."""
+        queue = self._queue
+        for first in queue[:1]:
+            if first.thread != self.thread:
+                return False
+        queue.insert(0, self)
+        # An earlier turn of this thread may have been ended by another one,
+        # as turns end with the death of an object.
+        if all([turn.thread == self.thread for turn in queue[:2]]):
+            return True
+        self.end()
+        return False
+
+    def _wait(self) -> None:
+        self._wake = threading.Lock()
+        self._wake.acquire()
+        queue = self._queue
+        while queue[0] is not self:
+            if not self._wake.acquire(timeout=WAIT):
+                first, *others = queue[:2]
+                if others == [self] and first.is_abandoned():
+                    first.finish()
+
+    def is_abandoned(self) -> bool:
+        """Whether the thread is gone, as after a fork."""
+        return self.thread not in sys._current_frames()
+
+    def finish(self) -> None:
+        """Ends a turn that was abandoned."""
+        self.end()
+
+
+def is_in_call(thread: int, args: int) -> bool:
+    """Whether a thread is in a call of a link.
+
+    Args:
+        thread: Identifies the thread.
+        args: The id of the arguments of the callback before the call.
+
+    """
+    if thread == threading.get_ident():
+        return _has_call(sys._getframe(1), args)
+    for _ in range(100):
+        top = sys._current_frames().get(thread)
+        if top is None:
+            return False
+        place = top.f_lasti
+        if _has_call(top, args):
+            return True
+        # If the thread ran on meanwhile, what was read is not one stack.
+        if sys._current_frames().get(thread) is top and top.f_lasti == place:
+            return False
+    return True  # as far as is known
+
+
+def _has_call(frame: Any, args: int) -> bool:
+    while frame is not None:
+        if frame.f_code is _CALL and args in map(
+                id, frame.f_locals.values()):
+            return True
+        frame = frame.f_back
+    return False
