@@ -52,7 +52,8 @@ class SpectralNormalization(LocalHook):
     Outside of a call, ``link.W`` is the raw parameter, also when
     ``link.forward`` raises.  The estimate of sigma uses ``link.W_u``, which
     each call in training mode moves on by ``n_power_iteration`` iterations;
-    with ``chainer.config.train`` false it stays as it is.
+    with ``chainer.config.train`` false it stays as it is.  Calls of one link
+    from several threads wait for each other.
 
     The hook serves :class:`~chainer.links.Linear`,
     :class:`~chainer.links.EmbedID`, the convolutions and deconvolutions of 1

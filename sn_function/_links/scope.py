@@ -16,7 +16,6 @@ from sn_function._links.hooked_weight import (
 )
 from sn_function._links.shared import SharedWeight
 
-
 # Its key, the weight, and what goes into the node.
 _Prepared = Tuple[Tuple[int, str], SharedWeight, Any]
 

@@ -17,12 +17,16 @@ from typing import Any
 
 import chainer
 
+from sn_function import errors
+
 _CALL = chainer.Link.__call__.__code__
 # In seconds: how long a thread waits before it looks again.
 WAIT = 0.05
 
 # By the id of a link: a weak reference to it, and its queue.
 _queues: dict[int, tuple[Any, list[Turn]]] = {}
+# What each thread waits for.
+_awaited: dict[int, Turn] = {}
 
 
 def queue_of(link: chainer.Link) -> list[Turn]:
@@ -59,7 +63,7 @@ class Turn:
 
     # A copy, such as within a copy of a link that is being called, has no
     # part in the queue.
-    _queue: list[Turn] = []
+    _queue: Any = ()
     _wake: Any = None
 
     def __init__(self, link: chainer.Link, waits: bool = True) -> None:
@@ -89,6 +93,9 @@ class Turn:
 
         Returns:
             Whether it has; if not, there is nothing to end.
+
+        Raises:
+            DeadlockError: The turn will never come.
 
         """
         queue = self._queue
@@ -130,12 +137,39 @@ class Turn:
     def _wait(self) -> None:
         self._wake = threading.Lock()
         self._wake.acquire()
-        queue = self._queue
-        while queue[0] is not self:
-            if not self._wake.acquire(timeout=WAIT):
-                first, *others = queue[:2]
-                if others == [self] and first.is_abandoned():
-                    first.finish()
+        _awaited[self.thread] = self
+        try:
+            while self._queue[0] is not self:
+                if not self._wake.acquire(timeout=WAIT):
+                    self._look_again()
+        finally:
+            _awaited.pop(self.thread, None)
+
+    def _look_again(self) -> None:
+        first, *others = self._queue[:2]
+        # Of those that wait, one acts.
+        if others == [self] and first.is_abandoned():
+            first.finish()
+        elif self._waits_for_itself():
+            raise errors.DeadlockError(self.link)
+
+    def _waits_for_itself(self) -> bool:
+        """Whether the first one waits, maybe by others, for this thread."""
+        path: list[tuple[Turn, Turn]] = []
+        waiting: Turn | None = self
+        while waiting is not None:
+            first, = waiting._queue[:1] or [waiting]
+            if first is waiting or (waiting, first) in path:
+                return False
+            path.append((waiting, first))
+            if first.thread == self.thread:
+                # Not one after another, but all at one moment.
+                return len(path) > 1 and all([
+                    _awaited.get(waiting.thread) is waiting
+                    and waiting._queue[:1] == [first]
+                    for waiting, first in path])
+            waiting = _awaited.get(first.thread)
+        return False
 
     def is_abandoned(self) -> bool:
         """Whether the thread is gone, as after a fork."""

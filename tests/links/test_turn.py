@@ -1,0 +1,196 @@
+"""One thread at a time has the turn, and none waits for one that is over."""
+import ctypes
+import gc
+import threading
+import time
+
+import chainer
+import chainer.links as L
+import pytest
+
+from sn_function import errors
+from sn_function._links import turn
+from sn_function._links.turn import Turn
+
+SECONDS = 10  # none of this takes so long
+
+
+@pytest.fixture
+def link():
+    return L.Linear(2, 2)
+
+
+class Thread(threading.Thread):
+    """Runs a function, and raises what it raised."""
+
+    def __init__(self, function):
+        super().__init__(daemon=True)
+        self.function = function
+        self.error = None
+        self.start()
+
+    def run(self):
+        try:
+            self.function()
+        except BaseException as e:
+            self.error = e
+
+    def wait(self):
+        self.join(SECONDS)
+        assert not self.is_alive()
+        if self.error is not None:
+            raise self.error
+
+
+def wait_for(condition):
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(1e-3)
+
+
+def test_others_wait_in_order(link):
+    order = []
+
+    def work(k):
+        with Turn(link):
+            order.append(k)
+
+    threads = []
+    with Turn(link) as has_turn:
+        assert has_turn
+        for k in range(3):
+            threads.append(Thread(lambda k=k: work(k)))
+            wait_for(lambda: len(turn.queue_of(link)) == k + 2)  # NOQA: B023
+        assert order == []
+    for thread in threads:
+        thread.wait()
+    assert order == [0, 1, 2]
+    assert turn.queue_of(link) == []
+
+
+def test_another_link_does_not_wait(link):
+    other = L.Linear(2, 2)
+    with Turn(link):
+        def work():
+            with Turn(other, waits=False) as has_turn:
+                assert has_turn
+
+        Thread(work).wait()
+
+
+def test_within_a_turn_others_begin_at_once(link):
+    """Also where another thread waits already."""
+    with Turn(link):
+        thread = Thread(lambda: Turn(link).__enter__())
+        with Turn(link) as has_turn, Turn(link, waits=False) as has_another:
+            assert has_turn
+            assert has_another
+        assert turn.has_turn(link)
+    thread.wait()
+
+
+def test_without_waiting(link):
+    found = []
+
+    def work():
+        with Turn(link, waits=False) as has_turn:
+            found.append(has_turn)
+
+    with Turn(link):
+        Thread(work).wait()
+        assert len(turn.queue_of(link)) == 1
+    Thread(work).wait()
+    assert found == [False, True]
+
+
+def test_the_outer_turn_may_end_first(link):
+    outer, inner = Turn(link), Turn(link)
+    outer.begin()
+    inner.begin()
+    outer.end()
+    assert turn.has_turn(link)
+    inner.end()
+    inner.end()
+    assert not turn.has_turn(link)
+
+
+def test_the_thread_ends_without_ending_its_turn(link):
+    thread = Thread(lambda: Turn(link).begin())
+    thread.wait()
+    # A thread that begins now may get the number of that one.
+    turn.queue_of(link)[0].thread = -1
+    with Turn(link) as has_turn:
+        assert has_turn
+    assert turn.queue_of(link) == []
+
+
+def test_an_interrupt_while_waiting(link):
+    def work():
+        with Turn(link):
+            raise AssertionError('it is not its turn')
+
+    with Turn(link):
+        thread = Thread(work)
+        wait_for(lambda: len(turn.queue_of(link)) == 2)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            thread.wait()
+        assert len(turn.queue_of(link)) == 1
+
+
+def test_a_circle_of_three(link):
+    """Each has one, and waits for the next: the last one is told."""
+    links = [link, L.Linear(2, 2), L.Linear(2, 2)]
+
+    def work(k):
+        with Turn(links[k]):
+            barrier.wait(SECONDS)
+            with Turn(links[(k + 1) % 3]):
+                pass
+
+    barrier = threading.Barrier(3)
+    threads = [Thread(lambda k=k: work(k)) for k in range(3)]
+    for thread in threads:
+        thread.join(SECONDS)
+    raised = {type(thread.error) for thread in threads if thread.error}
+    assert raised == {errors.DeadlockError}
+    assert not any(map(turn.queue_of, links))
+
+
+def test_the_queue_goes_with_its_link():
+    link = L.Linear(2, 2)
+    key = id(link)
+    with Turn(link):
+        assert key in turn._queues
+    del link
+    gc.collect()
+    assert key not in turn._queues
+
+
+def test_whether_a_thread_is_in_a_call():
+    class Hook(chainer.LinkHook):
+
+        def forward_preprocess(self, args):
+            seen.append(args)
+
+    class Waits(chainer.Link):
+
+        def forward(self):
+            began.set()
+            ends.wait(SECONDS)
+
+    def is_in_call(args):
+        return turn.is_in_call(thread.ident, id(args))
+
+    seen, began, ends = [], threading.Event(), threading.Event()
+    link = Waits().add_hook(Hook())
+    thread = Thread(link)
+    began.wait(SECONDS)
+    assert is_in_call(seen[0])
+    assert not is_in_call(seen)
+    assert not turn.is_in_call(threading.get_ident(), id(seen[0]))
+    ends.set()
+    thread.wait()
+    assert not is_in_call(seen[0])
