@@ -31,18 +31,20 @@ _scopes = _Scopes()
 
 def begin(scope: Scope) -> None:
     """Opens a scope."""
-    _scopes.opened.append(scope)
+    scope.opened = _scopes.opened
+    scope.opened.append(scope)
 
 
 def end(scope: Scope) -> None:
     """Closes a scope; that it is closed already is no error."""
-    # A new list: an interrupt leaves the one or the other.
-    _scopes.opened = [x for x in _scopes.opened if x is not scope]
+    # Of the thread that opened it: another one may find it abandoned.
+    if scope in scope.opened:
+        scope.opened.remove(scope)
 
 
 def covering(link: chainer.Link) -> Scope | None:
     """Returns the outermost open scope that has the link, or ``None``."""
-    for scope in _scopes.opened:
+    for scope in _scopes.opened.copy():
         if id(link) in scope.links:
             return scope
     return None
@@ -57,8 +59,11 @@ class Scope:
 
     Attributes:
         links (dict): The links by their ids.
+        opened (list): The open scopes of the thread that opened it.
 
     """
+
+    opened: Any = ()
 
     def __init__(
             self, models: Iterable[chainer.Link], kind: type[Hook]) -> None:

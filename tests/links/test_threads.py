@@ -2,6 +2,7 @@
 import copy
 import pickle
 import threading
+import time
 
 import chainer
 import chainer.functions as F
@@ -12,6 +13,7 @@ import pytest
 import sn_function
 from sn_function import SpectralNormalization, errors
 from sn_function._links import call, turn
+from sn_function._links import scope as scopes
 from tests.links.test_turn import SECONDS, Thread, wait_for
 from tests.tools.threads import switch_interval
 
@@ -150,6 +152,47 @@ def test_after_another_hook_raised(link, same_thread):
     assert link.W is W
     assert turn.queue_of(link) == []
     assert 'forward' not in vars(link)
+
+
+def test_after_a_hook_of_a_chain_raised():
+    """The scope is closed in the thread that opened it."""
+    model = chainer.Sequential(L.Linear(3, 4)).add_hook(
+        sn_function.ChainSpectralNormalization()).add_hook(Raises())
+    with pytest.raises(ZeroDivisionError) as info:
+        model(X)
+    assert scopes.covering(model) is not None
+    model.local_link_hooks['Raises'].raises = False
+    Thread(lambda: model(X)).wait()
+    assert scopes.covering(model) is None
+    assert 'forward' not in vars(model)
+    assert turn.queue_of(model) == []
+    del info
+
+
+@pytest.mark.parametrize('interval', [1e-6, 5e-3])
+def test_a_long_call_is_not_taken_for_an_abandoned_one(interval):
+    """Although its thread runs on while others read its stack."""
+    class Long(L.Linear):
+
+        def forward(self, x):
+            end = time.monotonic() + 5 * turn.WAIT
+            while time.monotonic() < end:
+                sum(k for k in range(10))  # frames come and go
+            return super().forward(x)
+
+    np.random.seed(0)
+    link = Long(3, 4).add_hook(SpectralNormalization())
+    with chainer.using_config('train', False):
+        expected = link(X).array
+
+    def work():
+        with chainer.using_config('train', False):
+            np.testing.assert_array_equal(link(X).array, expected)
+
+    with switch_interval(interval):
+        threads = [Thread(work) for _ in range(3)]
+        for thread in threads:
+            thread.wait()
 
 
 def test_a_lazy_weight_is_made_once():
