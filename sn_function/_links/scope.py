@@ -112,9 +112,12 @@ class Scope:
                     continue
                 # Another thread may be moving its u.  To wait would be to
                 # hold one link and want the next, as that thread may do.
-                with turn.Turn(link, waits=False) as is_free:
-                    if is_free:
+                other = turn.Turn(link)
+                try:
+                    if other.begin(waits=False):
                         yield self._prepare(HookedWeight(hook, link, W))
+                finally:
+                    other.end()
 
     def _prepare(self, weight: HookedWeight) -> _Prepared:
         u, gamma = weight.vector_and_gamma()

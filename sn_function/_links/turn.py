@@ -48,13 +48,13 @@ def has_turn(link: chainer.Link) -> bool:
 
 
 class Turn:
-    """A turn of the present thread; a context, which tells whether it has it.
+    """A turn of the present thread, from :meth:`begin` to :meth:`end`.
 
-    A thread that has the turn may take further ones, which begin at once.
+    It is a context, too.  A thread that has the turn may take further ones,
+    which begin at once.
 
     Args:
         link: The link.
-        waits: Whether to wait for other threads, or to go without.
 
     Attributes:
         thread (int): Identifies the thread.
@@ -66,10 +66,9 @@ class Turn:
     _queue: Any = ()
     _wake: Any = None
 
-    def __init__(self, link: chainer.Link, waits: bool = True) -> None:
+    def __init__(self, link: chainer.Link) -> None:
         self.link = link
         self.thread = threading.get_ident()
-        self._waits = waits
         self._queue = queue_of(link)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -78,9 +77,9 @@ class Turn:
         state.pop('_wake', None)
         return state
 
-    def __enter__(self) -> bool:
+    def __enter__(self) -> None:
         try:
-            return self.begin()
+            self.begin()
         except BaseException:
             self.end()
             raise
@@ -88,11 +87,14 @@ class Turn:
     def __exit__(self, *_: Any) -> None:
         self.end()
 
-    def begin(self) -> bool:
+    def begin(self, waits: bool = True) -> bool:
         """Joins the queue, and returns when this turn has come.
 
+        Args:
+            waits: Whether to wait for other threads, or to go without.
+
         Returns:
-            Whether it has; if not, there is nothing to end.
+            Whether it has come; if not, there is nothing to end.
 
         Raises:
             DeadlockError: The turn will never come.
@@ -104,7 +106,7 @@ class Turn:
         queue.append(self)
         if queue[0] is self:
             return True
-        if self._waits:
+        if waits:
             self._wait()
             return True
         self.end()

@@ -57,8 +57,7 @@ def test_others_wait_in_order(link):
             order.append(k)
 
     threads = []
-    with Turn(link) as has_turn:
-        assert has_turn
+    with Turn(link):
         for k in range(3):
             threads.append(Thread(lambda k=k: work(k)))
             wait_for(lambda: len(turn.queue_of(link)) == k + 2)  # NOQA: B023
@@ -73,29 +72,36 @@ def test_another_link_does_not_wait(link):
     other = L.Linear(2, 2)
     with Turn(link):
         def work():
-            with Turn(other, waits=False) as has_turn:
-                assert has_turn
+            assert Turn(other).begin(waits=False)
 
         Thread(work).wait()
 
 
 def test_within_a_turn_others_begin_at_once(link):
     """Also where another thread waits already."""
+    def work(link):
+        with Turn(link):
+            assert turn.has_turn(link)
+
     with Turn(link):
-        thread = Thread(lambda: Turn(link).__enter__())
-        with Turn(link) as has_turn, Turn(link, waits=False) as has_another:
-            assert has_turn
-            assert has_another
+        thread = Thread(lambda: work(link))
+        wait_for(lambda: len(turn.queue_of(link)) == 2)
+        work(link)
+        another = Turn(link)
+        assert another.begin(waits=False)
+        another.end()
         assert turn.has_turn(link)
     thread.wait()
+    assert turn.queue_of(link) == []
 
 
 def test_without_waiting(link):
     found = []
 
     def work():
-        with Turn(link, waits=False) as has_turn:
-            found.append(has_turn)
+        mine = Turn(link)
+        found.append(mine.begin(waits=False))
+        mine.end()
 
     with Turn(link):
         Thread(work).wait()
@@ -120,8 +126,8 @@ def test_the_thread_ends_without_ending_its_turn(link):
     thread.wait()
     # A thread that begins now may get the number of that one.
     turn.queue_of(link)[0].thread = -1
-    with Turn(link) as has_turn:
-        assert has_turn
+    with Turn(link):
+        assert turn.has_turn(link)
     assert turn.queue_of(link) == []
 
 
