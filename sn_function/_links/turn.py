@@ -115,19 +115,22 @@ class Turn:
     def end(self) -> None:
         """Leaves the queue; that it was left already is no error."""
         queue = self._queue
-        if self in queue:
+        if self not in queue:
+            return
+        try:
             queue.remove(self)
-            for first in queue[:1]:
-                if first._wake is not None:
-                    with contextlib.suppress(RuntimeError):  # it is awake
-                        first._wake.release()
+        except ValueError:  # another thread was quicker
+            return
+        for first in queue[:1]:
+            if first._wake is not None:
+                with contextlib.suppress(RuntimeError):  # it is awake
+                    first._wake.release()
 
     def _begins_within(self) -> bool:
         """Begins at once if this thread has the turn."""
         queue = self._queue
-        for first in queue[:1]:
-            if first.thread != self.thread:
-                return False
+        if not has_turn(self.link):
+            return False
         queue.insert(0, self)
         # An earlier turn of this thread may have been ended by another one,
         # as turns end with the death of an object.
@@ -148,9 +151,16 @@ class Turn:
             _awaited.pop(self.thread, None)
 
     def _look_again(self) -> None:
-        first, *others = self._queue[:2]
+        queue = self._queue
+        first, *others = queue[:2]
+        if first.thread == self.thread and not first.is_abandoned():
+            # For a moment another thread was before it, and then was not: see
+            # the end of `_begins_within`.
+            self.end()
+            if not self._begins_within():
+                queue.append(self)
         # Of those that wait, one acts.
-        if others == [self] and first.is_abandoned():
+        elif others == [self] and first.is_abandoned():
             first.finish()
         elif self._waits_for_itself():
             raise errors.DeadlockError(self.link)

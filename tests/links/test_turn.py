@@ -146,6 +146,23 @@ def test_an_interrupt_while_waiting(link):
         assert len(turn.queue_of(link)) == 1
 
 
+def test_a_thread_that_has_the_turn_does_not_wait_for_itself(link):
+    """Another one was before it for a moment, when it asked for a second."""
+    passing, second = Turn(link), Turn(link)
+    passing.thread = -1
+    passing.is_abandoned = lambda: False
+    queue = turn.queue_of(link)
+    with Turn(link):
+        queue.insert(0, passing)
+        thread = Thread(lambda: (
+            wait_for(lambda: second in queue), passing.end()))
+        assert second.begin()
+        assert queue[0] is second
+        second.end()
+        thread.wait()
+    assert queue == []
+
+
 def test_a_circle_of_three(link):
     """Each has one, and waits for the next: the last one is told."""
     links = [link, L.Linear(2, 2), L.Linear(2, 2)]
