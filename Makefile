@@ -21,8 +21,8 @@ STAMP := $(VENV)/.made-$(shell { echo $(ENVIRONMENT) "$(PYTHON_PATH)"; \
 	| cksum | tr ' ' '-')
 
 .PHONY: help setup check test test-all test-slow test-mpi test-nvrtc ci \
-	matrix extremes demo demo-short defects bench truth nvrtc mutants gpu \
-	gpu-bundle lint docs clean
+	matrix extremes demo demo-short defects bench truth threads nvrtc mutants \
+	gpu gpu-bundle lint docs clean
 # All targets share the environment, and the cores.
 .NOTPARALLEL:
 
@@ -37,6 +37,7 @@ help:
 	@echo 'make defects  the built-in hook beside this one, fault by fault'
 	@echo 'make bench    time weights and models beside others (CPU, 25 minutes)'
 	@echo 'make truth    errors of sigma and Y on hard matrices'
+	@echo 'make threads  four threads that call one model (CPU, 20 minutes)'
 	@echo 'make nvrtc    compile every CUDA kernel, without a device'
 	@echo 'make mutants  can the tests of the kernels fail?'
 	@echo 'make gpu      tests and benchmark on a CUDA device, without network'
@@ -127,6 +128,9 @@ test-mpi: $(STAMP)-mpi
 
 truth: setup
 	OPENBLAS_NUM_THREADS=1 $(PY) -m tests.tools.truth
+
+threads: setup
+	OPENBLAS_NUM_THREADS=1 $(PY) -m tests.tools.threads
 
 nvrtc: $(STAMP)-nvrtc
 	$(PY) -m tests.tools.nvrtc

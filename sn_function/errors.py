@@ -354,6 +354,17 @@ class WeightInUseError(SpectralNormalizationError, RuntimeError):
             f'the Parameter back first.')
 
 
+class DeadlockError(SpectralNormalizationError, RuntimeError):
+    """Two threads are in calls of links, and each waits for the other."""
+
+    def __init__(self, link: Any) -> None:
+        super().__init__(
+            f'A call of {type(link).__name__} waits for another thread, which '
+            f'waits for this one: calls of one link with a hook wait for each '
+            f'other, and these links call each other. Enter them by the same '
+            f'link from all threads, or from one thread at a time.')
+
+
 class HookedExportError(SpectralNormalizationError, RuntimeError):
     """A model is exported that still normalizes its weights."""
 

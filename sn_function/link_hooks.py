@@ -18,7 +18,7 @@ from sn_function import _checks, errors
 from sn_function._arithmetic import buffers
 from sn_function._arithmetic.matrix import as_matrix
 from sn_function._graph import node
-from sn_function._links import call, gamma, n_step, recompute, weight
+from sn_function._links import call, gamma, n_step, recompute, turn, weight
 from sn_function._links import scope as scopes
 from sn_function._links.bypass import bypasses_hooks
 from sn_function._links.hooked_weight import HookedWeight
@@ -42,7 +42,8 @@ class SpectralNormalization(LocalHook):
     ``link.forward`` raises.  The estimate of sigma uses ``link.W_u``, which
     each call in training mode moves on by ``n_power_iteration`` iterations;
     with ``chainer.config.train`` false it stays as it is.  Where it is found
-    to belong to another weight, it is brought to this one first.
+    to belong to another weight, it is brought to this one first.  Calls of one
+    link from several threads wait for each other.
 
     The hook serves :class:`~chainer.links.Linear`,
     :class:`~chainer.links.EmbedID`, the convolutions and deconvolutions of 1
@@ -252,12 +253,14 @@ class SpectralNormalization(LocalHook):
 
     def forward_preprocess(self, cb_args: Any) -> None:
         """Replaces the weight by the normalized one until the call ends."""
+        def make() -> chainer.Variable:
+            W = call.original(link, self.weight_name)
+            if W.array is None:
+                weight.initialize(cb_args, W, self.weight_name)
+            return self.normalize_weight(link)
+
         link = cb_args.link
-        W = call.original(link, self.weight_name)
-        if W.array is None:
-            weight.initialize(cb_args, W, self.weight_name)
-        call.replace_weight(
-            cb_args, self.weight_name, self.normalize_weight(link))
+        call.replace_weight(cb_args, self.weight_name, make)
 
     def forward_postprocess(self, cb_args: Any) -> None:
         """Ensures that the weight is the link's own parameter again."""
@@ -276,6 +279,12 @@ class SpectralNormalization(LocalHook):
             UninitializedWeightError: The weight has no array yet.
 
         """
+        if turn.has_turn(link):
+            return self._normalize(link)
+        with turn.Turn(link):
+            return self._normalize(link)
+
+    def _normalize(self, link: chainer.Link) -> chainer.Variable:
         W = call.original(link, self.weight_name)
         if W.array is None:
             raise errors.UninitializedWeightError(
@@ -296,7 +305,7 @@ class SpectralNormalization(LocalHook):
             own.discard_vector(
                 f'{self.vector_name} was zero or not finite, as in a snapshot '
                 f'of a model that had met a NaN.')
-            return self.normalize_weight(link)
+            return self._normalize(link)
         state.v = iterations.v
         _LATEST[self] = weakref.ref(state)
         if not is_second_run:

@@ -27,6 +27,7 @@ from chainer.training import extensions, triggers
 
 import sn_function
 from sn_function import SpectralNormalization
+from sn_function._links import turn
 from tests import reference, training
 from tests.training import Classifier, make_trainer, model_of, run, state
 
@@ -1020,6 +1021,7 @@ def test_an_interrupt_at_any_line(n_in, use_gamma, monkeypatch):
             break
         assert link.W is W, n
         assert not {'forward', '_sn_replacements'} & set(vars(link)), n
+        assert not turn.queue_of(link), n
         assert any(np.array_equal(link.W_u, other.W_u)
                    for other in (new, made, moved)), n
         step(link)

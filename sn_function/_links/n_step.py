@@ -152,7 +152,8 @@ class HookOfLayers(LocalHook):
     def forward_preprocess(self, cb_args: Any) -> None:
         """Replaces the weights by the normalized ones until the call ends."""
         link = cb_args.link
-        call.replace_weight(cb_args, _WEIGHTS, self._normalized(link))
+        call.replace_weight(
+            cb_args, _WEIGHTS, lambda: self._normalized(link))
 
     def forward_postprocess(self, cb_args: Any) -> None:
         """Ensures that the weights are the parameters again."""

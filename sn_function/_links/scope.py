@@ -2,19 +2,22 @@
 from __future__ import annotations
 
 import threading
-from typing import Iterable, Iterator
+from typing import Any, Iterable, Iterator, Sequence, Tuple
 
 import chainer
 
 from sn_function._arithmetic.interface import Iterations
 from sn_function._graph import node
-from sn_function._links import call
+from sn_function._links import call, turn
 from sn_function._links.hooked_weight import (
     Hook,
     HookedWeight,
     normalize,
 )
 from sn_function._links.shared import SharedWeight
+
+# Its key, the weight, and what goes into the node.
+_Prepared = Tuple[Tuple[int, str], SharedWeight, Any]
 
 
 class _Scopes(threading.local):
@@ -28,18 +31,20 @@ _scopes = _Scopes()
 
 def begin(scope: Scope) -> None:
     """Opens a scope."""
-    _scopes.opened.append(scope)
+    scope.opened = _scopes.opened
+    scope.opened.append(scope)
 
 
 def end(scope: Scope) -> None:
     """Closes a scope; that it is closed already is no error."""
-    # A new list: an interrupt leaves the one or the other.
-    _scopes.opened = [x for x in _scopes.opened if x is not scope]
+    # Of the thread that opened it: another one may find it abandoned.
+    if scope in scope.opened:
+        scope.opened.remove(scope)
 
 
 def covering(link: chainer.Link) -> Scope | None:
     """Returns the outermost open scope that has the link, or ``None``."""
-    for scope in _scopes.opened:
+    for scope in _scopes.opened.copy():
         if id(link) in scope.links:
             return scope
     return None
@@ -54,8 +59,11 @@ class Scope:
 
     Attributes:
         links (dict): The links by their ids.
+        opened (list): The open scopes of the thread that opened it.
 
     """
+
+    opened: Any = ()
 
     def __init__(
             self, models: Iterable[chainer.Link], kind: type[Hook]) -> None:
@@ -72,9 +80,10 @@ class Scope:
         """
         if not self._has(own.hook, own.link, own.W):
             try:
-                self._make([own, *self._others(own)])
+                self._make([self._prepare(own), *self._others(own)])
             except Exception:
-                self._make([own])  # others raise theirs when they are called
+                # Others raise theirs when they are called.
+                self._make([self._prepare(own)])
         shared = self._shared[_key(own.hook, own.link)]
         is_train, = node.config('train')
         if is_train:
@@ -87,7 +96,7 @@ class Scope:
         shared = self._shared.get(_key(hook, link))
         return shared is not None and shared.is_usable(hook, W)
 
-    def _others(self, own: HookedWeight) -> Iterator[HookedWeight]:
+    def _others(self, own: HookedWeight) -> Iterator[_Prepared]:
         """What else lacks a normalized weight, and can get it now."""
         device = own.W.device
         for link in self.links.values():
@@ -99,29 +108,35 @@ class Scope:
                         W.device != device
                         or not isinstance(W, chainer.Parameter)):
                     continue
-                if not self._has(hook, link, W):
-                    yield HookedWeight(hook, link, W)
+                if self._has(hook, link, W):
+                    continue
+                # Another thread may be moving its u.  To wait would be to
+                # hold one link and want the next, as that thread may do.
+                other = turn.Turn(link)
+                try:
+                    if other.begin(waits=False):
+                        yield self._prepare(HookedWeight(hook, link, W))
+                finally:
+                    other.end()
 
-    def _make(self, weights: Iterable[HookedWeight]) -> None:
-        made = []
-        prepared = []
-        for weight in weights:
-            u, gamma = weight.vector_and_gamma()
-            new = SharedWeight(weight.hook, weight.W, gamma)
-            key = _key(weight.hook, weight.link)
-            old = self._shared.get(key)
-            is_first = True
-            # It is the same, but has no graph.
-            if old is not None and old.is_of(weight.hook, weight.W):
-                is_first = False
-                u = old.iterations.start
-                new.is_stored = old.is_stored
-            new.u = u.copy()
-            made.append((key, new))
-            prepared.append(weight.for_node(
-                new.u, gamma, update_u=True, is_first=is_first))
-        for (key, new), (Y, iterations) in zip(
-                made, normalize(prepared, is_shared=True)):
+    def _prepare(self, weight: HookedWeight) -> _Prepared:
+        u, gamma = weight.vector_and_gamma()
+        new = SharedWeight(weight.hook, weight.W, gamma)
+        key = _key(weight.hook, weight.link)
+        old = self._shared.get(key)
+        is_first = True
+        # It is the same, but has no graph.
+        if old is not None and old.is_of(weight.hook, weight.W):
+            is_first = False
+            u = old.iterations.start
+            new.is_stored = old.is_stored
+        new.u = u.copy()
+        return key, new, weight.for_node(
+            new.u, gamma, update_u=True, is_first=is_first)
+
+    def _make(self, weights: Sequence[_Prepared]) -> None:
+        results = normalize([x for _, _, x in weights], is_shared=True)
+        for (key, new, _), (Y, iterations) in zip(weights, results):
             new.Y, new.iterations = Y, iterations
             self._shared[key] = new
 
@@ -132,6 +147,8 @@ def _key(hook: Hook, link: chainer.Link) -> tuple[int, str]:
 
 class ScopeOfCall(call.TemporaryChange, Scope):
     """A scope that ends with a call of a chain."""
+
+    is_seen = False  # a scope belongs to its thread
 
     def __init__(self, chain: chainer.Link, kind: type[Hook]) -> None:
         call.TemporaryChange.__init__(self, chain)

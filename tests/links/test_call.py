@@ -108,7 +108,8 @@ def test_a_weight():
     W, Ys = link.W, [chainer.Variable(link.W.array * k) for k in range(3)]
     left = iter(Ys)
     link.add_hook(ApplyHook(
-        lambda args: call.replace_weight(args, 'W', next(left))))
+        lambda args: call.replace_weight(
+            args, 'W', lambda: next(left))))
     link(2)
     assert [Y for Y, _ in seen] == [*Ys, *Ys[::-1]]
     assert all(original is W for _, original in seen)
