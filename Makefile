@@ -21,8 +21,8 @@ STAMP := $(VENV)/.made-$(shell { echo $(ENVIRONMENT) "$(PYTHON_PATH)"; \
 	| cksum | tr ' ' '-')
 
 .PHONY: help setup check test test-all test-slow test-mpi test-nvrtc ci \
-	matrix extremes demo demo-short defects bench truth threads nvrtc mutants \
-	gpu gpu-bundle lint docs clean
+	matrix extremes demo demo-short defects silent bench truth threads nvrtc \
+	mutants gpu gpu-bundle lint docs clean
 # All targets share the environment, and the cores.
 .NOTPARALLEL:
 
@@ -35,6 +35,7 @@ help:
 	@echo 'make ci       what is run for each change (15 minutes)'
 	@echo 'make matrix   the tests with all supported versions (an hour, 2 cores)'
 	@echo 'make defects  the built-in hook beside this one, fault by fault'
+	@echo 'make silent   faults that showed in no error, before and now'
 	@echo 'make bench    time weights and models beside others (CPU, 25 minutes)'
 	@echo 'make truth    errors of sigma and Y on hard matrices'
 	@echo 'make threads  four threads that call one model (CPU, 20 minutes)'
@@ -109,6 +110,10 @@ demo-short: setup
 
 defects: setup
 	$(PY) -m tests.tools.defects
+
+# SILENT='--before CHECKOUT' is beside an earlier version, not Chainer's hook.
+silent: setup
+	OPENBLAS_NUM_THREADS=1 $(PY) -m tests.tools.silent $(SILENT)
 
 # With the threads that BLAS takes by default, then with one.  BENCH=--quick is
 # a short one; BENCH='--out DIRECTORY' keeps the results.

@@ -11,7 +11,7 @@ from tests.tools import silent
 from tests.tools.silent import __main__ as command
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SLOW = 'train_in_test_mode', 'moving_average', 'threads'
+SLOW = 'train_in_test_mode', 'moving_average'
 CASES = [pytest.param(
     c, id=c.id, marks=[pytest.mark.slow] * c.id.startswith(SLOW))
     for c in silent.ALL]

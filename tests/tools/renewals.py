@@ -18,7 +18,7 @@ import runpy
 import sys
 import tempfile
 import warnings
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Iterator, Sequence
 from unittest import mock
 
 # Threads of BLAS wait for each other here; NumPy reads it when it is imported.
@@ -50,7 +50,7 @@ class Count:
     """
 
     def __init__(self) -> None:
-        self.turns: List[float] = []
+        self.turns: list[float] = []
         self.n_renewed = 0
 
     def add(self, W: Any, axis: int, u: Any, start: Any) -> None:
@@ -58,7 +58,7 @@ class Count:
         # A renewal turns u by 0.001 or more, and rounding far less.
         self.n_renewed += unit(start).dot(unit(u)) < 1 - 1e-5
 
-    def row(self, name: str) -> Tuple[str, ...]:
+    def row(self, name: str) -> tuple[str, ...]:
         numbers = np.percentile(self.turns, [50, 99, 100])
         return (name, f'{len(self.turns):,}', f'{self.n_renewed:,}',
                 *(f'{x:.4f}' for x in numbers))
@@ -145,7 +145,7 @@ def parity() -> None:
             pass
 
 
-OPTIMIZERS: Dict[str, Callable[[], Any]] = {
+OPTIMIZERS: dict[str, Callable[[], Any]] = {
     'Adam, 0.0001': lambda: chainer.optimizers.Adam(1e-4),
     'Adam, 0.001': lambda: chainer.optimizers.Adam(1e-3),
     'Adam, 0.01': lambda: chainer.optimizers.Adam(1e-2),
@@ -153,16 +153,16 @@ OPTIMIZERS: Dict[str, Callable[[], Any]] = {
 }
 
 
-def trainings(n_steps: int) -> Dict[str, Callable[[], None]]:
+def trainings(n_steps: int) -> dict[str, Callable[[], None]]:
     """What is trained, by name."""
-    found: Dict[str, Callable[[], None]] = {}
+    found: dict[str, Callable[[], None]] = {}
     for K in 1, 5:
         found[f'the example, K = {K}'] = (
-            lambda K=K: demo(K, n_steps * 2 // 5))  # type: ignore[misc]
+            lambda K=K: demo(K, n_steps * 2 // 5))
     for name, make in OPTIMIZERS.items():
         for detach_uv in False, True:
             found[name + (', detached' if detach_uv else '')] = (
-                lambda m=make, d=detach_uv: (  # type: ignore[misc]
+                lambda m=make, d=detach_uv: (
                     digits(m, d, n_steps)))
     found['``make defects``'] = of_defects
     found['parity, ``n_warmup=0``'] = parity
@@ -182,7 +182,7 @@ SHAPES = (16, 16), (128, 64, 4, 4), (512, 512, 3, 3)
 
 
 def step_of(
-        shape: Tuple[int, ...], n_warmup: int, train: bool,
+        shape: tuple[int, ...], n_warmup: int, train: bool,
 ) -> Callable[[], None]:
     """Normalization and its gradient, from a vector of the weight."""
     np.random.seed(0)
@@ -204,8 +204,8 @@ def step_of(
 
 
 def cost(
-        shape: Tuple[int, ...], train: bool, n_rounds: int, seconds: float,
-) -> Tuple[str, ...]:
+        shape: tuple[int, ...], train: bool, n_rounds: int, seconds: float,
+) -> tuple[str, ...]:
     """The median time with and without, in turn, and their ratio."""
     times = measure(
         {str(n): step_of(shape, n, train) for n in (0, 15)},

@@ -7,7 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from typing import List, Sequence
+from typing import Sequence
 
 from tests.tools import silent
 from tests.tools.silent import ALL, outcome_now, outcome_of_chainer
@@ -25,14 +25,14 @@ print(json.dumps([outcome_now(c)[0] for c in ALL if c.id in sys.argv[2:]]))
 '''
 
 
-def before(checkout: str, cases: Sequence[silent.Case]) -> List[str]:
+def before(checkout: str, cases: Sequence[silent.Case]) -> list[str]:
     """What happens with the package of a checkout."""
     checkout = os.path.realpath(checkout)
     done = subprocess.run(
         [sys.executable, '-c', PROGRAM, checkout, *(c.id for c in cases)],
         check=True, stdout=subprocess.PIPE, cwd=checkout,
         env={**os.environ, 'PYTHONPATH': checkout})
-    result: List[str] = json.loads(done.stdout.decode().splitlines()[-1])
+    result: list[str] = json.loads(done.stdout.decode().splitlines()[-1])
     return result
 
 

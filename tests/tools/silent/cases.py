@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import Any, Callable, List, NamedTuple, Tuple
+from typing import Any, Callable, NamedTuple, Tuple
 
 import sn_function  # isort: skip  # before chainer, which it repairs
 import chainer
@@ -38,7 +38,7 @@ class Case(NamedTuple):
         return self.run.__name__
 
 
-CASES: List[Case] = []
+CASES: list[Case] = []
 
 
 def case(name: str, theirs: bool = False) -> Callable[..., Any]:

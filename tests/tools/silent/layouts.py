@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from typing import Any, Dict
+from typing import Any
 
 import sn_function  # isort: skip  # before chainer, which it repairs
 import chainer
@@ -30,7 +30,7 @@ def arrays() -> Any:
 
 
 def converted(
-        make_hook: Hook, state: Dict[str, Any], path: str = 'l1',
+        make_hook: Hook, state: dict[str, Any], path: str = 'l1',
         **kwargs: Any) -> Outcome:
     """Converts a state dict; returns the norm of the layer at the path."""
     from sn_function import snapshot
@@ -46,7 +46,7 @@ def converted(
     return text, ok and bool((link.W.array == arrays()[0]).all())
 
 
-def torch(prefix: str = 'l1.') -> Dict[str, Any]:
+def torch(prefix: str = 'l1.') -> dict[str, Any]:
     W, u, v = arrays()
     return {f'{prefix}weight_orig': W, f'{prefix}weight_u': u,
             f'{prefix}weight_v': v}

@@ -11,6 +11,7 @@ import chainer.links as L
 import numpy as np
 
 from tests import reference
+from tests.tools import threads
 from tests.tools.silent.cases import (
     Hook,
     MissingError,
@@ -61,7 +62,7 @@ def of_run(model: Any) -> Any:
 def summary_of_hidden_links(make_hook: Hook) -> Outcome:
     found = of_run(Hidden().add_hook(sn_function.ChainSpectralNormalization()))
     n = len(getattr(found, 'remarks', ()))
-    return f'{n} of 2 links remarked on' if n else 'says nothing', n > 0
+    return f'{n} of 2 links remarked on' if n else 'says nothing', n == 2
 
 
 @case('`summary` with a run: a ChainList that calls 27 links by attributes')
@@ -76,7 +77,8 @@ def summary_leaves_the_model(make_hook: Hook) -> Outcome:
     model = Aliases().add_hook(sn_function.ChainSpectralNormalization())
     model.hidden = [L.Linear(None, 4)]
     before = pickle.dumps(model)
-    sn_function.summary(model, lambda model: model.hidden[0](model(x_of(2, 4))))
+    sn_function.summary(
+        model, lambda model: model.hidden[0](model(x_of(2, 4))))
     same = pickle.dumps(model) == before
     return 'unchanged' if same else 'changed', same
 
@@ -142,8 +144,7 @@ def projection(make_hook: Hook) -> Outcome:
 # Groups
 
 def largest_group(make_hook: Hook, link: Any, n_groups: int) -> Outcome:
-    """The norm of the largest group, with a norm of each where there is one.
-    """
+    """The norm of the largest group, by ``groups='each'`` if there is that."""
     try:
         hook = make_hook(n_warmup=200, groups='each')
     except TypeError:  # no such argument
@@ -173,3 +174,25 @@ def many_groups(make_hook: Hook) -> Outcome:
 def depthwise(make_hook: Hook) -> Outcome:
     return largest_group(
         make_hook, L.DepthwiseConvolution2D(64, 1, 3), 64)
+
+
+# Threads
+
+def of_threads(name: str) -> Outcome:
+    """Wrong outputs, and errors, where four threads call one model."""
+    found, = (c for c in threads.CASES if c.name == name)
+    row = threads.run(found, 4, 500)
+    kinds = sorted({error.split('(')[0] for error in row.errors})
+    text = f'{row.wrong} of {row.calls:,} wrong'
+    return ', '.join([text, *(f'`{kind}`' if kind.endswith('Error') else kind
+                              for kind in kinds)]), row.is_right
+
+
+@case('4 threads in test mode, a hook on each link')
+def threads_of_links(make_hook: Hook) -> Outcome:
+    return of_threads('a hook on each link, test')
+
+
+@case('4 threads in test mode, a hook for the chain')
+def threads_of_chain(make_hook: Hook) -> Outcome:
+    return of_threads('a hook for the chain, test')

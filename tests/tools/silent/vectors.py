@@ -32,7 +32,6 @@ from tests.tools.silent.cases import (
     x_of,
 )
 
-
 # After 15 iterations a norm is as right as that of a first call.
 FIRST = .98, 1.1
 # The gradient has turned u away from the first vectors, which iterations find
@@ -148,7 +147,7 @@ def train(model: Any, n_steps: int, alpha: float, after: Any = None) -> None:
             after()
 
 
-@functools.lru_cache()
+@functools.lru_cache
 def averaged(make_hook: Hook) -> Any:
     model = network(make_hook, 16, 64, 64, 64, 4)
     average = copy.deepcopy(model)
@@ -161,7 +160,7 @@ def averaged(make_hook: Hook) -> Any:
     return average
 
 
-@functools.lru_cache()
+@functools.lru_cache
 def trained_in_test_mode(make_hook: Hook, **kwargs: Any) -> Any:
     model = network(make_hook, 16, 64, 64, 4, **kwargs)
     with test_mode():
