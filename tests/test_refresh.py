@@ -112,13 +112,13 @@ def test_a_lazy_weight():
     (), ('x.npz',), (np.ones((2, 2)),), (SpectralNormalization(),)])
 def test_what_is_no_model(given):
     with pytest.raises(
-            sn_function.errors.ModelTypeError, match='^refresh takes a model'):
+            sn_function.errors.ModelTypeError, match=r'^refresh takes a model'):
         sn_function.refresh(*given)
 
 
 def test_a_model_without_a_hook():
     with pytest.warns(
-            sn_function.errors.NothingToRefreshWarning, match='^Linear has'):
+            sn_function.errors.NothingToRefreshWarning, match=r'^Linear has'):
         sn_function.refresh(L.Linear(3, 2))
 
 
