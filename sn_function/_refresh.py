@@ -38,8 +38,7 @@ def refresh(*models: chainer.Link, gamma: bool = False) -> None:
             gamma is lost then.
 
     Raises:
-        SpectralNormalizationError: One of :mod:`sn_function.errors`, for what
-            is no link, or no link at all.
+        ModelTypeError: Something is not a link, or there is none.
 
     .. admonition:: Example
 
@@ -54,8 +53,13 @@ def refresh(*models: chainer.Link, gamma: bool = False) -> None:
         [0. 1.]
 
     """
+    _models.check_models('refresh', *models)
     for model in models:
-        for weight in _models.hooked_weights(model):
+        weights = list(_models.hooked_weights(model))
+        if not weights:
+            warnings.warn(
+                errors.NothingToRefreshWarning(model), stacklevel=2)
+        for weight in weights:
             W = call.original(weight.link, weight.weight_name).array
             if W is not None:
                 _refresh(weight, W, gamma)

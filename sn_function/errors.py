@@ -577,6 +577,16 @@ class NothingToShareWarning(SpectralNormalizationWarning):
             f'sn_function.summary(model) shows what has a hook.')
 
 
+class NothingToRefreshWarning(SpectralNormalizationWarning):
+    """Vectors of a model without hooks are made anew."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(
+            f'{type(model).__name__} has no spectral normalization, so '
+            f'refresh has no vector to make anew. Add the hook first; '
+            f'sn_function.summary(model) shows what has a hook.')
+
+
 # Processes that train one model
 
 class NotSynchronizedError(SpectralNormalizationError, RuntimeError):

@@ -106,3 +106,33 @@ def test_a_lazy_weight():
     link = L.Linear(None, 5).add_hook(SpectralNormalization())
     sn_function.refresh(link)
     assert link.W_u is None
+
+
+@pytest.mark.parametrize('given', [
+    (), ('x.npz',), (np.ones((2, 2)),), (SpectralNormalization(),)])
+def test_what_is_no_model(given):
+    with pytest.raises(
+            sn_function.errors.ModelTypeError, match=r'^refresh takes'):
+        sn_function.refresh(*given)
+
+
+def test_a_model_without_a_hook():
+    with pytest.warns(
+            sn_function.errors.NothingToRefreshWarning, match=r'^Linear has'):
+        sn_function.refresh(L.Linear(3, 2))
+
+
+@pytest.mark.parametrize('kind', ['convolution', 'depthwise'])
+def test_groups(kind):
+    link = (L.Convolution2D(8, 16, 3, groups=4) if kind == 'convolution'
+            else L.DepthwiseConvolution2D(8, 2, 3))
+    link.add_hook(SpectralNormalization(groups='each'))
+    link.W.array[...] = np.random.normal(size=link.W.shape)
+    sn_function.refresh(link)
+    W = link.W.array.astype('d')
+    groups = (np.split(W, 4) if kind == 'convolution'
+              else W.transpose(1, 0, 2, 3))
+    matrices = [group.reshape(len(group), -1) for group in groups]
+    for A, u in zip(matrices, np.split(link.W_u, len(matrices))):
+        expected = np.linalg.svd(A)[0][:, 0]
+        assert abs(expected @ u) == pytest.approx(1, rel=1e-6)
