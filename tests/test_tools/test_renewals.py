@@ -1,6 +1,7 @@
 """What tests.tools.renewals counts, and that its tables are in the docs."""
 from __future__ import annotations
 
+import csv
 import pathlib
 
 import numpy as np
@@ -69,9 +70,32 @@ def test_cost():
     assert float(row[-1]) > 0
 
 
+def test_command(capsys, monkeypatch):
+    monkeypatch.setattr(renewals, 'parity', lambda: drawn_anew(0))
+    renewals.main(['--only', 'parity'])
+    assert '| parity, `n_warmup=0` | 11 | 0 | 0.' in capsys.readouterr().out
+
+
+def test_command_for_the_cost(capsys, monkeypatch):
+    monkeypatch.setattr(renewals, 'SHAPES', [(16, 16)])
+    renewals.main(['--cost', '--rounds', '3', '--rst'])
+    out = capsys.readouterr().out
+    assert '    16x16,training,' in out
+    assert '    16x16,test,' in out
+
+
 def test_tables_of_the_docs():
     text = DOCS.read_text(encoding='utf-8')
-    for name in renewals.trainings(0):
-        assert f'\n    "{name}",' in text
-    for shape in renewals.SHAPES:
-        assert f'\n    {"x".join(map(str, shape))}, training,' in text
+    rows = list(csv.reader(
+        line.strip() for line in text.splitlines() if ',' in line))
+    names = [row[0] for row in rows if len(row) == 6]
+    assert names == ['training', *(
+        name.replace('`', '``') for name in renewals.trainings(0))]
+    assert [tuple(row[:2]) for row in rows if row[0] in map(
+        shape_name, renewals.SHAPES)] == [
+            (shape_name(shape), mode) for shape in renewals.SHAPES
+            for mode in ('training', 'test')]
+
+
+def shape_name(shape):
+    return 'x'.join(map(str, shape))

@@ -4,8 +4,8 @@
 of all calls of some trainings, those before which u was made anew, and how far
 the first iteration would turn the u that was given; the creation of u is no
 call.  With ``--cost`` it prints the other: the time of a call that looks for a
-vector of another weight, beside one that does not.  The digits are those of
-scikit-learn.
+vector of another weight, forward and backward in microseconds, beside one that
+does not.  The digits are those of scikit-learn.
 """
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pathlib
 import runpy
 import sys
 import tempfile
+import time
 import warnings
 from typing import Any, Callable, Iterator, Sequence
 from unittest import mock
@@ -34,10 +35,12 @@ from sn_function._arithmetic import host
 from tests import reference
 from tests.tools import defects
 from tests.tools.benchmarks import cpu
-from tests.tools.benchmarks.report import Budget, measure, text_table
+from tests.tools.benchmarks.report import Budget, measure
+from tests.tools.silent.__main__ import show
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / 'examples'
 HEADER = 'training', 'calls', 'anew', 'median', '99 %', 'most'
+COST_HEADER = 'weight', 'mode', '`n_warmup=0`', '`n_warmup=15`', 'ratio'
 
 
 class Count:
@@ -164,8 +167,8 @@ def trainings(n_steps: int) -> dict[str, Callable[[], None]]:
             found[name + (', detached' if detach_uv else '')] = (
                 lambda m=make, d=detach_uv: (
                     digits(m, d, n_steps)))
-    found['``make defects``'] = of_defects
-    found['parity, ``n_warmup=0``'] = parity
+    found['`make defects`'] = of_defects
+    found['parity, `n_warmup=0`'] = parity
     return found
 
 
@@ -203,17 +206,26 @@ def step_of(
     return step
 
 
+def seconds_of_thread(
+        step: Callable[[], None], n: int) -> tuple[float, float]:
+    """The time of the processor for a call, which others do not lengthen."""
+    start = time.thread_time()
+    for _ in range(n):
+        step()
+    return (time.thread_time() - start) / n, 0.
+
+
 def cost(
         shape: tuple[int, ...], train: bool, n_rounds: int, seconds: float,
 ) -> tuple[str, ...]:
-    """The median time with and without, in turn, and their ratio."""
+    """The median times, taken in turn, and the median of their ratios."""
     times = measure(
         {str(n): step_of(shape, n, train) for n in (0, 15)},
-        cpu.time_on_host, Budget(600), n_rounds, seconds=seconds)
-    without, with_rule = (times[n]['wall']['median'] for n in ('0', '15'))
+        seconds_of_thread, Budget(600), n_rounds, seconds=seconds)
+    without, with_rule = (np.array(times[n]['walls']) for n in ('0', '15'))
     return ('x'.join(map(str, shape)), 'training' if train else 'test',
-            f'{without:,.1f}', f'{with_rule:,.1f}',
-            f'{with_rule / without:.3f}')
+            f'{np.median(without):,.1f}', f'{np.median(with_rule):,.1f}',
+            f'{np.median(with_rule / without):.3f}')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -224,20 +236,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--steps', type=int, default=1000)
     parser.add_argument('--rounds', type=int, default=100)
     parser.add_argument('--only', default='', help='part of a name')
+    parser.add_argument('--rst', action='store_true', help='as in the docs')
     args = parser.parse_args(argv)
     print(cpu.machine(), '\n')
     if args.cost:
-        print(text_table(
-            ('weight', 'mode', 'n_warmup=0, us', 'n_warmup=15, us', 'ratio'),
-            [cost(shape, train, args.rounds, .02)
-             for shape in SHAPES for train in (True, False)]))
-        return
-    rows = []
-    for name, run in trainings(args.steps).items():
-        if args.only in name:
-            rows.append(counted(run).row(name))
-            print(*rows[-1], sep=', ', file=sys.stderr, flush=True)
-    print(text_table(HEADER, rows))
+        show([COST_HEADER, *(
+            cost(shape, train, args.rounds, .01)
+            for shape in SHAPES for train in (True, False))], args.rst)
+    else:
+        show([HEADER, *(
+            counted(run).row(name)
+            for name, run in trainings(args.steps).items()
+            if args.only in name)], args.rst)
 
 
 if __name__ == '__main__':
