@@ -32,9 +32,6 @@ def bake(model: Model, in_place: bool) -> Model:
         warnings.warn(errors.NothingToBakeWarning(model), stacklevel=3)
     if not in_place:
         model = copy.deepcopy(model)
-        for param in model.params():
-            param.cleargrad()
-            param.update_rule = None
     links = [link for _, link in hooked_links(model)]
     # All of them first: an exception leaves the model as it was.
     folded = [_fold(link, in_place) if hooks_of(link) else []
@@ -44,6 +41,10 @@ def bake(model: Model, in_place: bool) -> Model:
     for link in model.links():
         if n_step.is_n_step(link):
             n_step.collect_weights(link)
+    if not in_place:
+        for param in model.params():
+            param.cleargrad()
+            param.update_rule = None
     return model
 
 

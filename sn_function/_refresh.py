@@ -13,7 +13,6 @@ from sn_function._arithmetic import singular
 from sn_function._links import call
 from sn_function._links import gamma as _gamma
 from sn_function._links.weight import groups_of, output_axis
-from sn_function.link_hooks import SpectralNormalization
 
 
 def refresh(*models: chainer.Link, gamma: bool = False) -> None:
@@ -28,7 +27,10 @@ def refresh(*models: chainer.Link, gamma: bool = False) -> None:
 
     It finds that vector in float64 on the host, exactly, which takes about as
     long as a singular value decomposition does.  A weight that is not
-    initialized is left alone, as its first call makes ``u``.
+    initialized is left alone, as its first call makes ``u``.  The weights are
+    those on the links, without what other hooks make of them in a call.  Call
+    it outside of :func:`cached`: an open scope goes on with the vectors that
+    it has.
 
     Args:
         models (~chainer.Link): Links or chains, with hooks of this package or
@@ -78,13 +80,21 @@ def _refresh(weight: _models.LinkWeight, W: Any, gamma: bool) -> None:
     sigmas, us, _ = zip(*map(singular.largest, A))
     sigma = max(sigmas)
     if sigma > 0:
-        setattr(link, hook.vector_name,
-                link.device.send(numpy.concatenate(us).astype(W.dtype)))
+        _store(link, hook.vector_name, numpy.concatenate(us).astype(W.dtype))
     parameter = _models.gamma_of(link, hook) if gamma else None
     if parameter is None or parameter.array is None:
         return
-    if isinstance(hook, SpectralNormalization):
+    if isinstance(parameter.initializer, _gamma.LargestSingularValue):
         _gamma.initialize(
             parameter, call.original(link, weight_name), is_made_anew=True)
     else:
         parameter.array[...] = sigma or 1
+
+
+def _store(link: chainer.Link, name: str, u: Any) -> None:
+    """Overwrites a vector, in place where it fits, as links may share it."""
+    old = getattr(link, name, None)
+    if old is None or (old.shape, old.dtype) != (u.shape, u.dtype):
+        setattr(link, name, link.device.send(u))
+    else:
+        chainer.backend.copyto(old, u)

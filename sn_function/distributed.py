@@ -34,6 +34,7 @@ from sn_function._graph.sharded import (
     sharded_spectral_normalize as sharded_spectral_normalize,
 )
 from sn_function._links import call
+from sn_function._links.gamma import LargestSingularValue
 from sn_function._links.hooked_weight import HookedWeight
 from sn_function._models import vector_names as vector_names
 from sn_function.extensions import SpectralNormPenaltyState
@@ -179,7 +180,7 @@ def _bcast_vectors(comm: Any, model: chainer.Link) -> None:
     """Gives all ranks the vectors of rank 0."""
     for _, link, _, hook in _models.hooked_weights(model):
         if isinstance(hook, SpectralNormalization):
-            _settle(link, hook)
+            _make_vector(link, hook)
     vectors = list(_vectors(model))
     us = comm.bcast_obj({
         path: cuda.to_cpu(getattr(link, name, None))
@@ -187,9 +188,19 @@ def _bcast_vectors(comm: Any, model: chainer.Link) -> None:
     if comm.rank != 0:
         for path, link, name in vectors:
             _put(link, name, us.get(path))
+    # From what gamma was initialized the hook tells whether it is to follow
+    # its weight.
+    gammas = {path: initializer for path, param in model.namedparams()
+              for initializer in [param.initializer]
+              if isinstance(initializer, LargestSingularValue)}
+    origins = comm.bcast_obj({
+        path: initializer.origin for path, initializer in gammas.items()
+    } if comm.rank == 0 else None)
+    for path, initializer in gammas.items():
+        initializer.origin = origins.get(path, initializer.origin)
 
 
-def _settle(link: chainer.Link, hook: SpectralNormalization) -> None:
+def _make_vector(link: chainer.Link, hook: SpectralNormalization) -> None:
     """Does to u now what the hook would do once, in the next call.
 
     The hook makes u where there is none, or where it is zero or not finite.

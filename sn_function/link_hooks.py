@@ -301,10 +301,7 @@ class SpectralNormalization(LocalHook):
                 Y, iterations = own.normalize(
                     is_train and not is_second_run, is_second_run)
         except errors.VectorValueError:
-            # Other hooks leave such a vector behind after one NaN.
-            own.discard_vector(
-                f'{self.vector_name} was zero or not finite, as in a snapshot '
-                f'of a model that had met a NaN.')
+            own.discard_bad_vector()
             return self._normalize(link)
         state.v = iterations.v
         _LATEST[self] = weakref.ref(state)

@@ -243,37 +243,32 @@ __device__ double rescue(
   return sigma;
 }
 
-// Whether 1 - u_0 . u_1 / |u_0| is more than limit; false if it is NaN.
-__device__ bool turns_by_more_than(
-    double limit, const double* numbers, const A* vectors, int m, int K,
+// 1 - u_0 . u_1 / |u_0|, or 0 for a zero or a NaN.
+__device__ double turn(
+    double sigma, const double* numbers, const A* vectors, int m, int K,
     double* shared) {
   const double* norms = numbers + N_NUMBERS;
-  // u_0 . W v_1 = |W^T u_0|, so nothing has to be computed if |u_0| = 1.
-  double cosine = norms[0] / norms[K];
-  if (cosine > UNIT_LIMIT || cosine < 1 - limit) {
-    double sum = 0;
-    for (int i = threadIdx.x; i < m; i += blockDim.x)
-      sum += static_cast<double>(vectors[i]) * vectors[i];
-    cosine /= sqrt(block_sum(sum, shared));
-  }
-  return cosine < 1 - limit;
+  double sum = 0;
+  for (int i = threadIdx.x; i < m; i += blockDim.x)
+    sum += static_cast<double>(vectors[i]) * vectors[i];
+  sum = block_sum(sum, shared);  // its barriers also show the norms to all
+  // u_0 . W v_1 = |W^T u_0|
+  return sigma > 0 && isfinite(sigma)
+      ? 1 - norms[0] / norms[K] / sqrt(sum) : 0;
 }
 
 // Iterates again, until the first iteration hardly turns u_0, if it turns it
 // by more than limit: then u was one of another weight.  Returns |t_K|.
-__device__ double settle(
+__device__ double iterate_anew(
     const Weight& plain, double sigma, double* numbers, A* vectors, int K,
     int n_warmup, double limit, double* shared) {
   const int m = plain.m;
   bool ordinary = true;  // not used here
   for (int i = 0; i < n_warmup; i += K) {
-    __syncthreads();  // the norms were written by one thread
-    if (!(sigma > 0 && isfinite(sigma) && turns_by_more_than(
-            limit, numbers, vectors, m, K, shared)))
-      break;
+    if (turn(sigma, numbers, vectors, m, K, shared) <= limit) break;
     limit = SETTLED;
-    for (int i = threadIdx.x; i < m; i += blockDim.x)
-      vectors[i] = vectors[static_cast<Size>(K) * m + i];
+    for (int j = threadIdx.x; j < m; j += blockDim.x)
+      vectors[j] = vectors[static_cast<Size>(K) * m + j];
     const double unit = numbers[UNIT];
     sigma = unit == 1
         ? iterate(plain, 1, numbers, vectors, K, &ordinary, shared)
@@ -290,22 +285,33 @@ __device__ void start(double* numbers) {
   numbers[RESTARTED] = 0;
 }
 
+// gamma and initial_gamma <- sigma, where gamma is initial_gamma and sigma is
+// another.
+__device__ void renew_gamma(
+    A* gamma, A* initial_gamma, double sigma, double turn) {
+  const A value = sigma == 0 ? 1 : sigma;
+  const bool is_off = fabs(sigma - *gamma) > GAMMA_LIMIT * *gamma
+      && (sigma > *gamma || turn <= GAMMA_TURN);
+  if (*gamma == *initial_gamma && is_off && isfinite(value))
+    *gamma = *initial_gamma = value;
+}
+
 // The numbers that follow from sigma, and u <- u_K where that is good.
 __device__ void finish(
     const Weight& W, double sigma, U* u, double* numbers, const A* vectors,
     A* sigma_out, A* gamma, A* initial_gamma, int K, double factor,
-    double eps, double at_zero, int update) {
+    double eps, double at_zero, int update, double* shared) {
   const A* last = vectors + static_cast<Size>(K) * W.m;
   if (update && sigma > 0 && isfinite(sigma))
     for (int i = threadIdx.x; i < W.m; i += blockDim.x)
       u[i] = static_cast<U>(last[i]);
+  const double turned = initial_gamma
+      ? turn(sigma, numbers, vectors, W.m, K, shared) : 0;
   if (threadIdx.x != 0) return;
+  if (initial_gamma) renew_gamma(gamma, initial_gamma, sigma, turned);
   if (sigma_out) *sigma_out = sigma;
   const bool above = !(sigma < eps || sigma == 0);
   const double divisor = above ? sigma : sigma == 0 ? at_zero : eps;
-  if (initial_gamma && *gamma == *initial_gamma && isfinite(sigma)
-      && fabs(sigma - *gamma) > GAMMA_LIMIT * *gamma)
-    *gamma = *initial_gamma = sigma > 0 ? sigma : 1;
   numbers[SIGMA] = sigma;
   numbers[DIVISOR] = divisor;
   numbers[ABOVE] = above;

@@ -27,7 +27,6 @@ from sn_function._arithmetic.interface import (
     Arrays,
     Backward,
     Forward,
-    Renewal,
     Settings,
 )
 from sn_function._arithmetic.kernels import COEFFICIENTS, NULL, NUMBERS
@@ -39,9 +38,6 @@ if cuda.available:
 # As cupy.cublas takes them: it would make arrays of numbers at each call.
 _SCALARS = {
     char: (numpy.ones((), char), numpy.zeros((), char)) for char in 'fd'}
-
-
-_NO_RENEWAL = Renewal(0, 2.0)
 
 
 class Iterations:
@@ -176,7 +172,7 @@ class _Forward:
         self.Y: Any = NULL
         if iterations.is_small and 'Y' in call.output_names:
             self.Y = empty(W.shape, W.dtype)
-        renewal = call.renewal or _NO_RENEWAL
+        renewal = call.renewal
         self.initial_gamma: Any = NULL
         # A gamma of another dtype was cast, so the kernel has a copy of it.
         if renewal.initial_gamma is not None and self.gamma is call.gamma:

@@ -20,7 +20,12 @@ import chainer
 import numpy
 
 from sn_function import errors
-from sn_function._arithmetic.interface import SETTLED, Renewal, Settings
+from sn_function._arithmetic.interface import (
+    NEVER,
+    SETTLED,
+    Renewal,
+    Settings,
+)
 from sn_function._arithmetic.matrix import ORDINARY
 
 
@@ -115,6 +120,11 @@ class Iterations(NamedTuple):
             is_below, eps, sigma))
         return divisor, ~(is_zero | is_below)
 
+    def turn(self) -> Any:
+        """Returns how much the first iteration turns that of the largest."""
+        turn = _turns(self.vectors)[self.largest].reshape(())
+        return float(turn) if isinstance(self.largest, slice) else turn
+
     def of_largest(self) -> OfGroup:
         """Returns the vectors of the largest group."""
         us, vs, *_ = self.vectors
@@ -179,7 +189,8 @@ def _peak(x: Any) -> Any:
     return xp.where((peak > 0) & xp.isfinite(peak), peak, 1.0)
 
 
-def settle(A: Any, vectors: Vectors, n: int, renewal: Renewal) -> Vectors:
+def iterate_anew(
+        A: Any, vectors: Vectors, n: int, renewal: Renewal) -> Vectors:
     """Runs ``n`` iterations again where a vector is one of another weight.
 
     Each group has a vector of its own, and is decided for by itself: from
@@ -187,7 +198,7 @@ def settle(A: Any, vectors: Vectors, n: int, renewal: Renewal) -> Vectors:
     """
     limit, is_stale = renewal.limit, True
     for _ in range(0, renewal.n_warmup, n):
-        is_stale = is_stale & _turns_by_more_than(limit, vectors)
+        is_stale = is_stale & (_turns(vectors) > limit)
         if not is_stale.any():
             break
         limit = SETTLED
@@ -196,16 +207,17 @@ def settle(A: Any, vectors: Vectors, n: int, renewal: Renewal) -> Vectors:
     return vectors
 
 
-def _turns_by_more_than(limit: float, vectors: Vectors) -> Any:
-    """Whether ``1 - u_0 . u_1 / |u_0|`` of each group is more than limit."""
+def _turns(vectors: Vectors) -> Any:
+    """``1 - u_0 . u_1 / |u_0|`` of each group; 0 for a zero or a NaN."""
+    xp = chainer.backend.get_array_module(vectors.us[0])
     # u_0 . W v_1 = |W^T u_0|
     cosine = vectors.s_norms[0] / (vectors.t_norms[0] * _norm(vectors.us[0]))
     sigma = vectors.t_norms[-1]
-    return (cosine < 1 - limit) & (sigma > 0) & (sigma < math.inf)
+    return xp.where((sigma > 0) & (sigma < math.inf), 1 - cosine, 0.0)
 
 
 def power_iteration(
-        A: Any, u: Any, n: int, renewal: Renewal | None = None) -> Iterations:
+        A: Any, u: Any, n: int, renewal: Renewal = NEVER) -> Iterations:
     """Runs ``n`` power iterations on each group.
 
     Args:
@@ -222,10 +234,8 @@ def power_iteration(
     given = u.astype(A.dtype)
     start = given.reshape(len(A), 1, 1, A.shape[2])
     if not isinstance(A, numpy.ndarray):
-        return _carefully(A, start, n, None)
-    vectors = iterate(A, start, n)
-    if renewal is not None:
-        vectors = settle(A, vectors, n, renewal)
+        return _carefully(A, start, n, NEVER)
+    vectors = iterate_anew(A, iterate(A, start, n), n, renewal)
     low, high = ORDINARY[A.dtype.char]
     norms = numpy.array([vectors.s_norms, vectors.t_norms])
     if norms.min() > low and norms.max() < high:
@@ -237,7 +247,7 @@ def power_iteration(
 
 
 def _carefully(
-        A: Any, given: Any, n: int, renewal: Renewal | None) -> Iterations:
+        A: Any, given: Any, n: int, renewal: Renewal) -> Iterations:
     """Iterations on groups and from vectors of any size.
 
     A vector that its group takes to zero is replaced, unless that is zero, as
@@ -256,10 +266,9 @@ def _carefully(
     largest_row = xp.arange(A.shape[2]) == xp.expand_dims(
         rows.argmax(axis=3), 3)
     start = xp.where(is_usable, start, largest_row.astype(A.dtype))
-    vectors = iterate(A, start, n)
+    vectors = iterate_anew(A, iterate(A, start, n), n, renewal)
     restarts = ~is_usable
-    if renewal is not None:
-        vectors = settle(A, vectors, n, renewal)
+    if renewal.n_warmup:
         restarts |= (vectors.us[0] != start).any(axis=3, keepdims=True)
     iterations = _finished(
         vectors, vectors.t_norms[-1] * scale, given.reshape(-1))

@@ -28,6 +28,7 @@ from sn_function._arithmetic.group_iterations import (
 )
 from sn_function._arithmetic.interface import (
     GAMMA_LIMIT,
+    GAMMA_TURN,
     Arrays,
     Backward,
     Forward,
@@ -53,6 +54,7 @@ def normalize(call: Forward) -> tuple[Arrays, Iterations]:
         call.renewal)
     outputs: Arrays = ()
     if 'Y' in call.output_names:
+        _renew_gamma(call, iterations)
         Y = _times(array, _coefficient_of_Y(call, iterations),
                    buffers.empty_of(W, call.reuse and W is array))
         outputs = Y.astype(W.dtype, copy=False),
@@ -62,21 +64,30 @@ def normalize(call: Forward) -> tuple[Arrays, Iterations]:
     return outputs, iterations
 
 
+def _renew_gamma(call: Forward, iterations: Any) -> None:
+    """As :func:`.power_iteration.renew_gamma`, on a device, too."""
+    if isinstance(iterations.sigma, float):
+        power_iteration.renew_gamma(call, iterations)
+        return
+    gamma, sigma = call.gamma, iterations.sigma
+    initial = call.renewal.initial_gamma
+    if initial is None:
+        return
+    xp = chainer.backend.get_array_module(sigma)
+    value = xp.where(sigma > 0, sigma, 1.0).astype(gamma.dtype)
+    is_off = (gamma == initial) & xp.isfinite(value) & (
+        abs(sigma - gamma) > GAMMA_LIMIT * gamma) & (
+        (sigma > gamma) | (iterations.turn() <= GAMMA_TURN))
+    gamma[...] = xp.where(is_off, value, gamma)
+    initial[...] = xp.where(is_off, value, initial)
+
+
 def _coefficient_of_Y(call: Forward, iterations: Any) -> Any:
     """As :func:`.power_iteration.coefficient_of_Y`, on a device, too."""
     if isinstance(iterations.sigma, float):
         return power_iteration.coefficient_of_Y(call, iterations)
-    gamma, sigma = call.gamma, iterations.sigma
-    initial = call.renewal and call.renewal.initial_gamma
-    if initial is not None:
-        xp = chainer.backend.get_array_module(sigma)
-        is_off = (gamma == initial) & xp.isfinite(sigma) & (
-            abs(sigma - gamma) > GAMMA_LIMIT * gamma)
-        gamma[...] = xp.where(
-            is_off, xp.where(sigma > 0, sigma, 1.0), gamma)
-        initial[...] = xp.where(is_off, gamma, initial)
     divisor, _ = iterations.floored(call.settings)
-    return _number(gamma) * call.settings.factor / divisor
+    return _number(call.gamma) * call.settings.factor / divisor
 
 
 def _split(settings: Settings, W: Any) -> Any:

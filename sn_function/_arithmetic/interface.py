@@ -40,12 +40,13 @@ class Renewal(NamedTuple):
     :data:`SETTLED`, but no more than ``n_warmup``.
 
     gamma is made anew where it still is ``initial_gamma``, and sigma is off
-    from that by more than :data:`GAMMA_LIMIT`.  Then both become the norm of
-    the weight (its estimate on a device), or 1 where that is zero.
+    from that by more than :data:`GAMMA_LIMIT`.  Then both become sigma, or 1
+    where that is zero.  A sigma that is less says nothing while u turns by
+    more than :data:`GAMMA_TURN`, as an estimate is never above the norm.
 
     Attributes:
-        n_warmup: The most iterations, rounded up to whole calls.
-        limit: 2 or more for never.
+        n_warmup: The most iterations, rounded up to whole calls; 0 for none.
+        limit: How much a vector of this weight turns, at most.
         initial_gamma: Array of shape ``()`` with the value that gamma was
             initialized with, or ``None`` if gamma is left alone.
 
@@ -56,9 +57,10 @@ class Renewal(NamedTuple):
     initial_gamma: Any = None
 
 
-# How much a vector of this weight turns in an iteration, at most.
+NEVER = Renewal(0, 2.0)
 SETTLED = 1e-3
 GAMMA_LIMIT = 0.1
+GAMMA_TURN = 1e-2
 
 
 class Iterations(Protocol):
@@ -102,7 +104,7 @@ class Forward(NamedTuple):
             or not finite.
         reuse: Whether to make ``Y`` in memory that this weight has needed
             before; a device has a pool of memory anyway.
-        renewal: When u and gamma are made anew; ``None`` for never.
+        renewal: When u and gamma are made anew.
 
     """
 
@@ -113,7 +115,7 @@ class Forward(NamedTuple):
     output_names: tuple[str, ...]
     update_u: bool = False
     reuse: bool = False
-    renewal: Renewal | None = None
+    renewal: Renewal = NEVER
 
 
 class Backward(NamedTuple):

@@ -22,8 +22,12 @@ from typing import Any, Sequence
 import numpy
 from chainer.backends import cuda
 
-from sn_function._arithmetic.interface import GAMMA_LIMIT, SETTLED
-from sn_function._arithmetic.matrix import UNIT_LIMIT, accumulator_dtype
+from sn_function._arithmetic.interface import (
+    GAMMA_LIMIT,
+    GAMMA_TURN,
+    SETTLED,
+)
+from sn_function._arithmetic.matrix import accumulator_dtype
 
 # Weights of up to this many entries go through kernels of one block.
 FUSED_SIZE = 1 << 16
@@ -53,7 +57,7 @@ _INCLUDES = """
 _LAYOUT = f"""
 #define SETTLED {SETTLED}
 #define GAMMA_LIMIT {GAMMA_LIMIT}
-#define UNIT_LIMIT {UNIT_LIMIT}
+#define GAMMA_TURN {GAMMA_TURN}
 enum {{ {', '.join(NUMBERS)}, N_NUMBERS }};
 enum {{ {', '.join(COEFFICIENTS)}, N_COEFFICIENTS }};
 typedef long long Size;
@@ -270,9 +274,10 @@ extern "C" __global__ void __launch_bounds__(512, 1) sn_settle_fwd(
   }
   if (k + 1 < K) return;
   if (!ordinary) sigma = rescue(W, u, numbers, vectors, K, shared);
-  sigma = settle(W, sigma, numbers, vectors, K, n_warmup, limit, shared);
+  sigma = iterate_anew(
+      W, sigma, numbers, vectors, K, n_warmup, limit, shared);
   finish(W, sigma, u, numbers, vectors, sigma_out, gamma, initial_gamma, K,
-         factor, eps, at_zero, update);
+         factor, eps, at_zero, update, shared);
 }
 """)
 
@@ -329,9 +334,10 @@ __device__ void sn_fused_fwd_of({_FORWARD_OF_EACH}, {_FORWARD_OF_ALL}) {{
   if (threadIdx.x == 0) start(numbers);
   double sigma = iterate(W, 1, numbers, vectors, K, &ordinary, shared);
   if (!ordinary) sigma = rescue(W, u, numbers, vectors, K, shared);
-  sigma = settle(W, sigma, numbers, vectors, K, n_warmup, limit, shared);
+  sigma = iterate_anew(
+      W, sigma, numbers, vectors, K, n_warmup, limit, shared);
   finish(W, sigma, u, numbers, vectors, sigma_out, gamma, initial_gamma, K,
-         factor, eps, at_zero, update);
+         factor, eps, at_zero, update, shared);
   if (!y) return;
   __syncthreads();
   const double coef = numbers[COEF];

@@ -48,9 +48,11 @@ from typing import Any, NamedTuple, Sequence
 import numpy
 
 from sn_function import errors
-from sn_function._arithmetic import buffers, matrix, singular
+from sn_function._arithmetic import buffers, matrix
 from sn_function._arithmetic.interface import (
     GAMMA_LIMIT,
+    GAMMA_TURN,
+    NEVER,
     SETTLED,
     Arrays,
     Backward,
@@ -59,7 +61,6 @@ from sn_function._arithmetic.interface import (
     Settings,
 )
 from sn_function._arithmetic.matrix import (
-    UNIT_LIMIT,
     ExtremeNormError,
     Matrix,
     accumulator_dtype,
@@ -112,13 +113,12 @@ class PowerIteration(NamedTuple):
             return settings.eps, False
         return self.sigma, True
 
-    def turns_by_more_than(self, limit: float) -> bool:
-        """Whether ``1 - u_0 . u_1 / |u_0|`` is more; false if it is NaN."""
-        # u_0 . W v_1 = |W^T u_0|, so nothing has to be computed if |u_0| = 1.
-        cosine = self.s_norms[0] / self.t_norms[0]
-        if cosine > UNIT_LIMIT or cosine < 1 - limit:
-            cosine /= matrix.careful_norm(self.us[0])
-        return cosine < 1 - limit and 0 < self.sigma < math.inf
+    def turn(self) -> float:
+        """Returns ``1 - u_0 . u_1 / |u_0|``; 0 for a zero or a NaN."""
+        if not 0 < self.sigma < math.inf:
+            return 0.0
+        # u_0 . W v_1 = |W^T u_0|
+        return 1 - self.s_norms[0] / self.t_norms[0] / matrix.norm(self.us[0])
 
 
 def unfold(W: Any, axis: int, dtype: Any = None) -> Matrix:
@@ -145,30 +145,29 @@ def _iterate(A: Matrix, u: Any, n: int, careful: bool) -> PowerIteration:
     return PowerIteration(us, vs, s_norms, t_norms, sigma, matrix=A)
 
 
-def _settle(
-        A: Matrix, u: Any, n: int, careful: bool, renewal: Renewal | None,
+def _iterate_anew(
+        A: Matrix, u: Any, n: int, careful: bool, renewal: Renewal,
 ) -> PowerIteration:
-    """Runs ``n`` iterations, from a vector of this weight if that is asked."""
+    """Runs ``n`` iterations, from another vector where the renewal says so."""
     iterations = _iterate(A, u, n, careful)
-    if renewal is not None:
-        limit = renewal.limit
-        for _ in range(0, renewal.n_warmup, n):
-            if not iterations.turns_by_more_than(limit):
-                break
-            limit = SETTLED
-            u = iterations.u.astype(u.dtype, copy=False)
-            iterations = _iterate(A, u, n, careful)
+    limit = renewal.limit
+    for _ in range(0, renewal.n_warmup, n):
+        if iterations.turn() <= limit:
+            break
+        limit = SETTLED
+        u = iterations.u.astype(u.dtype, copy=False)
+        iterations = _iterate(A, u, n, careful)
     return iterations
 
 
 def power_iteration(
-        A: Matrix, u: Any, n: int, renewal: Renewal | None = None,
+        A: Matrix, u: Any, n: int, renewal: Renewal = NEVER,
 ) -> PowerIteration:
     """Runs ``n`` power iterations on ``A`` from ``u``, shape ``(m,)``.
 
-    With a renewal they start from another vector where u is not one of this
-    weight.  A weight that holds NaN or Inf gives a sigma that is NaN.  Call it
-    with NumPy's warnings off: what overflows is done again, and NaN shows.
+    They start from another vector where the renewal says so.  A weight that
+    holds NaN or Inf gives a sigma that is NaN.  Call it with NumPy's warnings
+    off: what overflows is done again, and NaN shows.
 
     Raises:
         VectorValueError: ``u`` is zero or not finite.
@@ -176,7 +175,7 @@ def power_iteration(
     """
     u = u.astype(A.array.dtype, copy=False)
     try:
-        return _settle(A, u, n, False, renewal)
+        return _iterate_anew(A, u, n, False, renewal)
     except ExtremeNormError:
         pass
     u_norm = A.norm_of_t(u, careful=True)
@@ -188,11 +187,11 @@ def power_iteration(
         u_norm = 1.0
     else:
         start = (u.astype(numpy.float64) / u_norm).astype(u.dtype, copy=False)
-    iterations = _settle(A, start, n, True, renewal)
+    iterations = _iterate_anew(A, start, n, True, renewal)
     if iterations.sigma == 0 and not A.is_zero():
         # W^T u_0 is zero and W is not: u_0 would be stuck, and sigma 0.
         start = A.start_at_largest_row(u.dtype)
-        iterations = _settle(A, start, n, True, renewal)
+        iterations = _iterate_anew(A, start, n, True, renewal)
         return iterations._replace(restarted=True)
     return iterations._replace(u_norm=u_norm)
 
@@ -262,6 +261,7 @@ def normalize(call: Forward) -> tuple[Arrays, PowerIteration]:
         iterations = iterations._replace(matrix=None)
     outputs: Arrays = ()
     if 'Y' in call.output_names:
+        renew_gamma(call, iterations)
         coefficient = coefficient_of_Y(call, iterations)
         if W.size <= matrix.SMALL_SIZE or array.dtype != W.dtype:
             Y = (array * coefficient).astype(W.dtype, copy=False)
@@ -336,19 +336,24 @@ def coefficients(
     return a, -a * dot if is_above else 0.0, dot
 
 
-def coefficient_of_Y(call: Forward, iterations: PowerIteration) -> float:
-    """Returns what ``W`` is multiplied by; may make gamma anew before."""
-    gamma, sigma = as_float(call.gamma), iterations.sigma
-    initial = call.renewal and call.renewal.initial_gamma
-    if initial is not None and gamma == initial and sigma < math.inf and (
-            abs(sigma - gamma) > GAMMA_LIMIT * gamma):
-        # A host may compute it; the estimate is what a device has at hand.
-        gamma = float(singular.norm(
-            call.W, call.settings.axis, call.settings.groups)) or 1.0
-        call.gamma[...] = initial[...] = gamma
-        gamma = as_float(call.gamma)
+def renew_gamma(call: Forward, iterations: Any) -> None:
+    """Makes gamma anew, in place, where the renewal says so."""
+    initial = call.renewal.initial_gamma
+    if initial is None or call.gamma != initial:
+        return
+    sigma, gamma = iterations.sigma, call.gamma.item()
+    if abs(sigma - gamma) <= GAMMA_LIMIT * gamma or (
+            sigma < gamma and iterations.turn() > GAMMA_TURN):
+        return
+    value = call.gamma.dtype.type(sigma or 1.0)
+    if math.isfinite(value):
+        call.gamma[...] = initial[...] = value
+
+
+def coefficient_of_Y(call: Forward, iterations: Any) -> float:
+    """Returns what ``W`` is multiplied by."""
     divisor, _ = iterations.floored(call.settings)
-    return gamma * call.settings.factor / divisor
+    return as_float(call.gamma) * call.settings.factor / divisor
 
 
 def as_float(x: Any) -> float:

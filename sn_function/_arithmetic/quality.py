@@ -26,6 +26,7 @@ from sn_function._arithmetic.choose import arithmetic_of
 from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
     GAMMA_LIMIT,
+    NEVER,
     Forward,
     Iterations,
     Renewal,
@@ -37,7 +38,7 @@ from sn_function.errors import VectorValueError
 
 def measure(
         W: Any, u: Any, axis: int, n_power_iteration: int, true_sigma: bool,
-        renewal: Renewal | None = None, groups: Groups | None = None,
+        renewal: Renewal = NEVER, groups: Groups | None = None,
 ) -> dict[str, Any]:
     """Returns numbers on one weight, on its device; nothing waits for them.
 
@@ -67,7 +68,7 @@ def measure(
             settings = Settings(n_power_iteration, axis, True, groups=groups)
             numbers['sigma'], numbers['residual'] = _estimate(
                 W, u, settings, renewal)
-            if renewal is not None:
+            if renewal.n_warmup:
                 numbers['sigma_of_u'], _ = _estimate(W, u, settings)
         if true_sigma:
             numbers['true_sigma'] = singular.norm(W, axis, groups)
@@ -76,7 +77,7 @@ def measure(
 
 
 def _estimate(
-        W: Any, u: Any, settings: Settings, renewal: Renewal | None = None,
+        W: Any, u: Any, settings: Settings, renewal: Renewal = NEVER,
 ) -> tuple[Any, Any]:
     try:
         ((sigma,), iterations), = arithmetic_of(W).normalize_all([
@@ -98,14 +99,12 @@ def residual(W: Any, axis: int, sigma: Any, iterations: Iterations) -> Any:
     return (difference * difference).sum() ** 0.5
 
 
-def gamma_of_next_call(gamma: Any, sigma: Any, renewal: Renewal | None) -> Any:
+def gamma_of_next_call(gamma: Any, sigma: Any, renewal: Renewal) -> Any:
     """Returns gamma, or what a call makes it anew; a float64 of shape ``()``.
-
-    Here that is the estimate, as it is on a device.
     """
     xp = chainer.backend.get_array_module(gamma)
     value = gamma.astype(numpy.float64)
-    initial = renewal and renewal.initial_gamma
+    initial = renewal.initial_gamma
     if initial is None:
         return value
     is_made_anew = (gamma == initial) & xp.isfinite(sigma) & (

@@ -22,6 +22,7 @@ from sn_function._arithmetic.power_iteration import (
     PowerIteration,
     coefficient_of_Y,
     coefficients,
+    renew_gamma,
 )
 
 # In entries: larger weights are not copied into a stack, and no larger stacks
@@ -83,16 +84,15 @@ def _normalize(calls: Sequence[Forward]) -> Iterator[Any]:
     A = _stacked([call.W for call in calls])
     u = numpy.concatenate([call.u for call in calls])
     all_iterations = _iterate(A, u, settings.n_power_iteration)
-    for call, iterations in zip(calls, all_iterations):
-        if call.renewal is not None and (
-                iterations.turns_by_more_than(call.renewal.limit)):
-            raise OneByOneError
+    _check_turns(calls, u, all_iterations)
     outputs: list[Any] = []
     for name in calls[0].output_names:
         if name == 'sigma':
             outputs.append([numpy.array(iterations.sigma, A.dtype)
                             for iterations in all_iterations])
         else:
+            for call, iterations in zip(calls, all_iterations):
+                renew_gamma(call, iterations)
             coefficients = [
                 coefficient_of_Y(call, iterations)
                 for call, iterations in zip(calls, all_iterations)]
@@ -100,6 +100,21 @@ def _normalize(calls: Sequence[Forward]) -> Iterator[Any]:
             outputs.append(list(Y.reshape(-1, *W.shape)))
     return zip(zip(*outputs) if outputs else [()] * len(calls),
                all_iterations)
+
+
+def _check_turns(
+        calls: Sequence[Forward], u: Any,
+        all_iterations: Sequence[PowerIteration]) -> None:
+    """Raises an error if a u is one of another weight."""
+    if not any([call.renewal.n_warmup for call in calls]):
+        return
+    lengths = _inner(*2 * [u.reshape(len(calls), 1, -1)])
+    for call, length, iterations in zip(calls, lengths, all_iterations):
+        # As PowerIteration.turn, of ordinary numbers.
+        cosine = iterations.s_norms[0] / (
+            iterations.t_norms[0] * math.sqrt(length))
+        if cosine < 1 - call.renewal.limit:
+            raise OneByOneError
 
 
 def _iterate(A: Any, u: Any, n: int) -> list[PowerIteration]:

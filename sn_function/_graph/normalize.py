@@ -14,6 +14,7 @@ from sn_function import _checks
 from sn_function._arithmetic.choose import arithmetic_of
 from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
+    NEVER,
     Arithmetic,
     Array,
     Arrays,
@@ -39,7 +40,7 @@ class Normalization:
             less time than inputs.
         output_names (tuple of str): ``'Y'``, ``'sigma'`` or both.
         update_u (bool): Whether forward overwrites ``u``.
-        renewal (Renewal or None): When forward makes u and gamma anew.
+        renewal (Renewal): When forward makes u and gamma anew.
         iterations: What forward computed.
 
     """
@@ -50,7 +51,7 @@ class Normalization:
     def __init__(
             self, names: tuple[str, ...], settings: Settings, u: Any,
             gamma: Any, output_names: tuple[str, ...], update_u: bool,
-            renewal: Renewal | None) -> None:
+            renewal: Renewal) -> None:
         self.names = names
         self.settings = settings
         self.u = u
@@ -251,7 +252,7 @@ def make_settings(
 def make_weight(
         W: ArrayOrVariable, u: ArrayOrVariable, gamma: Any,
         settings: Settings, output_names: tuple[str, ...], update_u: bool,
-        renewal: Renewal | None = None,
+        renewal: Renewal = NEVER,
 ) -> tuple[Normalization, list[ArrayOrVariable]]:
     """Checks the arguments; returns a weight for a node, and its inputs."""
     axis = _checks.check_arrays(

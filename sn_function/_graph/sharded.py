@@ -384,14 +384,14 @@ def sharded_spectral_normalize(
     ranks = Ranks(comm)
     problem, facts, u_max = None, [0.0] * len(FACTS), 0.0
     try:
-        factor, eps, at_zero = numbers = _checks.check_settings(
+        factor, eps, _ = numbers = _checks.check_settings(
             n_power_iteration, factor, eps, cap)
         _check_shard(W, u, update_u)
         needs_gradient = isinstance(W, chainer.Variable) and (
             W.requires_grad and chainer.config.enable_backprop)
         facts = [float(x) for x in (
             W.size // W.shape[0], W.dtype.itemsize, n_power_iteration, factor,
-            eps, at_zero, bool(detach_uv), bool(update_u), bool(return_sigma),
+            eps, bool(detach_uv), bool(update_u), bool(return_sigma),
             needs_gradient)]
         u_max = _size(u)
     except errors.SpectralNormalizationError as error:

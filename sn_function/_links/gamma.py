@@ -5,7 +5,6 @@ normalized weight is the weight itself.
 """
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import chainer
@@ -62,35 +61,45 @@ def initialize(
 
 def fits(gamma: chainer.Parameter, W: Any) -> bool:
     """Whether gamma was not initialized from a weight of another shape."""
-    initializer = gamma.initializer  # of Chainer's hook, in the same place
-    return not isinstance(initializer, LargestSingularValue) or (
-        initializer.shape in (None, W.shape))
+    initializer = gamma.initializer
+    # Not of Chainer's hook, which may be in the same place, and the weight
+    # not what another hook has made of it.
+    return not (isinstance(initializer, LargestSingularValue)
+                and isinstance(W, chainer.Parameter)
+                and initializer.shape not in (None, W.shape))
 
 
 def initial(gamma: chainer.Parameter, W: Any) -> Any:
     """Returns what gamma was initialized with, an array of shape ``()``.
 
     Returns:
-        ``None`` where gamma must be left alone, as an optimizer has updated it
-        or the weight: then it is not the norm of the weight any more.
+        ``None`` where gamma must be left alone: an optimizer has updated the
+        weight since, so gamma is not its norm any more, or is not to update
+        gamma; or another hook has replaced the weight for this call.
 
     """
     initializer = gamma.initializer
-    if _is_trained(gamma) or _is_trained(W) or (
-            not isinstance(initializer, LargestSingularValue)):
+    if not (isinstance(initializer, LargestSingularValue)
+            and isinstance(W, chainer.Parameter)):
         return None
-    value = initializer.value
-    if value is not None and type(value) is not type(gamma.array):
-        # The link was moved.  Versions before 0.2 kept a float.
-        value = initializer.value = gamma.device.send(
-            cuda.to_cpu(value) if is_on_device(value)
-            else numpy.asarray(value, gamma.dtype))
-    return value
+    rule = gamma.update_rule
+    if (rule is not None and not rule.enabled) or (
+            _n_updates(W) > initializer.n_updates):
+        return None
+    if not _is_alike(initializer.value, gamma.array):
+        initializer.move_value(gamma)
+    return initializer.value
 
 
-def _is_trained(x: Any) -> bool:
-    rule = getattr(x, 'update_rule', None)
-    return rule is not None and rule.t > 0
+def _is_alike(x: Any, y: Any) -> bool:
+    return type(x) is type(y) and x.dtype == y.dtype and (
+        not is_on_device(x) or x.device == y.device)
+
+
+def _n_updates(W: Any) -> int:
+    """How often an optimizer has updated a parameter."""
+    rule = getattr(W, 'update_rule', None)
+    return 0 if rule is None else rule.t
 
 
 class LargestSingularValue:
@@ -107,11 +116,13 @@ class LargestSingularValue:
     Attributes:
         value: What gamma was initialized with, an array of shape ``()``.
         shape: Shape of the weight then.
+        n_updates: How often an optimizer had updated the weight then.
 
     """
 
     value: Any = None
     shape: Any = None
+    n_updates = 0
     groups: Groups | None = None  # in pickles of versions before 0.2
 
     def __init__(
@@ -142,8 +153,32 @@ class LargestSingularValue:
         W: Any = self.W.array
         if W is None:
             return
-        norm = singular.norm(W, self.axis, self.groups)
-        xp = chainer.backend.get_array_module(norm)
-        array[...] = xp.where((norm > 0) & (norm < math.inf), norm, 1.)
+        with numpy.errstate(over='ignore'):
+            array[...] = singular.norm(W, self.axis, self.groups)
+        xp = chainer.backend.get_array_module(array)
+        array[...] = xp.where((array > 0) & xp.isfinite(array), array, 1.)
         self.value = array.copy()
         self.shape = W.shape
+        self.n_updates = _n_updates(self.W)
+
+    @property
+    def origin(self) -> tuple[Any, Any, int]:
+        """The value, on the host, the shape and the number of updates."""
+        value = self.value
+        if is_on_device(value):
+            value = cuda.to_cpu(value)
+        return value, self.shape, self.n_updates
+
+    @origin.setter
+    def origin(self, origin: tuple[Any, Any, int]) -> None:
+        self.value, self.shape, self.n_updates = origin
+
+    def move_value(self, gamma: chainer.Parameter) -> None:
+        """Brings the value to the device and the dtype of gamma."""
+        value, *_ = self.origin
+        if value is not None:  # versions before 0.2 kept a float
+            self.value = gamma.device.send(numpy.asarray(value, gamma.dtype))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For a machine without a device.
+        return {**self.__dict__, 'value': self.origin[0]}

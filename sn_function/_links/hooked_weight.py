@@ -13,6 +13,7 @@ import chainer
 from sn_function import errors
 from sn_function._arithmetic.groups import length_of_u
 from sn_function._arithmetic.interface import (
+    NEVER,
     SETTLED,
     Array,
     Iterations,
@@ -47,10 +48,10 @@ class Hook(Protocol):
 
 def renewal_of(
         hook: Hook, is_train: bool, gamma: chainer.Parameter | None = None,
-        W: chainer.Variable | None = None) -> Renewal | None:
-    """Returns when a call makes u and gamma anew, or ``None`` for never."""
+        W: chainer.Variable | None = None) -> Renewal:
+    """Returns when a call makes u and gamma anew."""
     if hook.n_warmup == 0:
-        return None
+        return NEVER
     return Renewal(
         hook.n_warmup, TRAINED_LIMIT if is_train else SETTLED,
         None if gamma is None else _gamma.initial(gamma, W))
@@ -91,32 +92,41 @@ class HookedWeight:
             gamma = getattr(link, self.state.gamma_name)
         u = getattr(link, hook.vector_name)
         groups = groups_of(link, hook)
-        has_other_shape = (
-            u is not None and u.shape != (
-                length_of_u(W.shape, output_axis(link), groups),)) or (
-            gamma is not None and not _gamma.fits(gamma, W))
-        if has_other_shape:
-            names = hook.vector_name + (
-                '' if gamma is None else f' and {self.state.gamma_name}')
-            self.discard_vector(
-                f'{names} belonged to a weight of another shape than '
-                f'{W.shape}.')
+        misfits: list[Any] = []
+        if u is not None and u.size != length_of_u(
+                W.shape, output_axis(link), groups):
+            misfits.append(hook.vector_name)
+            self._discard_vector()
+        is_gamma_misfit = gamma is not None and not _gamma.fits(gamma, self.W)
+        if is_gamma_misfit:
+            misfits.append(self.state.gamma_name)
+        if misfits:
+            self._warn(f'{" and ".join(misfits)} belonged to a weight of '
+                       f'another shape than {W.shape}.')
         u = vector.find(link, hook.vector_name, W, hook.n_warmup, groups)
         if gamma is not None:
-            _gamma.initialize(gamma, self.W, has_other_shape)
+            _gamma.initialize(gamma, self.W, is_gamma_misfit)
         return u, gamma
 
-    def discard_vector(self, why: str) -> None:
-        """Has u made anew, and warns of that."""
+    def discard_bad_vector(self) -> None:
+        """Has a u that is zero or not finite made anew, and warns of that."""
+        # Other hooks leave such a vector behind after one NaN.
+        self._warn(f'{self.hook.vector_name} was zero or not finite, as in a '
+                   f'snapshot of a model that had met a NaN.')
+        self._discard_vector()
+
+    def _discard_vector(self) -> None:
+        setattr(self.link, self.hook.vector_name, None)
+        self.state.start = None
+
+    def _warn(self, why: str) -> None:
         link = self.link
         where = type(link).__name__
         if link.name is not None:  # its name in its chain
             where += f' {link.name!r}'
         warnings.warn(
             f'{where}: {why} It was made anew.',
-            errors.SpectralNormalizationWarning, stacklevel=4)
-        setattr(link, self.hook.vector_name, None)
-        self.state.start = None
+            errors.SpectralNormalizationWarning, stacklevel=5)
 
     def for_node(
             self, u: Array, gamma: chainer.Parameter | None, update_u: bool,
@@ -133,7 +143,7 @@ class HookedWeight:
 
         """
         hook, state = self.hook, self.state
-        renewal = None
+        renewal = NEVER
         if is_first:
             is_train, = node.config('train')
             renewal = renewal_of(hook, is_train, gamma, self.W)

@@ -9,6 +9,7 @@ from chainer import link_hooks
 from sn_function import _checks
 from sn_function._arithmetic import quality
 from sn_function._arithmetic.groups import length_of_u
+from sn_function._arithmetic.interface import NEVER
 from sn_function._links import call
 from sn_function._links.hooked_weight import renewal_of
 from sn_function._links.weight import groups_of
@@ -76,7 +77,7 @@ class MonitoredWeight:
         gamma = gamma_of(link, hook)
         if gamma is not None and gamma.array is None:
             gamma = None
-        renewal = None if is_of_chainer else renewal_of(
+        renewal = NEVER if is_of_chainer else renewal_of(
             hook, False, gamma, call.original(link, hook.weight_name))
         numbers = quality.measure(
             W, u, hook.axis if is_of_chainer else output_axis(link),

@@ -78,7 +78,7 @@ def _forward(
     (outputs, _), = host.normalize_all([Forward(
         settings, arrays.W, arrays.u.astype(arrays.W.dtype),
         1.0 if arrays.gamma is None else arrays.gamma, names,
-        renewal=Renewal(n_warmup, SETTLED) if n_warmup else None)])
+        renewal=Renewal(n_warmup, SETTLED))])
     return outputs
 
 

@@ -1,8 +1,11 @@
 """gamma: its name, and its value from the weight."""
+import pickle
+
 import chainer
 import chainer.links as L
 import numpy as np
 import pytest
+from chainer.backends import cuda
 
 from sn_function import errors
 from sn_function._links import gamma
@@ -88,20 +91,71 @@ def test_made_anew():
     assert gamma.fits(x, link.W)
 
 
-@pytest.mark.parametrize('name', ['', 'gamma', 'W'])
-def test_initial_value(name):
-    """It is told until an optimizer has updated gamma or the weight."""
+def initialized():
     link = L.Linear(5, 6)
     x = registered(link)
     gamma.initialize(x, link.W)
+    return link, x
+
+
+@pytest.mark.parametrize('is_trained', [False, True])
+def test_initial_value(is_trained):
+    """It is told until an optimizer has updated the weight."""
+    link, x = initialized()
     chainer.optimizers.SGD().setup(link)
     assert gamma.initial(x, link.W) == x.array
-    link.cleargrads()
-    for trained in link.params():
-        if trained.name == name:
-            trained.grad = np.ones_like(trained.array)
-            trained.update()
-    assert (gamma.initial(x, link.W) is None) == bool(name)
+    if is_trained:
+        link.cleargrads()
+        link.W.grad = np.ones_like(link.W.array)
+        link.W.update()
+    assert (gamma.initial(x, link.W) is None) == is_trained
+    gamma.initialize(x, link.W, is_made_anew=True)
+    assert gamma.initial(x, link.W) == x.array
+
+
+def test_no_initial_value_of_one_that_is_held_fixed():
+    link, x = initialized()
+    chainer.optimizers.SGD().setup(link)
+    x.update_rule.enabled = False
+    assert gamma.initial(x, link.W) is None
+
+
+def test_another_hook_makes_other_weights():
+    """They are no parameters, and may have any shape."""
+    _, x = initialized()
+    other = chainer.Variable(np.ones((3, 4), 'f'))
+    assert gamma.initial(x, other) is None
+    assert gamma.fits(x, other)
+
+
+def test_initial_value_in_another_dtype():
+    link, x = initialized()
+    x.array = x.array.astype('d')
+    value = gamma.initial(x, link.W)
+    assert value.dtype == 'd'
+    assert value == x.array
+
+
+@pytest.mark.gpu
+def test_initial_value_on_another_device():
+    link, x = initialized()
+    link.to_device('@cupy:0')
+    value = gamma.initial(x, link.W)
+    assert isinstance(value, cuda.ndarray)
+    link.to_device('@numpy')
+    assert isinstance(gamma.initial(x, link.W), np.ndarray)
+    link.to_device('@cupy:0')
+    gamma.initial(x, link.W)
+    copied = pickle.loads(pickle.dumps(x.initializer))
+    assert isinstance(copied.value, np.ndarray)
+
+
+def test_a_norm_that_does_not_fit():
+    link = L.Linear(5, 6)
+    link.W.array[...] = 3e38
+    x = registered(link)
+    gamma.initialize(x, link.W)
+    assert x.array == 1
 
 
 def test_the_parameter_of_another_hook():

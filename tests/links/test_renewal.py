@@ -114,9 +114,19 @@ class TestInTestMode:
         link.W.array[...] = (link.W.array + other) / 2
         assert_right(link)
 
-    def test_u_that_is_not_of_length_1(self):
+    @pytest.mark.parametrize('device', DEVICES)
+    @pytest.mark.parametrize('size', [None, 1e4, 1e-30, 1e30])
+    def test_u_that_is_not_of_length_1(self, size, device):
+        """By default of one that makes up for how much it is turned."""
         link = linear()
-        link.W_u[...] = 1e4 * np.random.normal(size=256)
+        u = np.random.normal(size=256)
+        if size is None:
+            A = link.W.array.astype('d')
+            u /= np.linalg.norm(u)
+            t = reference.power_iteration(A, u)[0]
+            size = 1 / (u @ t)
+        link.W_u[...] = u * size
+        link.to_device(device)
         assert_right(link)
 
     def test_the_same_at_each_call(self):
@@ -297,7 +307,7 @@ class TestGamma:
         model(drawn((1, 12)))
         for link in model:
             np.testing.assert_allclose(
-                link.gamma.array, reference.true_norm(link.W.array), rtol=1e-6)
+                link.gamma.array, reference.true_norm(link.W.array), rtol=.15)
 
     @pytest.mark.parametrize('name', ['gamma', 'W', 'both'])
     def test_one_that_was_trained_is_kept(self, name):
@@ -318,6 +328,81 @@ class TestGamma:
         link.gamma.array[...] = 5
         link.W.array *= 3
         assert_right(link, 5)
+
+    def test_one_that_is_held_fixed_is_kept(self):
+        """Also by a model that is baked, which has no optimizer."""
+        link = linear(use_gamma=True)
+        chainer.optimizers.SGD().setup(link)
+        link.gamma.update_rule.enabled = False
+        before = link.gamma.array.copy()
+        link.W.array *= 3
+        assert_right(link, before)
+        np.testing.assert_allclose(
+            reference.true_norm(bake(link).W.array), before, rtol=TOLERANCE)
+
+    def test_a_graph_is_not_changed_by_a_later_call(self):
+        """Another hook gives this one another weight in each call."""
+        class Scale(chainer.LinkHook):
+            name = 'Scale'
+            factor = 1.
+
+            def forward_preprocess(self, args):
+                self.W = args.link.W
+                args.link.__dict__['W'] = self.W * self.factor
+
+            def forward_postprocess(self, args):
+                args.link.__dict__['W'] = self.W
+
+        link, x = L.Linear(20, 10), drawn((3, 20))
+        scale = Scale()
+        link.add_hook(scale)
+        link.add_hook(SpectralNormalization(use_gamma=True))
+        grads = []
+        for calls in ((1.,), (1., 3.)):
+            outputs = []
+            for scale.factor in calls:
+                with chainer.using_config('train', False):
+                    outputs.append(link(x))
+            link.cleargrads()
+            F.sum(outputs[0]).backward()
+            grads.append(link.W.grad)
+        np.testing.assert_array_equal(*grads)
+
+    def test_a_poor_estimate_does_not_change_the_norm(self):
+        link = L.Linear(300, 300).add_hook(
+            SpectralNormalization(use_gamma=True, n_warmup=1))
+        before = link.gamma.array.copy()
+        for _ in range(3):
+            norm(link, train=True)
+        np.testing.assert_array_equal(link.gamma.array, before)
+
+    @pytest.mark.parametrize('device', DEVICES)
+    def test_an_infinite_norm_does_not_stay(self, device):
+        link = linear(6, 5, use_gamma=True)
+        link.to_device(device)
+        W = link.W.array.copy()
+        before = link.gamma.array.copy()
+        link.W.array[...] = 3e38
+        norm(link)
+        link.W.array[...] = W
+        assert_right(link, float(before))
+        assert float(link.gamma.array) == float(before)
+
+    def test_a_trained_link_that_is_initialized_again(self):
+        """Chainer initializes gamma before w0, from the old weight."""
+        link = L.NStepRNNTanh(1, 20, 30, 0.).add_hook(
+            SpectralNormalization(use_gamma=True))
+        optimizer = chainer.optimizers.Adam(.1).setup(link)
+        xs = [drawn((4, 20))]
+        for _ in range(20):
+            optimizer.update(lambda: F.sum(link(None, xs)[1][0] ** 2))
+        layer = link.copy('init')[0]
+        hook = layer.local_link_hooks['SpectralNormalization_w0']
+        with chainer.using_config('train', False):
+            hook.normalize_weight(layer)
+        np.testing.assert_allclose(
+            layer.gamma.array, reference.true_norm(layer.w0.array),
+            rtol=TOLERANCE)
 
     def test_none_without_a_warm_up(self):
         """As Chainer's hook, whose numbers n_warmup=0 follows."""
@@ -399,7 +484,9 @@ class TestShapes:
             assert messages == []  # u fits, and is moved to the weight
         else:
             message, = messages
-            assert message.startswith("Linear '0': W_u ")
+            names = ['W_u'] * (shape[0] != 10) + ['gamma'] * use_gamma
+            assert message.startswith(
+                f"Linear '0': {' and '.join(names)} belonged to")
             assert issubclass(
                 caught[0].category, errors.SpectralNormalizationWarning)
 
