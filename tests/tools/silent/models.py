@@ -181,7 +181,7 @@ def depthwise(make_hook: Hook) -> Outcome:
 def of_threads(name: str) -> Outcome:
     """Wrong outputs, and errors, where four threads call one model."""
     found, = (c for c in threads.CASES if c.name == name)
-    row = threads.run(found, 4, 500)
+    row = threads.run(found, 4, 250)
     kinds = sorted({error.split('(')[0] for error in row.errors})
     text = f'{row.wrong} of {row.calls:,} wrong'
     return ', '.join([text, *(f'`{kind}`' if kind.endswith('Error') else kind

@@ -18,6 +18,7 @@ from chainer import serializers
 
 from tests import reference
 from tests.tools.silent.cases import (
+    FIRST,
     Hook,
     Outcome,
     case,
@@ -32,8 +33,6 @@ from tests.tools.silent.cases import (
     x_of,
 )
 
-# After 15 iterations a norm is as right as that of a first call.
-FIRST = .98, 1.1
 # The gradient has turned u away from the first vectors, which iterations find
 # late, or not at all where it is another singular vector of the weight.
 STUCK = .98, 1.35
