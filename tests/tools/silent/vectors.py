@@ -34,8 +34,11 @@ from tests.tools.silent.cases import (
 )
 
 # The gradient has turned u away from the first vectors, which iterations find
-# late, or not at all where it is another singular vector of the weight.
-STUCK = .98, 1.35
+# late, or not at all where it is another singular vector of the weight: with 8
+# seeds the norms were 1.06 to 1.47.
+STUCK = .98, 1.6
+# With 8 seeds the largest was 1.08.
+AVERAGE = .98, 1.15
 
 
 def called(make_hook: Hook, n_calls: int = 20, **kwargs: Any) -> Any:
@@ -171,7 +174,7 @@ def trained_in_test_mode(make_hook: Hook, **kwargs: Any) -> Any:
 def moving_average(make_hook: Hook) -> Outcome:
     return text_of_norms(
         [used_norm(link) for link in linear_links(averaged(make_hook))],
-        *FIRST)
+        *AVERAGE)
 
 
 @case('the same, after `refresh`')
