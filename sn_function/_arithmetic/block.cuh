@@ -179,6 +179,48 @@ __device__ double iterate(
   return t;
 }
 
+// 1 - u_0 . u_1 / |u_0|, or 0 for a zero or a NaN.
+__device__ double turn(
+    double sigma, const double* numbers, const A* vectors, int m, int K,
+    double* shared) {
+  const double* norms = numbers + N_NUMBERS;
+  double sum = 0;
+  for (int i = threadIdx.x; i < m; i += blockDim.x)
+    sum += static_cast<double>(vectors[i]) * vectors[i];
+  sum = block_sum(sum, shared);  // its barriers also show the norms to all
+  // u_0 . W v_1 = |W^T u_0|
+  return sigma > 0 && isfinite(sigma)
+      ? 1 - norms[0] / norms[K] / sqrt(sum) : 0;
+}
+
+// u_0 <- u_K
+__device__ void move_on(A* vectors, Size m, int K) {
+  for (Size i = threadIdx.x; i < m; i += blockDim.x)
+    vectors[i] = vectors[K * m + i];
+}
+
+// iterate(), and again from u_K where the first iteration turns u_0 by more
+// than limit, until it hardly does: then u was one of another weight.  Without
+// ordinary, all numbers are fine.
+template <typename M>
+__device__ double iterate_anew(
+    const M& W, double unit, double* numbers, A* vectors, int K, int n_warmup,
+    double limit, bool* ordinary, double* shared) {
+  bool all_ordinary = true;
+  double sigma;
+  for (int i = 0;; i += K) {
+    sigma = iterate(W, unit, numbers, vectors, K, &all_ordinary, shared);
+    if (ordinary && !all_ordinary) break;
+    if (i >= n_warmup
+        || turn(sigma, numbers, vectors, W.m, K, shared) <= limit)
+      break;
+    limit = SETTLED;
+    move_on(vectors, W.m, K);
+  }
+  if (ordinary) *ordinary = all_ordinary;
+  return sigma;
+}
+
 // u_0 <- e_i, with i the row of largest norm, never orthogonal to itself.
 __device__ void start_from_largest_row(
     const InUnits& W, A* u, double* shared) {
@@ -197,11 +239,11 @@ __device__ void start_from_largest_row(
   for (int i = threadIdx.x; i < W.m; i += blockDim.x) u[i] = i == row;
 }
 
-// iterate() for a W or a u of extreme size, for a u that is zero or not
+// iterate_anew() for a W or a u of extreme size, for a u that is zero or not
 // finite, and for one that W^T makes zero.
 __device__ double rescue(
     const Weight& plain, const U* u, double* numbers, A* vectors, int K,
-    double* shared) {
+    int n_warmup, double limit, double* shared) {
   const Size m = plain.m, n = plain.n();
   const double w_largest = largest(plain.w, plain.size(), shared);
   const double u_largest = largest(u, m, shared);
@@ -216,9 +258,7 @@ __device__ double rescue(
   const InUnits W(plain, unit);
   double u_norm = 1;
   bool restarted = !(u_largest > 0 && u_largest < infinity());
-  if (restarted) {
-    start_from_largest_row(W, vectors, shared);
-  } else {
+  if (!restarted) {
     for (int i = threadIdx.x; i < m; i += blockDim.x)
       vectors[i] = static_cast<A>(static_cast<double>(u[i]) / u_largest);
     u_norm = normalize(vectors, m, shared) * u_largest;
@@ -228,52 +268,17 @@ __device__ double rescue(
         vectors[i] = static_cast<A>(u[i]);
     }
   }
-  bool ordinary = true;  // not used here
-  double sigma = iterate(W, unit, numbers, vectors, K, &ordinary, shared);
-  if (sigma == 0 && w_largest > 0 && !restarted) {
-    restarted = true;
-    start_from_largest_row(W, vectors, shared);
-    sigma = iterate(W, unit, numbers, vectors, K, &ordinary, shared);
+  double sigma;
+  for (;; restarted = true) {
+    if (restarted) start_from_largest_row(W, vectors, shared);
+    sigma = iterate_anew(W, unit, numbers, vectors, K, n_warmup, limit, 0,
+                         shared);
+    if (restarted || sigma != 0 || w_largest == 0) break;
   }
   if (threadIdx.x == 0) {
     numbers[UNIT] = unit;
     numbers[U_NORM] = u_norm;
     numbers[RESTARTED] = restarted;
-  }
-  return sigma;
-}
-
-// 1 - u_0 . u_1 / |u_0|, or 0 for a zero or a NaN.
-__device__ double turn(
-    double sigma, const double* numbers, const A* vectors, int m, int K,
-    double* shared) {
-  const double* norms = numbers + N_NUMBERS;
-  double sum = 0;
-  for (int i = threadIdx.x; i < m; i += blockDim.x)
-    sum += static_cast<double>(vectors[i]) * vectors[i];
-  sum = block_sum(sum, shared);  // its barriers also show the norms to all
-  // u_0 . W v_1 = |W^T u_0|
-  return sigma > 0 && isfinite(sigma)
-      ? 1 - norms[0] / norms[K] / sqrt(sum) : 0;
-}
-
-// Iterates again, until the first iteration hardly turns u_0, if it turns it
-// by more than limit: then u was one of another weight.  Returns |t_K|.
-__device__ double iterate_anew(
-    const Weight& plain, double sigma, double* numbers, A* vectors, int K,
-    int n_warmup, double limit, double* shared) {
-  const int m = plain.m;
-  bool ordinary = true;  // not used here
-  for (int i = 0; i < n_warmup; i += K) {
-    if (turn(sigma, numbers, vectors, m, K, shared) <= limit) break;
-    limit = SETTLED;
-    for (int j = threadIdx.x; j < m; j += blockDim.x)
-      vectors[j] = vectors[static_cast<Size>(K) * m + j];
-    const double unit = numbers[UNIT];
-    sigma = unit == 1
-        ? iterate(plain, 1, numbers, vectors, K, &ordinary, shared)
-        : iterate(InUnits(plain, unit), unit, numbers, vectors, K, &ordinary,
-                  shared);
   }
   return sigma;
 }

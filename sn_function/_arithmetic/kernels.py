@@ -273,9 +273,14 @@ extern "C" __global__ void __launch_bounds__(512, 1) sn_settle_fwd(
     start(numbers);
   }
   if (k + 1 < K) return;
-  if (!ordinary) sigma = rescue(W, u, numbers, vectors, K, shared);
-  sigma = iterate_anew(
-      W, sigma, numbers, vectors, K, n_warmup, limit, shared);
+  if (!ordinary) {
+    sigma = rescue(W, u, numbers, vectors, K, n_warmup, limit, shared);
+  } else if (n_warmup > 0
+             && turn(sigma, numbers, vectors, m, K, shared) > limit) {
+    move_on(vectors, m, K);
+    sigma = iterate_anew(W, 1, numbers, vectors, K, n_warmup - K, SETTLED, 0,
+                         shared);
+  }
   finish(W, sigma, u, numbers, vectors, sigma_out, gamma, initial_gamma, K,
          factor, eps, at_zero, update, shared);
 }
@@ -332,10 +337,10 @@ __device__ void sn_fused_fwd_of({_FORWARD_OF_EACH}, {_FORWARD_OF_ALL}) {{
   for (int i = threadIdx.x; i < m; i += blockDim.x)
     vectors[i] = static_cast<A>(u[i]);
   if (threadIdx.x == 0) start(numbers);
-  double sigma = iterate(W, 1, numbers, vectors, K, &ordinary, shared);
-  if (!ordinary) sigma = rescue(W, u, numbers, vectors, K, shared);
-  sigma = iterate_anew(
-      W, sigma, numbers, vectors, K, n_warmup, limit, shared);
+  double sigma = iterate_anew(
+      W, 1, numbers, vectors, K, n_warmup, limit, &ordinary, shared);
+  if (!ordinary)
+    sigma = rescue(W, u, numbers, vectors, K, n_warmup, limit, shared);
   finish(W, sigma, u, numbers, vectors, sigma_out, gamma, initial_gamma, K,
          factor, eps, at_zero, update, shared);
   if (!y) return;
