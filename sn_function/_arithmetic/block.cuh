@@ -294,7 +294,7 @@ __device__ void start(double* numbers) {
 // another.
 __device__ void renew_gamma(
     A* gamma, A* initial_gamma, double sigma, double turn) {
-  const A value = sigma == 0 ? 1 : sigma;
+  const A value = static_cast<A>(sigma) == 0 ? 1 : sigma;
   const bool is_off = fabs(sigma - *gamma) > GAMMA_LIMIT * *gamma
       && (sigma > *gamma || turn <= GAMMA_TURN);
   if (*gamma == *initial_gamma && is_off && isfinite(value))

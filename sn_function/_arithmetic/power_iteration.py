@@ -345,7 +345,8 @@ def renew_gamma(call: Forward, iterations: Any) -> None:
     if abs(sigma - gamma) <= GAMMA_LIMIT * gamma or (
             sigma < gamma and iterations.turn() > GAMMA_TURN):
         return
-    value = call.gamma.dtype.type(sigma or 1.0)
+    # A sigma of float64 may be too small for a gamma of float32.
+    value = call.gamma.dtype.type(sigma) or call.gamma.dtype.type(1)
     if math.isfinite(value):
         call.gamma[...] = initial[...] = value
 

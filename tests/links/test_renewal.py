@@ -388,6 +388,15 @@ class TestGamma:
         assert_right(link, float(before))
         assert float(link.gamma.array) == float(before)
 
+    def test_a_norm_that_is_too_small_for_gamma(self):
+        """It became zero, so that no gradient reached the weight again."""
+        link = linear(6, 5, use_gamma=True)
+        link.W.array = np.full((5, 6), 1e-200)
+        link.b.array = link.b.array.astype('d')
+        norm(link)
+        assert link.gamma.dtype == 'f'
+        assert link.gamma.array == 1
+
     def test_a_trained_link_that_is_initialized_again(self):
         """Chainer initializes gamma before w0, from the old weight."""
         link = L.NStepRNNTanh(1, 20, 30, 0.).add_hook(

@@ -32,10 +32,6 @@ class Copies(Base):
         link = rec.link
         if 'share' in how and rec.W is None:
             return
-        if rec.is_loose and rec.group.is_split and 'share' not in how:
-            # Its state is that of another link, and knows the u of that one:
-            # it cannot tell whether the weight or u is new.
-            return
         if 'init' in how:
             # In Chainer a gradient of another dtype than the first is in
             # the way of an initialization.
@@ -63,38 +59,21 @@ class Copies(Base):
             assert same_bits(other.u[name], rec.u[name])
             if not is_new:
                 assert same_bits(other.data[name], rec.data[name])
-        other.copied = self.copied_of(rec, other, how)
         if 'share' in how:
             rec.is_shared = other.is_shared = True
-            other.group, other.family = rec.group, rec.family
-            other.is_loose = True
-            other.made = rec.made  # as the initializer is
+            other.family = rec.family
+            # As the initializer is.
+            other.made, other.is_unsure = rec.made, rec.is_unsure
+            other.updates = rec.updates
         elif not is_new:
             other.made = {n: copy_of(a) for n, a in rec.made.items()}
-        if how == 'pickle':
-            other.is_loose = True
-            other.group.is_split = rec.is_loose and rec.group.is_split
+            other.is_unsure = set(rec.is_unsure)
+            other.updates = dict(rec.updates)
+        if rec.is_rnn and how not in ('deepcopy', 'pickle'):
+            rec.is_shared = other.is_shared = True  # the hook on the chain
         if not is_new:
             other.good = dict(rec.good)
         self.put(other)
-
-    def copied_of(self, rec, other, how):
-        if 'share' in how:
-            return rec.copied  # one for all, until their first calls
-        found = {}
-        for name in rec.copied:
-            W, u = rec.copied[name]
-            is_own = W is rec.params[name].array and 'init' not in how
-            found[name] = (
-                other.params[name].array if is_own else W.copy(), u)
-        for name, u in rec.u.items():
-            # Pickle is not used to initialize anything anew.
-            if how != 'pickle' and u is not None and name not in found and (
-                    rec.data[name] is not None):
-                W = rec.data[name] if 'init' in how else (
-                    other.params[name].array)
-                found[name] = W, u.copy()
-        return found
 
     @stateful.rule(
         i=INDEX, into=st.sampled_from(['same', 'new', 'lazy']), seed=SEED)
@@ -125,6 +104,9 @@ class Copies(Base):
                 all='ignore'):
             serializers.load_npz(file, link)
         other = self.loaded(link, rec.kind)
+        if into == 'lazy':  # gamma was made from the weight that was loaded
+            other.made = {n: other.gamma_array(n) for n in other.u}
+            other.is_unsure = set(other.u)
         for name in other.u:
             u = rec.u[name]
             if u is None:

@@ -8,6 +8,7 @@ import sn_function  # isort: skip  # before chainer, which it repairs
 import chainer
 import chainer.functions as F
 import chainer.links as L
+import numpy as np
 
 
 class _Call(threading.local):
@@ -28,7 +29,7 @@ CALL = _Call()
 class _Watched:
 
     def forward(self, x):
-        weights = {name: self.__dict__[name] for name in hooked(self)}
+        weights = {name: self.used(name) for name in hooked(self)}
         for W in weights.values():
             assert not isinstance(W, chainer.Parameter)
         CALL.seen.append(weights)
@@ -37,11 +38,31 @@ class _Watched:
             CALL.depth -= 1
             y = self(x)
             for name, W in weights.items():
-                assert self.__dict__[name] is W
-        y = super().forward(x) if y is None else super().forward(x) + y
+                assert self.used(name) is W
+        y = self.plain(x) if y is None else self.plain(x) + y
         if CALL.error is not None:
             raise CALL.error
         return y
+
+    def used(self, name):
+        """The weight that the link would compute with now."""
+        return self.__dict__[name]
+
+    def plain(self, x):
+        return super().forward(x)
+
+
+class _WatchedRNN(_Watched):
+    """Has the weights of its layers in a list, and two sequences as x."""
+
+    def used(self, name):
+        i, weight_name = name.split('/')
+        return self.ws[int(i)][int(weight_name[1:])]
+
+    def plain(self, x):
+        states = [None] * (1 + isinstance(self, L.NStepLSTM))
+        ys = super(_Watched, self).forward(*states, [x[0], x[1]])[-1]
+        return F.concat(ys, axis=0)
 
 
 class Linear(_Watched, L.Linear):
@@ -77,35 +98,66 @@ class Two(_Watched, _Two):
     pass
 
 
+class NStepLSTM(_WatchedRNN, L.NStepLSTM):
+    pass
+
+
+class NStepGRU(_WatchedRNN, L.NStepGRU):
+    pass
+
+
+def plain_rnn(function, n_states, n_weights):
+    """The function of an n-step RNN of one layer, from zero states."""
+    def call(x, W):
+        x = chainer.as_variable(x)
+        states = [np.zeros((1, 2, 4), x.dtype)] * n_states
+        *_, ys = function(
+            1, 0., *states,
+            *[[[chainer.as_variable(W[f'0/{letter}{j}'])
+                for j in range(n_weights)]] for letter in 'wb'],
+            [x[:, t] for t in range(x.shape[1])])
+        return F.concat(F.transpose_sequence(ys), axis=0)
+    return call
+
+
 class Kind(NamedTuple):
+    """How links of a kind are made, and what they compute.
+
+    The latter is ``plain(x, W)``, of a dictionary of all parameters.
+    """
+
     make: Callable
     lazy: Callable | None
     x_shape: tuple | None  # None: indices
     bad_shape: tuple | None
     plain: Callable
+
+
 KINDS = {
     'linear': Kind(
         lambda: Linear(5, 6), lambda: Linear(None, 6), (2, 5), (2, 4),
-        lambda link, x, W: F.linear(x, W['W'], _bias(link))),
+        lambda x, W: F.linear(x, W['W'], W['b'])),
     'convolution': Kind(
         lambda: Convolution2D(3, 4, 2), lambda: Convolution2D(None, 4, 2),
         (2, 3, 3, 3), (2, 2, 3, 3),
-        lambda link, x, W: F.convolution_2d(x, W['W'], _bias(link))),
+        lambda x, W: F.convolution_2d(x, W['W'], W['b'])),
     'deconvolution': Kind(
         lambda: Deconvolution2D(3, 4, 2), lambda: Deconvolution2D(None, 4, 2),
         (2, 3, 3, 3), (2, 2, 3, 3),
-        lambda link, x, W: F.deconvolution_2d(x, W['W'], _bias(link))),
+        lambda x, W: F.deconvolution_2d(x, W['W'], W['b'])),
     'embedding': Kind(
         lambda: EmbedID(7, 5), None, None, None,
-        lambda link, x, W: F.embed_id(x, W['W'])),
+        lambda x, W: F.embed_id(x, W['W'])),
     'two': Kind(
         Two, None, (2, 5), (2, 4),
-        lambda link, x, W: F.linear(F.linear(x, W['W']), W['H'])),
+        lambda x, W: F.linear(F.linear(x, W['W']), W['H'])),
+    'LSTM': Kind(
+        lambda: NStepLSTM(1, 3, 4, 0.), None, (2, 3, 3), (2, 3, 4),
+        plain_rnn(F.n_step_lstm, 2, 8)),
+    'GRU': Kind(
+        lambda: NStepGRU(1, 3, 4, 0.), None, (2, 3, 3), (2, 3, 4),
+        plain_rnn(F.n_step_gru, 1, 6)),
 }
-
-
-def _bias(link):
-    return link.b.array.astype('d')
 
 
 class Fails(chainer.LinkHook):
@@ -138,19 +190,50 @@ def axis_of(link):
     return int('Deconvolution' in type(link).__name__)
 
 
+# Names of parameters are those in the link, or paths such as '0/w1'.
+
+def place_of(link, name):
+    """The link that has a parameter, and its name there."""
+    *path, name = name.split('/')
+    return (link[int(path[0])] if path else link), name
+
+
+def params_of(link):
+    return {path.lstrip('/'): p for path, p in link.namedparams()}
+
+
+def hooks_of(link):
+    """Our hooks by the weight that each is for."""
+    return {
+        f'{path}/{hook.weight_name}'.lstrip('/'): hook
+        for path, owner in link.namedlinks()
+        for hook in (owner._local_link_hooks or {}).values()
+        if isinstance(hook, sn_function.SpectralNormalization)}
+
+
 def our_hooks(link):
-    return [h for h in (link._local_link_hooks or {}).values()
-            if isinstance(h, sn_function.SpectralNormalization)]
+    return list(hooks_of(link).values())
 
 
 def hooked(link):
     """Names of the weights that have a hook of ours."""
-    return [h.weight_name for h in our_hooks(link)]
+    return list(hooks_of(link))
+
+
+def vector_of(link, name):
+    owner, name = place_of(link, name)
+    return owner.__dict__[name + '_u']
 
 
 def keys_of(link):
     """Its attributes, but those that Chainer makes when it needs them."""
-    return set(link.__dict__) - {'_device', '_local_link_hooks'}
+    return {(path, key) for path, owner in link.namedlinks()
+            for key in set(owner.__dict__) - {'_device', '_local_link_hooks'}}
+
+
+def persistent_of(link):
+    return {(path, key) for path, owner in link.namedlinks()
+            for key in owner._persistent}
 
 
 def settings_of(hook):
@@ -163,7 +246,8 @@ CLASS_ATTRIBUTES = [
     (cls, name) for cls in (
         chainer.Link, L.Linear, L.Convolution2D, L.Deconvolution2D, L.EmbedID,
         _Two, _Watched, Linear, Convolution2D, Deconvolution2D, EmbedID,
-        Two, chainer.Parameter, chainer.functions.util.forget.Forget)
+        Two, L.NStepLSTM, L.NStepGRU, _WatchedRNN, NStepLSTM, NStepGRU,
+        chainer.Parameter, chainer.functions.util.forget.Forget)
     for name in ('forward', '__call__', '__setattr__', '__getattribute__',
                  'backward')]
 

@@ -11,6 +11,7 @@ from tests import reference
 TOLERANCES = {'e': 4e-3, 'f': 4e-5, 'd': 1e-10}
 
 
+@np.errstate(all='ignore')
 def standardized(W):
     """What Chainer's WeightStandardization makes of a weight."""
     A = W.reshape(len(W), -1).astype('d')
@@ -34,6 +35,20 @@ def factor_and_floor(hook):
     return hook.factor or 1.0, hook.eps
 
 
+def not_orthogonal(A, u, rounding=0.0):
+    """Starts of length 1 that the weight does not take to zero.
+
+    In the place of one that it takes there comes that of the largest row.
+    Rows may be equally large, but for rounding.
+    """
+    u = u / abs(u).max()
+    u = u / np.linalg.norm(u)
+    if (A.T @ u).any():
+        return [u]
+    norms = np.linalg.norm(A, axis=1)
+    return list(np.eye(len(u))[norms >= norms.max() * (1 - rounding)])
+
+
 @np.errstate(all='ignore')  # what leaves the range is NaN or Inf in Y, too
 def predict(W, u, axis, hook, gamma, uv=None):
     """What one call computes, in float64."""
@@ -46,15 +61,11 @@ def predict(W, u, axis, hook, gamma, uv=None):
     c = float(gamma) * factor
     if scale == 0:
         # Zero times what may be Inf in the weight's arithmetic.
-        Y = None if abs(c / eps) > top else W * c
+        Y = None if abs(c) > top else W * c
         return Prediction(Y, None, 0.0, 1.0)
     A = reference.as_matrix(W / scale, axis)
-    u = u / abs(u).max()
-    first = np.linalg.norm(A.T @ u) / np.linalg.norm(u)
-    if first == 0:
-        # Orthogonal to the weight: the largest row takes its place.
-        u = np.eye(len(u))[np.linalg.norm(A, axis=1).argmax()]
-        first = np.linalg.norm(A.T @ u)
+    u, *_ = not_orthogonal(A, u)
+    first = np.linalg.norm(A.T @ u)
     u_K, _, sigma = reference.power_iteration(A, u, hook.n_power_iteration)
     if uv is not None:
         sigma = uv[0] @ A @ uv[1]
@@ -69,21 +80,6 @@ def predict(W, u, axis, hook, gamma, uv=None):
         Y = W / scale * (c / sigma)
     return Prediction(
         Y, u_K, sigma * scale, first / reference.true_norm(A))
-
-
-@np.errstate(all='ignore')
-def warmed_up(W, u, axis, n):
-    """u after n iterations, or None where rounding decides of it."""
-    W = W.astype('d')
-    scale = abs(W).max()
-    if n == 0 or scale == 0 or not np.isfinite(scale):
-        return u
-    A = reference.as_matrix(W / scale, axis)
-    first = np.linalg.svd(A)[0][:, 0]
-    if abs(first @ u) < 0.1 * np.linalg.norm(u):
-        return None
-    u_n, _, _ = reference.power_iteration(A, u.astype('d'), n)
-    return u_n.astype(u.dtype)
 
 
 def assert_close(actual, expected, tolerance, of=1.0):

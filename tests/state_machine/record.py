@@ -9,18 +9,16 @@ from tests.state_machine.links import (
     KINDS,
     axis_of,
     hooked,
+    hooks_of,
     keys_of,
-    our_hooks,
+    params_of,
+    persistent_of,
+    place_of,
+    vector_of,
 )
 from tests.state_machine.oracle import copy_of, same_bits
 
 assert sn_function  # it is imported for what it does
-
-
-class Group:
-    """Links that share; ``is_split`` where one has got another u since."""
-
-    is_split = False
 
 
 class Record:
@@ -31,50 +29,26 @@ class Record:
         self.kind = kind
         self.standardized = None  # or 'first' or 'last'
         self.is_shared = False  # Chainer's copies share the dict of hooks
-        self.group = Group()  # copies that share have the same,
-        self.family = object()  # and this, as links of one parameter have
+        self.family = object()  # links that share parameters have the same
         self.graphs = []  # weak references to nodes of the latest calls
-        # The array of W, and what u was, when this was made by a deep copy:
-        # where W has another array now and u is the same, u is of no use.
-        self.copied = {}
         self.good = {}
         self.accept()
-        # Gamma of each weight as it was made: it is made anew with the
-        # weight while nobody has written to it.
+        # Gamma of each weight as it was made: it is made anew while nobody
+        # has written to it.
         self.made = {n: self.gamma_array(n) for n in hooked(link)}
+        self.updates = {n: self.n_updates(n) for n in self.made}
+        # Weights whose gamma was loaded, and may be that which was made.
+        self.is_unsure = set()
         self.remember()
-        # Copies that share and unpickled links, before their first call.
-        self.is_loose = False
-        self.u_at_the_call = self.u_arrays()
-
-    def u_arrays(self):
-        return {n: self.link.__dict__[n + '_u'] for n in hooked(self.link)}
-
-    def was_called(self):
-        self.watch_u()
-        if not self.is_shared:
-            self.group.is_split = False
-        self.is_loose = False
-        self.u_at_the_call = self.u_arrays()
-
-    def forget_copied(self, name):
-        if self.is_loose:
-            self.copied = dict(self.copied)  # from now on it has its own
-        self.copied.pop(name, None)
-
-    def watch_u(self):
-        then, now = self.u_at_the_call, self.u_arrays()
-        if any(then.get(n) is not now[n] for n in now):
-            self.group.is_split = True
 
     def accept(self):
         """Takes the present for what is right."""
-        attributes = self.link.__dict__
         self.keys = keys_of(self.link)
-        self.params = {n: attributes[n] for n in self.link._params}
+        self.params = params_of(self.link)
         self.data = {n: copy_of(p.array) for n, p in self.params.items()}
-        self.persistent = set(self.link._persistent)
-        self.u = {n: copy_of(attributes[n + '_u']) for n in hooked(self.link)}
+        self.persistent = persistent_of(self.link)
+        self.u = {n: copy_of(vector_of(self.link, n))
+                  for n in hooked(self.link)}
 
     def accept_shared(self, other):
         """The same for what is shared with a link that was changed."""
@@ -85,45 +59,53 @@ class Record:
             for p in other.params.values():
                 if p is param or (array is not None and p.array is array):
                     self.data[name] = copy_of(array)
-        if self.group is not other.group:
-            return
         for name in self.u:
-            u = self.link.__dict__[name + '_u']
-            if u is other.link.__dict__[name + '_u']:
+            u = vector_of(self.link, name)
+            if any(u is vector_of(other.link, n) for n in other.u):
                 self.u[name] = copy_of(u)
 
     def remember(self):
         """Keeps the parameters, to recover them later."""
         for name, array in self.data.items():
             if array is not None and np.isfinite(array).all() and (
-                    1e-3 < abs(array).max() < 1e3 or name == 'b'):
+                    1e-3 < abs(array).max() < 1e3 or is_bias(name)):
                 self.good[name] = array.copy()
 
     def check(self):
-        attributes = self.link.__dict__
-        self.watch_u()
-        assert keys_of(self.link) == self.keys
-        assert not [k for k in attributes if k.startswith('_sn_')]
-        assert 'forward' not in attributes
-        assert self.link._params == set(self.params)
-        assert self.link._persistent == self.persistent
+        link = self.link
+        assert keys_of(link) == self.keys
+        assert not [k for _, k in self.keys if k.startswith('_sn_')]
+        assert not [k for _, k in self.keys if k == 'forward']
+        assert persistent_of(link) == self.persistent
+        assert set(params_of(link)) == set(self.params)
         for name, param in self.params.items():
-            assert attributes[name] is param
+            owner, own_name = place_of(link, name)
+            assert owner.__dict__[own_name] is param
             assert isinstance(param, chainer.Parameter)
             assert same_bits(param.array, self.data[name])
-        for name in hooked(self.link):
-            u, W = attributes[name + '_u'], self.params[name].array
+        for name in hooked(link):
+            u, W = vector_of(link, name), self.params[name].array
             assert same_bits(u, self.u[name])
             if u is not None and W is not None:
-                assert u.shape == (W.shape[axis_of(self.link)],)
+                assert u.shape == (W.shape[axis_of(link)],)
+            if self.is_rnn:
+                assert link.used(name) is self.params[name]
 
     def is_poisoned(self, name):
         u = self.u[name]
         return u is not None and not (np.isfinite(u).all() and u.any())
 
+    def has_poison(self):
+        return any(map(self.is_poisoned, hooked(self.link)))
+
+    @property
+    def is_rnn(self):
+        return self.kind in ('LSTM', 'GRU')
+
     @property
     def W(self):
-        return self.link.__dict__['W'].array
+        """The first weight; all have arrays if it has."""
+        return self.params['0/w0' if self.is_rnn else 'W'].array
 
     @property
     def dtype(self):
@@ -131,10 +113,15 @@ class Record:
 
     @property
     def is_ordinary(self):
+        return self.is_of_size(is_zero_ok=False)
+
+    def is_of_size(self, is_zero_ok):
+        """Whether all parameters are finite and of usual size."""
         return all(
             p.array is None or (
                 np.isfinite(p.array).all()
-                and (n == 'b' or 1e-2 < abs(p.array).max() < 1e2))
+                and (is_bias(n) or 1e-2 < abs(p.array).max() < 1e2
+                     or (is_zero_ok and not p.array.any())))
             for n, p in self.params.items())
 
     def shares_with(self, other):
@@ -142,20 +129,48 @@ class Record:
             p is q or (p.array is not None and p.array is q.array)
             for p in self.params.values() for q in other.params.values())
 
+    def name_of(self, name, seed=0):
+        """The name for this kind of link: that of any such weight."""
+        if not self.is_rnn or name == 'gamma':
+            return next((n for n in self.params if n.endswith(name)), name)
+        return sorted(n for n in self.params if n.startswith(
+            '0/b' if name == 'b' else '0/w') and 'gamma' not in n)[
+                seed % (6 if self.kind == 'GRU' else 8)]
+
     def gamma_of(self, name):
         """Gamma's name is W_gamma where gamma belongs to another weight."""
-        hook, = [h for h in our_hooks(self.link) if h.weight_name == name]
-        if not hook.use_gamma:
+        if not hooks_of(self.link)[name].use_gamma:
             return None
         own = name + '_gamma'
-        return own if own in self.params else 'gamma'
+        return own if own in self.params else name[:-len(
+            place_of(self.link, name)[1])] + 'gamma'
 
     def gamma_array(self, name):
         gamma_name = self.gamma_of(name)
         return copy_of(self.data[gamma_name]) if gamma_name else None
+
+    def is_gamma_free(self, name):
+        """Whether a call may make gamma anew: see docs/accuracy.rst."""
+        gamma = self.gamma_of(name)
+        if gamma is None or hooks_of(self.link)[name].n_warmup == 0:
+            return False
+        rule = self.params[gamma].update_rule
+        return same_bits(self.data[gamma], self.made[name]) and (
+            self.n_updates(name) <= self.updates[name]
+            and (rule is None or rule.enabled)
+            and self.standardized != 'first')
+
+    def n_updates(self, name):
+        """How often the present optimizer has updated a weight."""
+        rule = self.params[name].update_rule
+        return 0 if rule is None else rule.t
 
     def x(self, rng, dtype=None):
         shape = KINDS[self.kind].x_shape
         if shape is None:
             return rng.randint(0, 7, size=3).astype('i')
         return rng.normal(size=shape).astype(dtype or self.dtype)
+
+
+def is_bias(name):
+    return name.split('/')[-1][0] == 'b'

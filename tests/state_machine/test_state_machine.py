@@ -89,8 +89,9 @@ def test_a_new_copy_of_a_copy_that_shares(name, is_alive):
     with chainer.using_config('train', False):
         Y = hook.normalize_weight(link).array / link.gamma.array
     if name == 'gamma':
+        # It follows by more than 10 %, and becomes an estimate.
         np.testing.assert_allclose(
-            link.gamma.array, reference.true_norm(link.W.array), rtol=1e-3)
+            link.gamma.array, reference.true_norm(link.W.array), rtol=.15)
     else:
         assert reference.true_norm(Y) < 1.05
 
@@ -134,15 +135,17 @@ def test_a_new_copy_of_an_unpickled_link():
 
 
 def test_a_weight_written_into_a_copy_of_a_copy_that_shares():
-    """It is no new weight, as it is none in a copy of the source."""
+    """Its gamma follows, and that of the source, which it left, does not."""
     source = L.Linear(5, 6).add_hook(
         sn_function.SpectralNormalization(use_gamma=True))
     link = source.copy('share').copy('copy')
-    gamma = link.gamma.array.copy()
-    link.W.array[...] = np.random.normal(size=(6, 5))
+    gamma = source.gamma.array.copy()
+    link.W.array[...] = np.random.normal(size=(6, 5)) * 3
     with chainer.using_config('train', False):
         link(np.ones((2, 5), 'f'))
-    np.testing.assert_array_equal(link.gamma.array, gamma)
+    np.testing.assert_allclose(
+        link.gamma.array, reference.true_norm(link.W.array), rtol=.05)
+    np.testing.assert_array_equal(source.gamma.array, gamma)
     np.testing.assert_array_equal(link.W_u, source.W_u)
 
 

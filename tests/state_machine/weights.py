@@ -9,11 +9,17 @@ import numpy as np
 from hypothesis import stateful
 from hypothesis import strategies as st
 
+from sn_function._links import gamma
 from tests import cuda_on_host
 from tests.cuda_on_host import array as stand_in
 from tests.state_machine.base import COUNTS, INDEX, SEED, Base
-from tests.state_machine.links import CALL, axis_of, hooked
-from tests.state_machine.oracle import copy_of, smallest_subnormal
+from tests.state_machine.links import (
+    CALL,
+    axis_of,
+    hooked,
+    vector_of,
+)
+from tests.state_machine.oracle import smallest_subnormal
 
 assert sn_function  # it is imported for what it does
 
@@ -62,10 +68,11 @@ class Weights(Base):
         in_place=st.booleans(), name=st.sampled_from(['W', 'W', 'gamma', 'H']))
     def write(self, i, value, seed, in_place, name):
         rec = self.pick(i)
+        name = rec.name_of(name, seed)
         param = rec.params.get(name)
         if param is None or param.array is None:
             return
-        if name == 'gamma':
+        if 'gamma' in name:
             value = {'nan': 'nan', 'zero': 'zero'}.get(value, 'new')
             new = np.array({'nan': np.nan, 'zero': 0.0}.get(
                 value, 0.5 + seed), param.dtype)
@@ -80,7 +87,7 @@ class Weights(Base):
         """As a snapshot of a model that has met a NaN does."""
         rec = self.pick(i)
         for name in hooked(rec.link):
-            u = rec.link.__dict__[name + '_u']
+            u = vector_of(rec.link, name)
             if u is not None:
                 COUNTS['fault: poisoned u'] += 1
                 u[...] = value
@@ -91,7 +98,7 @@ class Weights(Base):
         """From there power iteration would lead nowhere."""
         rec = self.pick(i)
         for name in hooked(rec.link):
-            u, W = rec.link.__dict__[name + '_u'], rec.params[name].array
+            u, W = vector_of(rec.link, name), rec.params[name].array
             if u is not None and W is not None:
                 COUNTS['fault: orthogonal u'] += 1
                 u[...] = 0
@@ -105,11 +112,6 @@ class Weights(Base):
         else:
             rec.params[name].array = new
         self.data_changed(rec)
-
-    def data_changed(self, rec):
-        for n, p in rec.params.items():
-            rec.data[n] = copy_of(p.array)
-        self.share(rec)
 
     @stateful.rule(i=INDEX, in_place=st.booleans())
     def recover(self, i, in_place):
@@ -158,22 +160,23 @@ class Weights(Base):
     def to_another_device_and_back(self, i, seed, train, is_called):
         rec = self.pick(i)
         link = rec.link
-        if rec.W is None or rec.standardized or any(
-                map(rec.is_poisoned, hooked(link))):
+        if rec.W is None or rec.standardized or rec.is_rnn or (
+                rec.has_poison()):
             return  # on a device u is mended without a warning
         host = chainer.get_device('@numpy')
 
         def run(link, x):
             device = chainer.get_device('@cupy:0')
             link.to_device(device)
-            try:
-                if is_called:
-                    link(device.send(x))
-            finally:
-                link.to_device(host)
-                # The state keeps the latest u, and no call comes before the
-                # stand-in is gone; a copy of the link tells it, too.
-                copy.deepcopy(link)
+            if is_called:
+                link(device.send(x))
+            link.to_device(host)
+            # What its state has would follow in the next call, which comes
+            # after the stand-in is gone.
+            for name in filter(rec.gamma_of, hooked(link)):
+                gamma.initial(
+                    rec.params[rec.gamma_of(name)], rec.params[name])
+            copy.deepcopy(link)
             for weights in CALL.seen:
                 for W in weights.values():
                     W.to_device(host)
@@ -184,6 +187,6 @@ class Weights(Base):
             is_nearly_subnormal(rec.params[n].array) for n in hooked(link))
         with stand_in.installed():
             self.call(rec, rec.x(np.random.RandomState(seed)), train, run,
-                      outputs=False)
+                      outputs=False, on_device=is_called)
         self.pending = []
         COUNTS['there and back'] += 1
