@@ -48,6 +48,7 @@ def initialize(
 
     """
     if gamma.array is not None and not is_made_anew:
+        _note_shape(gamma.initializer, W)
         return
     if isinstance(W, chainer.Parameter):
         # A copy of a copy that shares has the weight of the latter.
@@ -57,6 +58,13 @@ def initialize(
         gamma.initialize(())
     else:
         gamma.initializer(gamma.array)
+
+
+def _note_shape(initializer: Any, W: Any) -> None:
+    # A lazy link may load gamma before its weight.
+    if isinstance(initializer, LargestSingularValue) and (
+            initializer.shape is None and isinstance(W, chainer.Parameter)):
+        initializer.shape = W.shape
 
 
 def fits(gamma: chainer.Parameter, W: Any) -> bool:

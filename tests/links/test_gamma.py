@@ -91,6 +91,19 @@ def test_made_anew():
     assert gamma.fits(x, link.W)
 
 
+def test_one_that_was_loaded_before_its_weight():
+    link = L.Linear(None, 6)
+    x = registered(link)
+    x.initialize(())  # as Chainer does to load it
+    x.array[...] = 3
+    link.W.initialize((6, 5))
+    gamma.initialize(x, link.W)
+    assert x.array == 3
+    assert gamma.initial(x, link.W) is None
+    link.W.array = np.ones((7, 5), 'f')
+    assert not gamma.fits(x, link.W)
+
+
 def initialized():
     link = L.Linear(5, 6)
     x = registered(link)
