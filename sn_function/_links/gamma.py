@@ -47,24 +47,17 @@ def initialize(
         is_made_anew: Whether to do it again.
 
     """
-    if gamma.array is not None and not is_made_anew:
-        _note_shape(gamma.initializer, W)
-        return
-    if isinstance(W, chainer.Parameter):
-        # A copy of a copy that shares has the weight of the latter.
-        gamma.initializer.W = W
+    initializer = gamma.initializer
+    if isinstance(initializer, LargestSingularValue) and (
+            isinstance(W, chainer.Parameter)):
+        initializer.W = W  # in a copy of the link it was that of another
+        if gamma.array is not None and initializer.shape is None:
+            initializer.shape = W.shape  # gamma was loaded before its weight
     if gamma.array is None:
         gamma.cleargrad()  # or its dtype may be another by now
         gamma.initialize(())
-    else:
-        gamma.initializer(gamma.array)
-
-
-def _note_shape(initializer: Any, W: Any) -> None:
-    # A lazy link may load gamma before its weight.
-    if isinstance(initializer, LargestSingularValue) and (
-            initializer.shape is None and isinstance(W, chainer.Parameter)):
-        initializer.shape = W.shape
+    elif is_made_anew:
+        initializer(gamma.array)
 
 
 def fits(gamma: chainer.Parameter, W: Any) -> bool:

@@ -413,6 +413,18 @@ class TestGamma:
             layer.gamma.array, reference.true_norm(layer.w0.array),
             rtol=TOLERANCE)
 
+    def test_a_trained_copy_that_is_initialized_again(self):
+        """Its gamma counts from the updates of its own weight."""
+        link = linear(20, 30, use_gamma=True).copy('init')
+        optimizer = chainer.optimizers.Adam(.1).setup(link)
+        for _ in range(20):
+            optimizer.update(lambda: F.sum(link(drawn((4, 20))) ** 2))
+        again = link.copy('init')
+        again.W.array *= 3
+        sigma = reference.true_norm(again.W.array)
+        assert_right(again, sigma)
+        np.testing.assert_allclose(again.gamma.array, sigma, rtol=TOLERANCE)
+
     def test_none_without_a_warm_up(self):
         """As Chainer's hook, whose numbers n_warmup=0 follows."""
         link = linear(use_gamma=True, n_warmup=0)
