@@ -415,7 +415,7 @@ class TestGamma:
 
     def test_a_trained_copy_that_is_initialized_again(self):
         """Its gamma counts from the updates of its own weight."""
-        link = linear(20, 30, use_gamma=True).copy('init')
+        link = linear(20, 30, use_gamma=True).copy('share')
         optimizer = chainer.optimizers.Adam(.1).setup(link)
         for _ in range(20):
             optimizer.update(lambda: F.sum(link(drawn((4, 20))) ** 2))
