@@ -158,7 +158,8 @@ class Record:
         return same_bits(self.data[gamma], self.made[name]) and (
             self.n_updates(name) <= self.updates[name]
             and (rule is None or rule.enabled)
-            and self.standardized != 'first')
+            # Chainer's other hook makes another W in each call.
+            and not (name == 'W' and self.standardized == 'first'))
 
     def n_updates(self, name):
         """How often the present optimizer has updated a weight."""
