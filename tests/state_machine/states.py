@@ -126,7 +126,8 @@ class Rule(NamedTuple):
         A sigma that is less says nothing while u turns.
         """
         gamma = state.gamma
-        if state.initial is None or not same_bits(gamma, state.initial):
+        if self.hook.n_warmup == 0 or state.initial is None or (
+                not same_bits(gamma, state.initial)):
             return [gamma]
         with np.errstate(over='ignore', under='ignore'):
             value = np.array(sigma, gamma.dtype)
