@@ -53,8 +53,8 @@ def normalize(call: Forward) -> tuple[Arrays, Iterations]:
         _split(settings, array), call.u, settings.n_power_iteration,
         call.renewal)
     outputs: Arrays = ()
+    _renew_gamma(call, iterations)
     if 'Y' in call.output_names:
-        _renew_gamma(call, iterations)
         Y = _times(array, _coefficient_of_Y(call, iterations),
                    buffers.empty_of(W, call.reuse and W is array))
         outputs = Y.astype(W.dtype, copy=False),

@@ -260,8 +260,8 @@ def normalize(call: Forward) -> tuple[Arrays, PowerIteration]:
     if array is not W:  # made anew, rather than kept
         iterations = iterations._replace(matrix=None)
     outputs: Arrays = ()
+    renew_gamma(call, iterations)
     if 'Y' in call.output_names:
-        renew_gamma(call, iterations)
         coefficient = coefficient_of_Y(call, iterations)
         if W.size <= matrix.SMALL_SIZE or array.dtype != W.dtype:
             Y = (array * coefficient).astype(W.dtype, copy=False)

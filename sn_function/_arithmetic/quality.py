@@ -25,7 +25,6 @@ from sn_function._arithmetic import singular
 from sn_function._arithmetic.choose import arithmetic_of
 from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
-    GAMMA_LIMIT,
     NEVER,
     Forward,
     Iterations,
@@ -39,6 +38,7 @@ from sn_function.errors import VectorValueError
 def measure(
         W: Any, u: Any, axis: int, n_power_iteration: int, true_sigma: bool,
         renewal: Renewal = NEVER, groups: Groups | None = None,
+        gamma: Any = None,
 ) -> dict[str, Any]:
     """Returns numbers on one weight, on its device; nothing waits for them.
 
@@ -51,13 +51,15 @@ def measure(
         renewal: When the estimate is one from another vector than ``u``.
         groups: The groups, if sigma is that of the largest one of them; the
             residual is, too.
+        gamma: Array of shape ``()``, which is left alone, or ``None``.
 
     Returns:
         Arrays of shape ``()`` and dtype float64: ``'peak'``, the largest
         magnitude in ``W``; with ``u``, ``'is_sound'``, whether it is finite
         and not zero, ``'sigma'`` and ``'residual'``; with a renewal,
-        ``'sigma_of_u'``, the estimate from ``u`` itself; and
-        ``'true_sigma'``.  What is not defined is NaN.
+        ``'sigma_of_u'``, the estimate from ``u`` itself; with gamma,
+        ``'gamma'``, as the renewal makes it; and ``'true_sigma'``.  What is
+        not defined is NaN.
 
     """
     xp = chainer.backend.get_array_module(W)
@@ -66,8 +68,14 @@ def measure(
         if u is not None:
             numbers['is_sound'] = xp.isfinite(u).all() & (u != 0).any()
             settings = Settings(n_power_iteration, axis, True, groups=groups)
+            # Copies: the arithmetic makes gamma anew in place.
+            gamma, initial = [None if x is None else x.copy() for x in (
+                gamma, renewal.initial_gamma)]
             numbers['sigma'], numbers['residual'] = _estimate(
-                W, u, settings, renewal)
+                W, u, settings, renewal._replace(initial_gamma=initial),
+                1.0 if gamma is None else gamma)
+            if gamma is not None:
+                numbers['gamma'] = gamma
             if renewal.n_warmup:
                 numbers['sigma_of_u'], _ = _estimate(W, u, settings)
         if true_sigma:
@@ -78,10 +86,11 @@ def measure(
 
 def _estimate(
         W: Any, u: Any, settings: Settings, renewal: Renewal = NEVER,
+        gamma: Any = 1.0,
 ) -> tuple[Any, Any]:
     try:
         ((sigma,), iterations), = arithmetic_of(W).normalize_all([
-            Forward(settings, W, u, 1.0, ('sigma',), renewal=renewal)])
+            Forward(settings, W, u, gamma, ('sigma',), renewal=renewal)])
     except VectorValueError:  # a device replaces it without a word
         return math.nan, math.nan
     axis = settings.axis
@@ -97,16 +106,3 @@ def residual(W: Any, axis: int, sigma: Any, iterations: Iterations) -> Any:
     # Divided first: then neither a large nor a small weight leaves the range.
     difference = (iterations.u / sigma).dot(matrix) - iterations.v
     return (difference * difference).sum() ** 0.5
-
-
-def gamma_of_next_call(gamma: Any, sigma: Any, renewal: Renewal) -> Any:
-    """Returns gamma, or what a call makes it anew; a float64 of shape ``()``.
-    """
-    xp = chainer.backend.get_array_module(gamma)
-    value = gamma.astype(numpy.float64)
-    initial = renewal.initial_gamma
-    if initial is None:
-        return value
-    is_made_anew = (gamma == initial) & xp.isfinite(sigma) & (
-        abs(sigma - value) > GAMMA_LIMIT * value)
-    return xp.where(is_made_anew, xp.where(sigma > 0, sigma, 1.), value)

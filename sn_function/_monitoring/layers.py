@@ -76,17 +76,13 @@ class MonitoredWeight:
         is_of_chainer = _is_of_chainer(hook)
         gamma = gamma_of(link, hook)
         if gamma is not None and gamma.array is None:
-            gamma = None
+            gamma = None  # the next call initializes it
         renewal = NEVER if is_of_chainer else renewal_of(
             hook, False, gamma, call.original(link, hook.weight_name))
-        numbers = quality.measure(
+        return quality.measure(
             W, u, hook.axis if is_of_chainer else output_axis(link),
             hook.n_power_iteration, true_sigma, renewal,
-            groups_of(link, hook))
-        if gamma is not None:
-            numbers['gamma'] = quality.gamma_of_next_call(
-                gamma.array, numbers['sigma'], renewal)
-        return numbers
+            groups_of(link, hook), None if gamma is None else gamma.array)
 
     def layer(self, numbers: dict[str, float]) -> Layer:
         """Returns what users see of the numbers."""

@@ -193,3 +193,14 @@ def test_a_weight_of_another_shape_is_left_out():
     link = L.Linear(20, 30).add_hook(SpectralNormalization())
     link.W.array = np.ones((7, 20), 'f')
     assert measure(link) == []
+
+
+def test_gamma_that_the_next_call_keeps():
+    """Its estimate is less while u still turns, which says nothing."""
+    link = L.Linear(300, 300).add_hook(
+        SpectralNormalization(use_gamma=True, n_warmup=1))
+    link.W_u[...] = np.random.normal(size=300)
+    layer, = measure(link)
+    assert layer.sigma < 0.9 * layer.true_sigma
+    *_, norm = expected(link)
+    assert layer.norm == pytest.approx(norm, rel=1e-5)
