@@ -47,9 +47,8 @@ def initialize(
         is_made_anew: Whether to do it again.
 
     """
-    initializer = gamma.initializer
-    if isinstance(initializer, LargestSingularValue) and (
-            isinstance(W, chainer.Parameter)):
+    initializer = _initializer_for(gamma, W)
+    if initializer is not None:
         initializer.W = W  # in a copy of the link it was that of another
         if gamma.array is not None and initializer.shape is None:
             initializer.shape = W.shape  # gamma was loaded before its weight
@@ -57,17 +56,26 @@ def initialize(
         gamma.cleargrad()  # or its dtype may be another by now
         gamma.initialize(())
     elif is_made_anew:
-        initializer(gamma.array)
+        gamma.initializer(gamma.array)
+
+
+def _initializer_for(
+        gamma: chainer.Parameter, W: Any) -> LargestSingularValue | None:
+    """Returns what initializes gamma from this weight, if anything does.
+
+    Nothing does where another hook has replaced the weight for this call, or
+    where gamma is of Chainer's hook, which may be in the same place.
+    """
+    initializer = gamma.initializer
+    is_ours = isinstance(initializer, LargestSingularValue)
+    return initializer if is_ours and isinstance(
+        W, chainer.Parameter) else None
 
 
 def fits(gamma: chainer.Parameter, W: Any) -> bool:
     """Whether gamma was not initialized from a weight of another shape."""
-    initializer = gamma.initializer
-    # Not of Chainer's hook, which may be in the same place, and the weight
-    # not what another hook has made of it.
-    return not (isinstance(initializer, LargestSingularValue)
-                and isinstance(W, chainer.Parameter)
-                and initializer.shape not in (None, W.shape))
+    initializer = _initializer_for(gamma, W)
+    return initializer is None or initializer.shape in (None, W.shape)
 
 
 def initial(gamma: chainer.Parameter, W: Any) -> Any:
@@ -76,12 +84,11 @@ def initial(gamma: chainer.Parameter, W: Any) -> Any:
     Returns:
         ``None`` where gamma must be left alone: an optimizer has updated the
         weight since, so gamma is not its norm any more, or is not to update
-        gamma; or another hook has replaced the weight for this call.
+        gamma; or gamma is not initialized from this weight.
 
     """
-    initializer = gamma.initializer
-    if not (isinstance(initializer, LargestSingularValue)
-            and isinstance(W, chainer.Parameter)):
+    initializer = _initializer_for(gamma, W)
+    if initializer is None:
         return None
     rule = gamma.update_rule
     if (rule is not None and not rule.enabled) or (
