@@ -1,140 +1,70 @@
-// What one block does for one weight: the text that all raw kernels of
-// kernels.py begin with.  T, U, A, Size and the names of numbers are defined
-// before it.
-//
-// All threads call these functions together, and each gets what they return;
-// shared has room for one double a thread.  Products begin and end with a
-// barrier, so what they read may have just been written.
+// What one block does for one weight: K iterations, their adjoint, and what is
+// rare enough for one block to do it for a weight of any size.  All threads
+// call these functions together, and each gets what they return.  Products
+// begin and end with a barrier, so what they read may have just been written.
 
-// An (l, m, r) array.
-struct Weight {
-  const T* w;
-  int l, m, r;
-  __device__ Size n() const { return static_cast<Size>(l) * r; }
-  __device__ Size size() const { return n() * m; }
-  __device__ A operator[](Size i) const { return static_cast<A>(w[i]); }
+// What a forward keeps, see kernels.py.  k counts from 0, and u(0) is u_0.
+struct State {
+  double *numbers, *s_norms, *t_norms;
+  A *us, *vs;
+  int m;
+  Size n;
+  __device__ State(double* numbers, const Weight& W, int K)
+      : numbers(numbers), s_norms(numbers + N_NUMBERS), t_norms(s_norms + K),
+        us(reinterpret_cast<A*>(t_norms + K)),
+        vs(us + (static_cast<Size>(K + 1) * W.m + 3) / 4 * 4), m(W.m),
+        n(W.n()) {}
+  __device__ A* u(int k) const { return us + static_cast<Size>(k) * m; }
+  __device__ A* v(int k) const { return vs + k * n; }
 };
 
-// The same in units of its largest entry.
-struct InUnits : Weight {
-  double unit;
-  __device__ InUnits(const Weight& W, double unit) : Weight(W), unit(unit) {}
-  __device__ A operator[](Size i) const {
-    return static_cast<A>(static_cast<double>(w[i]) / unit);
-  }
-};
-
-__device__ double infinity() {
-  return __longlong_as_double(0x7ff0000000000000LL);
-}
-
-// The sum of x over the block, always in the same order.
-__device__ double block_sum(double x, double* shared) {
-  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
-  __syncthreads();  // what was there may still be being read
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = 0;
-  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) x += shared[w];
-  return x;
-}
-
-// max |x|, or infinity where an x is not finite.
-template <typename X>
-__device__ double largest(const X* x, Size n, double* shared) {
-  double y = 0;
-  for (Size j = threadIdx.x; j < n; j += blockDim.x) {
-    const A a = fabs(static_cast<A>(x[j]));
-    y = isfinite(a) ? fmax(y, static_cast<double>(a)) : infinity();
-    if (isinf(y)) break;
-  }
-  for (int d = 16; d > 0; d /= 2)
-    y = fmax(y, __shfl_xor_sync(0xffffffffu, y, d));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = y;
-  __syncthreads();
-  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w)
-    y = fmax(y, shared[w]);
-  return y;
-}
-
-// y[o] = sum_q W[base(o) + q stride] x[q],  base(o) = o / r * block + o % r.
-// Neighbouring threads take neighbouring o; the sum is split among groups.
-template <typename M>
-__device__ void strided_product(
-    const M& W, const A* x, A* y, int n_out, int r, Size block, int n_in,
-    int stride, double* shared) {
+// y = W x, or W^T x.
+__device__ void product(
+    const Weight& W, bool is_transposed, const A* x, A* y, double* shared) {
+  const int N = 32 / sizeof(A);
   A* part = reinterpret_cast<A*>(shared);
-  int width = blockDim.x;
-  while (width > 32 && width / 2 >= n_out) width /= 2;
-  const int groups = blockDim.x / width;
-  const int lane = threadIdx.x % width, group = threadIdx.x / width;
+  Found found;
   __syncthreads();
-  for (int start = 0; start < n_out; start += width) {
+  if (is_by_rows(W, is_transposed)) {
+    const Rows rows(W, is_transposed);
+    for (int o = threadIdx.x / 32; o < rows.n_out; o += blockDim.x / 32) {
+      A sum = 0;
+      if (rows.length == rows.n_in)
+        add_products<N, 1, false, true>(
+            W.w + rows.base(o), W.w, x, W.scale, Steps{1}, threadIdx.x % 32,
+            rows.n_in, 32, &sum, &found);
+      else
+        add_products<N, 1, false, true>(
+            W.w + rows.base(o), W.w, x, W.scale,
+            Blocks{rows.length, rows.block}, threadIdx.x % 32, rows.n_in, 32,
+            &sum, &found);
+      sum = sum_over(sum, 32, part);
+      if (threadIdx.x % 32 == 0) y[o] = sum;
+    }
+    __syncthreads();
+    return;
+  }
+  const Columns columns(W, is_transposed);
+  int width = blockDim.x;  // of o, each with blockDim.x / width threads
+  while (width > 32 && width / 2 >= columns.n_out) width /= 2;
+  const int lane = threadIdx.x % width, group = threadIdx.x / width;
+  for (int start = 0; start < columns.n_out; start += width) {
     const int o = start + lane;
     A sum = 0;
-    if (o < n_out) {
-      const Size base = o / r * block + o % r;
-#pragma unroll 4
-      for (int q = group; q < n_in; q += groups)
-        sum += W[base + static_cast<Size>(q) * stride] * x[q];
-    }
+    if (o < columns.n_out)
+      add_products<N, 1, false, false>(
+          W.w + columns.base(o), W.w, x, W.scale, Steps{columns.step}, group,
+          columns.n_in, blockDim.x / width, &sum, &found);
     part[threadIdx.x] = sum;
     __syncthreads();
-    if (group == 0 && o < n_out) {
-      for (int g = 1; g < groups; ++g) sum += part[g * width + lane];
+    if (group == 0 && o < columns.n_out) {
+      for (int j = o - start + width; j < static_cast<int>(blockDim.x);
+           j += width)
+        sum += part[j];
       y[o] = sum;
     }
     __syncthreads();
   }
-}
-
-// y[o] = sum_{a, b} W[o stride + a block + b] x[a r + b],  a < l and b < r.
-// Neighbouring threads take neighbouring b, and a warp an o.
-template <typename M>
-__device__ void contiguous_product(
-    const M& W, const A* x, A* y, int n_out, int stride, int l, int r,
-    Size block) {
-  const int lane = threadIdx.x % 32;
-  __syncthreads();
-  for (int o = threadIdx.x / 32; o < n_out; o += blockDim.x / 32) {
-    const Size base = static_cast<Size>(o) * stride;
-    A sum = 0;
-    if (r >= 32) {
-      for (int a = 0; a < l; ++a)
-#pragma unroll 8
-        for (int b = lane; b < r; b += 32)
-          sum += W[base + a * block + b] * x[a * r + b];
-    } else {
-      for (int q = lane; q < l * r; q += 32)
-        sum += W[base + q / r * block + q % r] * x[q];
-    }
-    for (int d = 16; d > 0; d /= 2)
-      sum += __shfl_xor_sync(0xffffffffu, sum, d);
-    if (lane == 0) y[o] = sum;
-  }
-  __syncthreads();
-}
-
-// y = W^T x
-template <typename M>
-__device__ void transposed_product(
-    const M& W, const A* x, A* y, double* shared) {
-  if (W.r == 1)
-    contiguous_product(W, x, y, W.l, W.m, 1, W.m, 0);
-  else
-    strided_product(W, x, y, W.l * W.r, W.r,
-                    static_cast<Size>(W.m) * W.r, W.m, W.r, shared);
-}
-
-// y = W x
-template <typename M>
-__device__ void product(const M& W, const A* x, A* y, double* shared) {
-  if (W.r == 1)
-    strided_product(W, x, y, W.m, W.m, 0, W.l, W.m, shared);
-  else
-    contiguous_product(W, x, y, W.m, W.r, W.l, W.r,
-                       static_cast<Size>(W.m) * W.r);
 }
 
 // x <- x / |x|, unless that is zero.  Returns |x|.
@@ -148,6 +78,18 @@ __device__ double normalize(A* x, int n, double* shared) {
   return norm;
 }
 
+// max |x|, or infinity where an x is not finite.
+template <typename X>
+__device__ double largest(const X* x, Size n, double* shared) {
+  double y = 0;
+  for (Size j = threadIdx.x; j < n; j += blockDim.x) {
+    const A a = fabs(static_cast<A>(x[j]));
+    y = isfinite(a) ? fmax(y, static_cast<double>(a)) : infinity();
+    if (isinf(y)) break;
+  }
+  return block_max(y, shared);
+}
+
 // As ORDINARY of the host has it.
 __device__ bool is_ordinary(double norm) {
   const double limit = sizeof(A) == 4 ? 1e12 : 1e100;
@@ -156,185 +98,208 @@ __device__ bool is_ordinary(double norm) {
 
 // s_k = W^T u_{k-1}, v_k = s_k / |s_k|, t_k = W v_k, u_k = t_k / |t_k|, for
 // k = 1..K.  Returns |t_K|.
-template <typename M>
 __device__ double iterate(
-    const M& W, double unit, double* numbers, A* vectors, int K,
-    bool* ordinary, double* shared) {
-  const Size m = W.m, n = W.n();
-  double* norms = numbers + N_NUMBERS;
-  A* u = vectors;
-  A* v = u + (K + 1) * m;
+    const Weight& W, const State& state, int K, bool* ordinary,
+    double* shared) {
+  const double unit = 1 / static_cast<double>(W.scale);
   double t = 0;
-  for (int k = 0; k < K; ++k, u += m, v += n) {
-    transposed_product(W, u, v, shared);
-    const double s = normalize(v, n, shared) * unit;
-    product(W, v, u + m, shared);
-    t = normalize(u + m, m, shared) * unit;
+  *ordinary = true;
+  for (int k = 0; k < K; ++k) {
+    product(W, true, state.u(k), state.v(k), shared);
+    const double s = normalize(state.v(k), W.n(), shared) * unit;
+    product(W, false, state.v(k), state.u(k + 1), shared);
+    t = normalize(state.u(k + 1), W.m, shared) * unit;
     if (threadIdx.x == 0) {
-      norms[k] = s == 0 ? 1 : s;
-      norms[K + k] = t == 0 ? 1 : t;
+      state.s_norms[k] = s == 0 ? 1 : s;
+      state.t_norms[k] = t == 0 ? 1 : t;
     }
     *ordinary = *ordinary && is_ordinary(s) && is_ordinary(t);
   }
   return t;
 }
 
-// 1 - u_0 . u_1 / |u_0|, or 0 for a zero or a NaN.
-__device__ double turn(
-    double sigma, const double* numbers, const A* vectors, int m, int K,
-    double* shared) {
-  const double* norms = numbers + N_NUMBERS;
-  double sum = 0;
-  for (int i = threadIdx.x; i < m; i += blockDim.x)
-    sum += static_cast<double>(vectors[i]) * vectors[i];
-  sum = block_sum(sum, shared);  // its barriers also show the norms to all
-  // u_0 . W v_1 = |W^T u_0|
-  return sigma > 0 && isfinite(sigma)
-      ? 1 - norms[0] / norms[K] / sqrt(sum) : 0;
+// 1 - u_0 . u_1 / |u_0|, or 0 for a zero or a NaN; u_0 . W v_1 = |W^T u_0|.
+__device__ double turn_of(double sigma, double s_1, double t_1, double u_0) {
+  return sigma > 0 && isfinite(sigma) ? 1 - s_1 / t_1 / u_0 : 0;
 }
 
-// u_0 <- u_K
-__device__ void move_on(A* vectors, Size m, int K) {
-  for (Size i = threadIdx.x; i < m; i += blockDim.x)
-    vectors[i] = vectors[K * m + i];
+__device__ double turn(double sigma, const State& state, double* shared) {
+  double sum = 0;
+  for (int i = threadIdx.x; i < state.m; i += blockDim.x)
+    sum += static_cast<double>(state.u(0)[i]) * state.u(0)[i];
+  sum = block_sum(sum, shared);  // its barriers also show the norms to all
+  return turn_of(sigma, state.s_norms[0], state.t_norms[0], sqrt(sum));
 }
 
 // iterate(), and again from u_K where the first iteration turns u_0 by more
-// than limit, until it hardly does: then u was one of another weight.  Without
-// ordinary, all numbers are fine.
-template <typename M>
+// than limit, until it hardly does: then u was one of another weight.  Where
+// norms must be ordinary, it ends where one is not.
 __device__ double iterate_anew(
-    const M& W, double unit, double* numbers, A* vectors, int K, int n_warmup,
-    double limit, bool* ordinary, double* shared) {
-  bool all_ordinary = true;
-  double sigma;
+    const Weight& W, const State& state, int K, int n_warmup, double limit,
+    bool must_be_ordinary, bool* ordinary, double* shared) {
   for (int i = 0;; i += K) {
-    sigma = iterate(W, unit, numbers, vectors, K, &all_ordinary, shared);
-    if (ordinary && !all_ordinary) break;
-    if (i >= n_warmup
-        || turn(sigma, numbers, vectors, W.m, K, shared) <= limit)
-      break;
+    const double sigma = iterate(W, state, K, ordinary, shared);
+    if ((must_be_ordinary && !*ordinary) || i >= n_warmup
+        || turn(sigma, state, shared) <= limit)
+      return sigma;
     limit = SETTLED;
-    move_on(vectors, W.m, K);
+    for (int j = threadIdx.x; j < W.m; j += blockDim.x)
+      state.u(0)[j] = state.u(K)[j];
   }
-  if (ordinary) *ordinary = all_ordinary;
-  return sigma;
 }
 
 // u_0 <- e_i, with i the row of largest norm, never orthogonal to itself.
 __device__ void start_from_largest_row(
-    const InUnits& W, A* u, double* shared) {
+    const Weight& W, A* u, double* shared) {
   double most = -1;
   int row = 0;
   for (int i = 0; i < W.m; ++i) {
     double sum = 0;
     for (int j = threadIdx.x; j < W.n(); j += blockDim.x) {
       const Size block = static_cast<Size>(j / W.r) * W.m + i;
-      const double w = W[block * W.r + j % W.r];
+      const double w = static_cast<A>(W.w[block * W.r + j % W.r]) * W.scale;
       sum += w * w;
     }
     sum = block_sum(sum, shared);
-    if (sum > most) { most = sum; row = i; }
+    if (sum > most) {
+      most = sum;
+      row = i;
+    }
   }
   for (int i = threadIdx.x; i < W.m; i += blockDim.x) u[i] = i == row;
 }
 
-// iterate_anew() for a W or a u of extreme size, for a u that is zero or not
-// finite, and for one that W^T makes zero.
-__device__ double rescue(
-    const Weight& plain, const U* u, double* numbers, A* vectors, int K,
-    int n_warmup, double limit, double* shared) {
-  const Size m = plain.m, n = plain.n();
-  const double w_largest = largest(plain.w, plain.size(), shared);
-  const double u_largest = largest(u, m, shared);
-  if (isinf(w_largest)) {
-    const double nan = infinity() - infinity();
-    // u_0 stays: it may be good.
-    for (Size j = m + threadIdx.x; j < (K + 1) * m + K * n; j += blockDim.x)
-      vectors[j] = nan;
-    return nan;
-  }
-  const double unit = w_largest > 0 ? w_largest : 1;
-  const InUnits W(plain, unit);
-  double u_norm = 1;
-  bool restarted = !(u_largest > 0 && u_largest < infinity());
-  if (!restarted) {
-    for (int i = threadIdx.x; i < m; i += blockDim.x)
-      vectors[i] = static_cast<A>(static_cast<double>(u[i]) / u_largest);
-    u_norm = normalize(vectors, m, shared) * u_largest;
-    if (is_ordinary(u_norm)) {
-      u_norm = 1;
-      for (int i = threadIdx.x; i < m; i += blockDim.x)
-        vectors[i] = static_cast<A>(u[i]);
+// The power of two next to x, such that its inverse is in the range of A, too.
+__device__ double unit_of(double x) {
+  const int limit = sizeof(A) == 4 ? 126 : 1022;
+  const int exponent = x > 0 ? ilogb(x) : 0;
+  return ldexp(1.0, exponent > limit    ? limit
+                    : exponent < -limit ? -limit
+                                        : exponent);
+}
+
+// sigma and all that belongs to it, however hard W and u make it.  The first
+// attempt takes them as they are.  The second is for extreme ones: W in units
+// of about its largest entry, and u divided by its norm where that is extreme.
+// The third is for a u that is zero, not finite, or made zero by W^T: it starts
+// from another vector.  u_0 is there already.
+__device__ double estimate(
+    Weight W, const U* u, const State& state, int K, int n_warmup,
+    double limit, int attempt, double* shared) {
+  double w_largest = 0, u_norm = 1, sigma = 0;
+  for (;; ++attempt) {
+    if (attempt == 1) {
+      w_largest = largest(W.w, W.size(), shared);
+      const double u_largest = largest(u, W.m, shared);
+      if (isinf(w_largest)) {
+        sigma = infinity() - infinity();
+        // u_0 stays: it may be good.
+        for (int k = 0; k < K; ++k) {
+          for (int i = threadIdx.x; i < W.m; i += blockDim.x)
+            state.u(k + 1)[i] = sigma;
+          for (int j = threadIdx.x; j < W.n(); j += blockDim.x)
+            state.v(k)[j] = sigma;
+        }
+        break;
+      }
+      W.scale = 1 / unit_of(w_largest);
+      if (u_largest > 0 && u_largest < infinity()) {
+        for (int i = threadIdx.x; i < W.m; i += blockDim.x)
+          state.u(0)[i] =
+              static_cast<A>(static_cast<double>(u[i]) / u_largest);
+        u_norm = normalize(state.u(0), W.m, shared) * u_largest;
+        if (is_ordinary(u_norm)) {
+          u_norm = 1;
+          for (int i = threadIdx.x; i < W.m; i += blockDim.x)
+            state.u(0)[i] = static_cast<A>(u[i]);
+        }
+      } else {
+        attempt = 2;
+      }
     }
-  }
-  double sigma;
-  for (;; restarted = true) {
-    if (restarted) start_from_largest_row(W, vectors, shared);
-    sigma = iterate_anew(W, unit, numbers, vectors, K, n_warmup, limit, 0,
-                         shared);
-    if (restarted || sigma != 0 || w_largest == 0) break;
+    if (attempt == 2) start_from_largest_row(W, state.u(0), shared);
+    bool ordinary;
+    sigma = iterate_anew(W, state, K, n_warmup, limit, attempt == 0,
+                         &ordinary, shared);
+    if (attempt == 0 ? ordinary
+                     : attempt == 2 || sigma != 0 || w_largest == 0)
+      break;
   }
   if (threadIdx.x == 0) {
-    numbers[UNIT] = unit;
-    numbers[U_NORM] = u_norm;
-    numbers[RESTARTED] = restarted;
+    state.numbers[SCALE] = W.scale;
+    state.numbers[U_NORM] = u_norm;
+    state.numbers[RESTARTED] = attempt == 2;
   }
   return sigma;
 }
 
-// The numbers of an ordinary weight, which rescue() changes.  By one thread.
-__device__ void start(double* numbers) {
-  numbers[UNIT] = 1;
-  numbers[U_NORM] = 1;
-  numbers[RESTARTED] = 0;
-}
+// The numbers that follow from sigma.  By one thread.
+struct Outcome {
+  double divisor, gamma;
+  bool is_above, is_new_gamma;
 
-// gamma and initial_gamma <- sigma, where gamma is initial_gamma and sigma is
-// another.
-__device__ void renew_gamma(
-    A* gamma, A* initial_gamma, double sigma, double turn) {
-  const A value = static_cast<A>(sigma) == 0 ? 1 : sigma;
-  const bool is_off = fabs(sigma - *gamma) > GAMMA_LIMIT * *gamma
-      && (sigma > *gamma || turn <= GAMMA_TURN);
-  if (*gamma == *initial_gamma && is_off && isfinite(value))
-    *gamma = *initial_gamma = value;
-}
+  // gamma is sigma where it still is initial_gamma, and sigma is another.
+  __device__ Outcome(
+      double sigma, double turn, const A* gamma_, const A* initial_gamma,
+      double eps, double at_zero)
+      : gamma(gamma_ ? static_cast<double>(*gamma_) : 1),
+        is_new_gamma(false) {
+    is_above = !(sigma < eps || sigma == 0);
+    divisor = is_above ? sigma : sigma == 0 ? at_zero : eps;
+    if (!initial_gamma || *gamma_ != *initial_gamma) return;
+    const A value = static_cast<A>(sigma) == 0 ? 1 : sigma;
+    is_new_gamma = fabs(sigma - gamma) > GAMMA_LIMIT * gamma
+        && (sigma > gamma || turn <= GAMMA_TURN) && isfinite(value);
+    if (is_new_gamma) gamma = value;
+  }
 
-// The numbers that follow from sigma, and u <- u_K where that is good.
-__device__ void finish(
-    const Weight& W, double sigma, U* u, double* numbers, const A* vectors,
-    A* sigma_out, A* gamma, A* initial_gamma, int K, double factor,
-    double eps, double at_zero, int update, double* shared) {
-  const A* last = vectors + static_cast<Size>(K) * W.m;
-  if (update && sigma > 0 && isfinite(sigma))
-    for (int i = threadIdx.x; i < W.m; i += blockDim.x)
-      u[i] = static_cast<U>(last[i]);
-  const double turned = initial_gamma
-      ? turn(sigma, numbers, vectors, W.m, K, shared) : 0;
-  if (threadIdx.x != 0) return;
-  if (initial_gamma) renew_gamma(gamma, initial_gamma, sigma, turned);
-  if (sigma_out) *sigma_out = sigma;
-  const bool above = !(sigma < eps || sigma == 0);
-  const double divisor = above ? sigma : sigma == 0 ? at_zero : eps;
-  numbers[SIGMA] = sigma;
-  numbers[DIVISOR] = divisor;
-  numbers[ABOVE] = above;
-  numbers[COEF] = (gamma ? static_cast<double>(*gamma) : 1) * factor / divisor;
-}
+  __device__ double coefficient(double factor) const {
+    return gamma * factor / divisor;
+  }
 
-// c = gsigma - above coef <gY, W> / sigma, and ggamma = f <gY, W> / divisor,
-// of dot = <gY, W>.  By one thread.
-__device__ void settle_gradients(
-    const double* numbers, double* coefficients, double dot, bool has_gy,
-    const A* gsigma, A* ggamma, double factor) {
-  dot = has_gy ? dot / numbers[DIVISOR] : 0;
-  double c = gsigma ? static_cast<double>(*gsigma) : 0;
-  if (has_gy && numbers[ABOVE] != 0) c -= dot * numbers[COEF];
-  coefficients[GY] = has_gy ? numbers[COEF] : 0;
-  coefficients[GSIGMA] = c;
-  if (ggamma) *ggamma = factor * dot;
-}
+  __device__ void write(
+      double sigma, double factor, double* numbers, A* sigma_out) const {
+    if (sigma_out) *sigma_out = sigma;
+    numbers[SIGMA] = sigma;
+    numbers[DIVISOR] = divisor;
+    numbers[ABOVE] = is_above;
+    numbers[COEF] = coefficient(factor);
+    numbers[NEW_GAMMA] = is_new_gamma ? gamma : 0;
+  }
+};
+
+// What a backward keeps.  tbar_K is u_K, and its place is for ubar.
+struct Bars {
+  A *tbars, *sbars;
+  int m;
+  Size n;
+  __device__ Bars(double* coefficients, const Weight& W, int K)
+      : tbars(reinterpret_cast<A*>(coefficients + N_COEFFICIENTS)),
+        sbars(tbars + (static_cast<Size>(K) * W.m + 3) / 4 * 4), m(W.m),
+        n(W.n()) {}
+  __device__ A* t(int k) const { return tbars + static_cast<Size>(k) * m; }
+  __device__ A* s(int k) const { return sbars + k * n; }
+};
+
+// gW = a gY + c G:  c = gsigma - above coef <gY, W> / sigma.
+struct Coefficients {
+  double a, c;
+  __device__ Coefficients(
+      const double* numbers, double dot, bool has_gy, const A* gsigma)
+      : a(has_gy ? numbers[COEF] : 0),
+        c(gsigma ? static_cast<double>(*gsigma) : 0) {
+    if (has_gy && numbers[ABOVE] != 0)
+      c -= dot / numbers[DIVISOR] * numbers[COEF];
+  }
+  // By one thread; ggamma = f <gY, W> / divisor.
+  __device__ void write(
+      double dot, double factor, const double* numbers, double* coefficients,
+      A* ggamma) const {
+    coefficients[GY] = a;
+    coefficients[GSIGMA] = c;
+    if (ggamma) *ggamma = factor * dot / numbers[DIVISOR];
+  }
+};
 
 // y <- (y - e (e . y)) / norm, or y / norm without e.
 __device__ void project(
@@ -351,31 +316,19 @@ __device__ void project(
     y[j] = (e ? y[j] - e[j] * d : y[j]) / divisor;
 }
 
-// gu = c ubar / |u|, or 0 where u_0 was not u.  By one thread.
-__device__ double gradient_of_u(
-    const double* numbers, const double* coefficients, A ubar) {
-  if (numbers[RESTARTED] != 0) return 0;
-  return ubar * (coefficients[GSIGMA] * numbers[UNIT]) / numbers[U_NORM];
-}
-
-// The bars of all iterations, and with need_u ubar where tbar_K would be.
-template <typename M>
+// The bars of all iterations, and ubar if it is needed.
 __device__ void go_back(
-    const M& W, const double* numbers, const A* vectors, A* bars, int K,
-    bool need_u, double* shared) {
-  const Size m = W.m, n = W.n();
-  const double* norms = numbers + N_NUMBERS;
-  const double unit = numbers[UNIT];
-  const A* vs = vectors + (K + 1) * m;
-  A* sbars = bars + K * m;
+    const Weight& W, const State& state, const Bars& bars, int K, bool need_u,
+    double* shared) {
+  const A* x = state.u(K);
   for (int k = K - 1; k >= 0; --k) {
-    const A* tbar = k == K - 1 ? vectors + K * m : bars + k * m;
-    transposed_product(W, tbar, sbars + k * n, shared);
-    project(sbars + k * n, vs + k * n, n, norms[k] / unit, shared);
-    if (k == 0) break;
-    A* next = bars + (k - 1) * m;
-    product(W, sbars + k * n, next, shared);
-    project(next, 0, m, norms[K + k - 1] / unit, shared);
+    product(W, true, x, bars.s(k), shared);
+    project(bars.s(k), state.v(k), W.n(), state.s_norms[k] * W.scale, shared);
+    if (k == 0 && !need_u) break;
+    A* y = bars.t(k == 0 ? K - 1 : k - 1);
+    product(W, false, bars.s(k), y, shared);
+    if (k > 0) project(y, 0, W.m, state.t_norms[k - 1] * W.scale, shared);
+    x = y;
   }
-  if (need_u) product(W, sbars, bars + (K - 1) * m, shared);
+  __syncthreads();
 }

@@ -6,21 +6,20 @@ by the kernels of :mod:`.kernels`.  A ``u`` that is zero or not finite, which
 is an error on the host, is replaced: the iteration starts from the unit vector
 of the largest row.
 
-A small weight takes one launch forward and one backward, which it shares with
-others of the same node.  A large one takes ``3 K + 1`` and, with the exact
-gradient, ``4 K``, or 3 with u and v constant.  One of several groups is
-computed by :mod:`.grouped`, without kernels of its own.
+A small weight takes one launch forward and one backward.  A large one takes
+``2 K + 1`` and, with the exact gradient, 2 for K = 1 and ``3 K`` for more, or 2
+with u and v constant.  Weights of one kind share all their launches.  One of
+several groups is computed by :mod:`.grouped`, without kernels of its own.
 """
 from __future__ import annotations
 
-import importlib
 import math
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import numpy
 from chainer.backends import cuda
 
-from sn_function._arithmetic import grouped, kernels
+from sn_function._arithmetic import grouped, kernels, workspace
 from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
     Array,
@@ -32,12 +31,10 @@ from sn_function._arithmetic.interface import (
 from sn_function._arithmetic.kernels import COEFFICIENTS, NULL, NUMBERS
 from sn_function._arithmetic.matrix import accumulator_dtype
 
-if cuda.available:
-    importlib.import_module('cupy.cublas')  # an attribute of cupy from now on
-
-# As cupy.cublas takes them: it would make arrays of numbers at each call.
-_SCALARS = {
-    char: (numpy.ones((), char), numpy.zeros((), char)) for char in 'fd'}
+_FLOAT64 = numpy.dtype(numpy.float64)
+_ZERO, _ONE = numpy.int32(0), numpy.int32(1)
+# Of sn_correct_bwd, where it only makes coefficients.
+_ONE_BLOCK = _ONE, _ZERO, _ONE
 
 
 class Iterations:
@@ -49,34 +46,73 @@ class Iterations:
         K: Number of iterations.
 
     Attributes:
-        numbers: See :mod:`.kernels`.
-        vectors: See there.
+        state: Memory of all weights of a call, float64.
+        offset: The first byte of this weight's.
 
     """
 
     def __init__(self, W: Array, axis: int, K: int) -> None:
-        l = math.prod(W.shape[:axis])  # NOQA: E741
-        m = W.shape[axis]
-        r = math.prod(W.shape[axis + 1:])
+        shape = W.shape
+        l = math.prod(shape[:axis]) if axis else 1  # NOQA: E741
+        m = shape[axis]
+        r = math.prod(shape[axis + 1:])
         self.K, self.l, self.m, self.r, self.n = K, l, m, r, l * r
-        self.sizes = tuple(map(numpy.int32, (l, m, r)))
         self.dtype = accumulator_dtype(W.dtype)
         self.is_small = W.size <= kernels.FUSED_SIZE
-        # BLAS knows one dtype, and no batch that adds up.
-        self.is_blas = (
-            W.dtype == self.dtype and 1 in (l, r) and min(m, self.n) > 1)
-        empty = cuda.cupy.empty
-        self.numbers = empty(len(NUMBERS) + 2 * K, numpy.float64)
-        self.vectors = empty((K + 1) * m + K * self.n, self.dtype)
+        self.state: Any = None
+        self.offset = 0
+
+    def plan(self, *arrays: Array) -> workspace.Plan:
+        """Returns the plan for arrays of the weight's dtype."""
+        is_aligned = True
+        for x in arrays:
+            is_aligned = is_aligned and x.data.ptr % 16 == 0
+        return workspace.plan(
+            self.l, self.m, self.r, self.K, arrays[0].dtype.itemsize,
+            is_aligned, self.is_small, kernels.BLOCK_SIZE)
+
+    def array(self, at: int, n: int, dtype: Any) -> Array:
+        """Returns ``n`` entries of the state, from a byte of it on."""
+        first = (self.offset + at) // _FLOAT64.itemsize
+        length = -(-n * dtype.itemsize // _FLOAT64.itemsize)
+        return self.state[first:first + length].view(dtype)[:n]
+
+    @property
+    def numbers(self) -> Array:
+        """Those of :data:`.kernels.NUMBERS`, and norms."""
+        return self.array(0, len(NUMBERS) + 2 * self.K, _FLOAT64)
 
     def us(self, k: int) -> Array:
         """Returns ``u_k``, ``0 <= k <= K``."""
-        return self.vectors[k * self.m:(k + 1) * self.m]
+        return self._vector(workspace.us(self.K), k, self.m)
 
     def vs(self, k: int) -> Array:
         """Returns ``v_k``, ``1 <= k <= K``."""
-        start = (self.K + 1) * self.m + (k - 1) * self.n
-        return self.vectors[start:start + self.n]
+        return self._vector(
+            workspace.vs(self.K, self.m, self.dtype.itemsize), k - 1, self.n)
+
+    def _vector(self, at: int, k: int, n: int) -> Array:
+        return self.array(at, (k + 1) * n, self.dtype)[k * n:]
+
+    @property
+    def at(self) -> Any:
+        """The place of all that is kept."""
+        return self.state.data + self.offset
+
+    def place_of_u(self, k: int) -> Any:
+        """Returns the place of ``u_k``, ``0 <= k <= K``."""
+        return self.at + (
+            workspace.us(self.K) + self.dtype.itemsize * k * self.m)
+
+    def place_of_v(self, k: int) -> Any:
+        """Returns the place of ``v_{k+1}``, ``0 <= k < K``."""
+        itemsize = self.dtype.itemsize
+        return self.at + (
+            workspace.vs(self.K, self.m, itemsize) + itemsize * k * self.n)
+
+    def place_of_norm(self, k: int) -> Any:
+        """Returns the place of a norm: those of s come first, then of t."""
+        return self.at + 8 * (len(NUMBERS) + k)
 
     def number(self, name: str) -> Array:
         """Returns one of :data:`.kernels.NUMBERS`, shape ``()``."""
@@ -109,17 +145,13 @@ class Iterations:
 
 
 def normalize_all(calls: Sequence[Forward]) -> list[tuple[Arrays, Any]]:
-    """Small weights of a kind share a launch."""
-    return _each(
-        calls, lambda plain: _run(kernels.fused_fwd, list(map(
-            _Forward, plain))), grouped.normalize_and_store)
+    """Weights of a kind share their launches."""
+    return _each(calls, _forward, grouped.normalize_and_store)
 
 
 def gradients_all(calls: Sequence[Backward]) -> list[Arrays]:
-    """Small weights of a kind share a launch."""
-    return _each(
-        calls, lambda plain: _run(kernels.fused_bwd, list(map(
-            _Backward, plain))), grouped.gradients)
+    """Weights of a kind share their launches."""
+    return _each(calls, _backward, grouped.gradients)
 
 
 def _each(
@@ -132,177 +164,353 @@ def _each(
             for call in calls]
 
 
-def _run(fused: kernels.Fused, parts: Sequence[Any]) -> list[Any]:
-    """Runs :class:`_Forward` or :class:`_Backward` of each weight.
-
-    Small ones of a kind share the launches of the fused kernel.
-    """
-    small: dict[Any, list[Any]] = {}
+def _by_kind(parts: Sequence[Any]) -> Iterable[tuple[Any, list[Any]]]:
+    """Those that can share launches, with what they have in common."""
+    if len(parts) == 1:
+        return [(parts[0].kind, list(parts))]
+    kinds: dict[Any, list[Any]] = {}
     for part in parts:
-        if part.iterations.is_small:
-            small.setdefault(part.kind, []).append(part)
-        else:
-            part.launch()
-    for (T, U, *common), group in small.items():
-        fused(T, U, [part.arguments() for part in group], *common)
+        kinds.setdefault(part.kind, []).append(part)
+    return kinds.items()
+
+
+def _allocate(parts: Sequence[Any]) -> Array:
+    """Returns memory for all; each part knows the size and gets its place."""
+    size = 0
+    for part in parts:
+        part.offset = size
+        size += part.size
+    return cuda.cupy.empty(size // _FLOAT64.itemsize, _FLOAT64)
+
+
+class _Memory:
+    """What all weights of a call keep, in one array.
+
+    A part has the ``size`` of its own, and gets ``at``, where that starts.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        size = 0
+        for part in parts:
+            part.offset = size
+            size += part.size
+        self.array = cuda.cupy.empty(size // _FLOAT64.itemsize, _FLOAT64)
+        start = self.array.data
+        for part in parts:
+            part.at = start + part.offset
+
+
+def _forward(calls: Sequence[Forward]) -> list[tuple[Arrays, Iterations]]:
+    parts = [_Forward(call) for call in calls]
+    state = _Memory(parts).array
+    for part in parts:
+        part.it.state, part.it.offset = state, part.offset
+    for (is_small, T, U, K, *common), group in _by_kind(parts):
+        if is_small:
+            kernels.fused_fwd(
+                T, U, [part.fused() for part in group], K, *common)
+            continue
+        for k in range(int(K)):
+            for is_transposed in (True, False):
+                _multiply(T, U, [
+                    part.product(k, is_transposed) for part in group])
+        kernels.finish_fwd(
+            T, U, [part.finish() for part in group], K, *common)
+        for part in group:
+            if part.initial_gamma is not NULL:
+                kernels.renew_gamma(
+                    part.it.numbers, part.gamma, part.initial_gamma)
     return [part.result() for part in parts]
 
 
-class _Forward:
-    """What one weight takes of :func:`normalize_all`."""
+def _backward(calls: Sequence[Backward]) -> list[Arrays]:
+    parts = [_Backward(call) for call in calls]
+    scratch = _Memory(parts).array
+    for (is_small, T, A, *common), group in _by_kind(parts):
+        if is_small:
+            kernels.fused_bwd(
+                T, A, [part.fused() for part in group], *common)
+            continue
+        for step in range(max([part.n_steps for part in group])):
+            _multiply(T, A, [part.product(step) for part in group
+                             if step < part.n_steps])
+            projections = [part.projection(step) for part in group
+                           if part.is_projected(step)]
+            if projections:
+                kernels.project_bwd(T, A, projections)
+        dots = [part.dot() for part in group if part.takes_dot]
+        if dots:
+            kernels.dot_bwd(T, A, dots)
+        kernels.correct_bwd(
+            T, A, [part.correct() for part in group], *common)
+    return [part.result(scratch) for part in parts]
+
+
+class _Product(NamedTuple):
+    """A product ``y = W^T x`` or ``W x``, as its kernels take it.
+
+    Attributes:
+        raw: Arguments of ``sn_product``, if it takes part.
+        middle: Those of ``sn_middle_product``, likewise.
+        gather: Those of ``sn_gather``, likewise.
+
+    """
+
+    raw: Any
+    middle: Any
+    gather: Any
+
+
+def _multiply(T: Any, U: Any, products: Sequence[_Product]) -> None:
+    raw = [product.raw for product in products if product.raw]
+    if raw:
+        kernels.product(T, U, raw)
+    for product in products:
+        if product.middle:
+            kernels.middle_product(*product.middle[:-1], axis=(0, 2),
+                                   out=product.middle[-1])
+    gathers = [product.gather for product in products if product.gather]
+    if gathers:
+        kernels.gather(T, accumulator_dtype(T), gathers)
+
+
+class _Part:
+    """What one weight takes of a forward or a backward.
+
+    Attributes:
+        it: What its forward computed.
+        plan: Its plan.
+        W: Weight.
+        size, offset, at: Of its memory.
+
+    """
+
+    it: Iterations
+    plan: workspace.Plan
+    W: Array
+    size: int
+    offset: int
+    at: Any
+
+    def multiply(
+            self, is_transposed: bool, x: Any, y: Any, e: Any, sums: Any,
+            parts: Any, gY: Any = NULL, u: Any = NULL, start: Any = NULL,
+            extras: Any = NULL, x_sums: Any = NULL, is_raw: bool = False,
+            norm: Any = NULL, divisor: Any = NULL) -> _Product:
+        """Returns a product; for the arguments see ``sn_product``."""
+        plan = self.plan
+        how = plan.s if is_transposed else plan.t
+        numbers = self.it.at
+        n_x_sums = (plan.t if is_transposed else plan.s).n_sums
+        of_x = x_sums, norm, divisor, numbers, n_x_sums, numpy.int32(is_raw)
+        if not how.is_gathered:
+            return _Product((
+                self.W, gY, u, x, start, y, e, sums, extras, *of_x,
+                numpy.int32(is_transposed), *how.arguments, *plan.sizes,
+                how.blocks), None, None)
+        if how.is_middle:
+            raw, middle = None, self._in_the_middle(x, y)
+            parts, n_parts = y, _ONE
+        else:
+            raw, middle = (
+                self.W, gY, u, x, start, parts, NULL, NULL, extras, NULL,
+                NULL, NULL, numbers, _ZERO, _ZERO, numpy.int32(is_transposed),
+                *how.arguments, *plan.sizes, how.blocks), None
+            n_parts = how.arguments[1]
+        return _Product(raw, middle, (
+            parts, n_parts, y, e, sums, *of_x, numpy.int32(how.n),
+            how.n_sums))
+
+    def _in_the_middle(self, x: Any, y: Any) -> tuple[Any, ...]:
+        it = self.it
+        of_x, of_y = (
+            cuda.cupy.ndarray((n,), it.dtype, memptr)
+            for n, memptr in ((it.n, x), (it.m, y)))
+        return (self.W.reshape(it.l, it.m, it.r), of_x.reshape(it.l, 1, it.r),
+                it.number('SCALE'), of_y)
+
+
+class _Forward(_Part):
 
     def __init__(self, call: Forward) -> None:
         settings = call.settings
+        self.call = call
         self.W = W = _contiguous(call.W)
-        self.iterations = iterations = Iterations(
+        self.u = u = _contiguous(call.u)
+        self.it = it = Iterations(
             W, settings.axis, settings.n_power_iteration)
+        self.plan = plan = it.plan(W, u) if it.r == 1 else it.plan(W)
+        self.size = plan.size
         self.factor = settings.factor
         if isinstance(call.gamma, float):
             self.factor *= call.gamma
             self.gamma: Any = NULL
         else:
-            self.gamma = call.gamma.astype(iterations.dtype, copy=False)
-        self.call = call
-        self.vector = _contiguous(call.u)
+            self.gamma = call.gamma.astype(it.dtype, copy=False)
         empty = cuda.cupy.empty
         # Not a view of the numbers, which would live as long as it.
         self.sigma: Any = (
-            empty((), iterations.dtype) if 'sigma' in call.output_names
-            else NULL)
-        self.Y: Any = NULL
-        if iterations.is_small and 'Y' in call.output_names:
-            self.Y = empty(W.shape, W.dtype)
+            empty((), it.dtype) if 'sigma' in call.output_names else NULL)
+        self.Y: Any = (
+            empty(W.shape, W.dtype) if 'Y' in call.output_names else NULL)
         renewal = call.renewal
         self.initial_gamma: Any = NULL
         # A gamma of another dtype was cast, so the kernel has a copy of it.
         if renewal.initial_gamma is not None and self.gamma is call.gamma:
             self.initial_gamma = renewal.initial_gamma
         # In common with others in one launch.
-        self.kind = (W.dtype, self.vector.dtype, numpy.int32(iterations.K),
+        self.kind = (it.is_small, W.dtype, u.dtype, numpy.int32(it.K),
                      settings.eps, settings.at_zero,
                      numpy.int32(call.update_u),
                      numpy.int32(renewal.n_warmup), renewal.limit)
 
-    def arguments(self) -> tuple[Any, ...]:
-        iterations = self.iterations
-        return (self.W, self.vector, iterations.numbers, iterations.vectors,
-                self.sigma, self.gamma, self.initial_gamma, self.Y,
-                *iterations.sizes, self.factor)
+    def fused(self) -> tuple[Any, ...]:
+        plan = self.plan
+        return (self.W, self.u, self.at, self.sigma, self.gamma,
+                self.initial_gamma, self.Y, *plan.sizes, self.factor,
+                plan.is_wide, _ONE)
 
-    def launch(self) -> None:
-        """Computes it by kernels of its own."""
-        it, W, vector = self.iterations, self.W, self.vector
-        T, U, K, *rest = self.kind
-        for k in range(it.K):
-            _transposed_product(
-                it, W, it.us(k) if k else vector, it.vs(k + 1))
-            _product(it, W, it.vs(k + 1), it.us(k + 1))
-            kernels.settle_fwd(
-                T, U, W, vector, it.numbers, it.vectors, self.sigma,
-                self.gamma, self.initial_gamma, *it.sizes, numpy.int32(k), K,
-                self.factor, *rest)
-        if 'Y' in self.call.output_names:
-            self.Y = kernels.scale_fwd(W, it.numbers)
+    def product(self, k: int, is_transposed: bool) -> _Product:
+        """Returns the first or second product of iteration k, from 0 on."""
+        it, plan, at = self.it, self.plan, self.at
+        u, v = it.place_of_u, it.place_of_v
+        s_sums, t_sums = at + plan.s_sums, at + plan.t_sums
+        norms, parts = at + plan.norms, at + plan.parts
+        if not is_transposed:
+            return self.multiply(
+                False, v(k), u(k + 1), u(0), t_sums, parts, x_sums=s_sums,
+                norm=norms + 8 * k)
+        if k == 0:
+            return self.multiply(
+                True, NULL, v(0), NULL, s_sums, parts, u=self.u, start=u(0),
+                extras=at + plan.extras)
+        return self.multiply(
+            True, u(k), v(k), NULL, s_sums, parts, x_sums=t_sums, is_raw=True,
+            norm=norms + 8 * (it.K + k - 1))
+
+    def finish(self) -> tuple[Any, ...]:
+        plan, at = self.plan, self.at
+        return (self.W, self.u, at, at + plan.norms, at + plan.t_sums,
+                plan.t.n_sums, at + plan.extras, plan.s.blocks, self.sigma,
+                self.gamma, self.initial_gamma, self.Y, *plan.sizes,
+                self.factor, plan.is_wide, plan.blocks)
 
     def result(self) -> tuple[Arrays, Iterations]:
-        if self.call.update_u and self.vector is not self.call.u:
-            self.call.u[...] = self.vector
+        call = self.call
+        if call.update_u and self.u is not call.u:
+            call.u[...] = self.u
         outputs = {'Y': self.Y, 'sigma': self.sigma}
-        return tuple([outputs[name] for name in self.call.output_names]), (
-            self.iterations)
+        return tuple([outputs[name] for name in call.output_names]), self.it
 
 
-class _Backward:
-    """What one weight takes of :func:`gradients_all`."""
+class _Backward(_Part):
+    """Its products are, from the last iteration to the first, those of
+    ``sbar_k`` and ``tbar_{k-1}``; and that of ubar, if u is wanted.
+    """
 
     def __init__(self, call: Backward) -> None:
         self.call = call
-        self.iterations = it = call.iterations
+        self.it = it = call.iterations
         self.W = W = _contiguous(call.W)
-        wanted, u = call.wanted, call.u
-        empty = cuda.cupy.empty
-        self.gW = empty(W.shape, W.dtype) if 'W' in wanted else NULL
-        self.gu = empty(it.m, u.dtype) if 'u' in wanted else NULL
-        self.ggamma = empty((), it.dtype) if 'gamma' in wanted else NULL
         self.gY: Any = NULL
         if call.gY is not None:
-            self.gY = call.gY.astype(W.dtype, copy=False)
-            if it.is_small:
-                self.gY = _contiguous(self.gY)
+            self.gY = _contiguous(call.gY.astype(W.dtype, copy=False))
+        self.plan = plan = (
+            it.plan(W) if self.gY is NULL else it.plan(W, self.gY))
+        self.size = plan.bar_size
+        wanted = call.wanted
+        empty = cuda.cupy.empty
+        self.gW = empty(W.shape, W.dtype) if 'W' in wanted else NULL
+        self.ggamma = empty((), it.dtype) if 'gamma' in wanted else NULL
+        self.needs_u = 'u' in wanted
         self.gsigma = (NULL if call.gsigma is None
                        else call.gsigma.astype(it.dtype, copy=False))
-        self.coefficients = empty(len(COEFFICIENTS), numpy.float64)
-        self.bars = empty(it.K * (it.m + it.n), it.dtype)
+        detach_uv = call.settings.detach_uv
+        is_exact = not detach_uv and (self.gW is not NULL or self.needs_u)
+        self.n_steps = 2 * it.K - 1 + self.needs_u if is_exact else 0
+        # Then sn_correct_bwd can make sbar of W^T u in passing.
+        self.is_raw = self.n_steps == 1
+        self.takes_dot = not is_exact and self.gY is not NULL
         # In common with others in one launch.
-        self.kind = (W.dtype, it.dtype if self.gu is NULL else u.dtype,
-                     numpy.int32(it.K), numpy.int32(call.settings.detach_uv))
+        self.kind = (it.is_small, W.dtype, it.dtype, numpy.int32(it.K),
+                     numpy.int32(detach_uv))
 
-    def arguments(self) -> tuple[Any, ...]:
-        it = self.iterations
-        return (self.W, self.gY, self.gsigma, it.numbers, it.vectors,
-                self.coefficients, self.bars, self.gW, self.gu, self.ggamma,
-                *it.sizes, self.call.settings.factor)
+    def fused(self) -> tuple[Any, ...]:
+        plan = self.plan
+        return (self.W, self.gY, self.gsigma, self.it.at, self.at, self.gW,
+                self.ggamma, *plan.sizes, self.call.settings.factor,
+                numpy.int32(self.needs_u), plan.is_wide, _ONE)
 
-    def result(self) -> Arrays:
-        grads = {'W': self.gW, 'u': self.gu, 'gamma': self.ggamma}
-        if 'gamma' in self.call.wanted:
-            grads['gamma'] = self.ggamma.astype(
-                self.call.gamma.dtype, copy=False)
-        return tuple([grads[name] for name in self.call.wanted])
+    def _tbar(self, k: int) -> Any:
+        it = self.it
+        return self.at + (workspace.tbars() + it.dtype.itemsize * k * it.m)
 
-    def launch(self) -> None:
-        """Computes it by kernels of its own."""
-        it = self.iterations
-        detach_uv = self.call.settings.detach_uv
-        dots = NULL if self.gY is NULL else _dots(self.W, self.gY)
-        if detach_uv or (self.gW is NULL and self.gu is NULL):
-            self._project(dots)
-        else:
-            self._go_back(dots)
-        if self.gW is not NULL:
-            kernels.correct_bwd(
-                0.0 if self.gY is NULL else self.gY, self.coefficients,
-                it.vectors, self.bars, it.m, it.n, it.r, it.K,
-                int(detach_uv), self.gW)
+    def _sbar(self, k: int) -> Any:
+        it = self.it
+        itemsize = it.dtype.itemsize
+        return self.at + (workspace.sbars(it.K, it.m, itemsize)
+                          + itemsize * k * it.n)
 
-    def _go_back(self, dots: Any) -> None:
-        """Computes the bars of all iterations, the last one first."""
-        it, W = self.iterations, self.W
-        x = it.u
-        for k in range(it.K, 0, -1):
-            sbar = self._sbar(k)
-            _transposed_product(it, W, x, sbar)
-            self._project(dots, x, sbar, it.vs(k), k - 1, k == it.K)
-            if k > 1:
-                tbar = self._tbar(k - 1)
-                _product(it, W, sbar, tbar)
-                self._project(dots, sbar, tbar, NULL, it.K + k - 2, False)
-                x = tbar
-            elif self.gu is not NULL:
-                ubar = self._tbar(it.K)  # the place of tbar_K, which is u_K
-                _product(it, W, sbar, ubar)
-                self._project(dots, sbar, ubar, NULL, 0, False, self.gu)
+    def product(self, step: int) -> _Product:
+        it, plan = self.it, self.plan
+        k = it.K - 1 - step // 2
+        sums, parts = self.at + plan.bar_sums, self.at + plan.bar_parts
+        if step % 2 == 1:
+            # ubar is in the place of tbar_K, which is u_K.
+            return self.multiply(
+                False, self._sbar(k), self._tbar((k or it.K) - 1), NULL, sums,
+                parts, divisor=it.place_of_norm(it.K + k - 1) if k else NULL)
+        if step > 0:
+            return self.multiply(
+                True, self._tbar(k), self._sbar(k), it.place_of_v(k), sums,
+                parts)
+        return self.multiply(
+            True, it.place_of_u(it.K), self._sbar(k), it.place_of_v(k), sums,
+            parts, gY=self.gY,
+            extras=NULL if self.gY is NULL else self.at + plan.bar_extras)
 
-    def _tbar(self, k: int) -> Array:
-        m = self.iterations.m
-        return self.bars[(k - 1) * m:k * m]
+    def is_projected(self, step: int) -> bool:
+        return step % 2 == 0 and step < self.n_steps and not self.is_raw
 
-    def _sbar(self, k: int) -> Array:
-        it = self.iterations
-        start = it.K * it.m + (k - 1) * it.n
-        return self.bars[start:start + it.n]
+    def projection(self, step: int) -> tuple[Any, ...]:
+        it, plan = self.it, self.plan
+        k = it.K - 1 - step // 2
+        return (self._sbar(k), it.place_of_v(k), self.at + plan.bar_sums,
+                plan.s.n_sums, it.place_of_norm(k), it.at, *plan.of_n)
 
-    def _project(
-            self, dots: Any, x: Any = NULL, y: Any = NULL, e: Any = NULL,
-            norm: int = 0, is_first: bool = True, gu: Any = NULL) -> None:
-        T, U, *_ = self.kind
-        it = self.iterations
-        kernels.project_bwd(
-            T, U, self.W, it.numbers, self.coefficients, *it.sizes,
-            numpy.int32(is_first), dots,
-            numpy.int32(0 if dots is NULL else dots.size), self.gsigma,
-            self.ggamma, self.call.settings.factor, x, y, e,
-            numpy.int32(norm), gu)
+    def dot(self) -> tuple[Any, ...]:
+        plan = self.plan
+        return (self.W, self.gY, self.at + plan.bar_extras,
+                numpy.int64(self.W.size), plan.is_wide, plan.blocks)
+
+    def correct(self) -> tuple[Any, ...]:
+        plan, at = self.plan, self.at
+        return (self.gY, self.gsigma, self.it.at, at,
+                at + plan.bar_sums if self.is_raw else NULL, plan.s.n_sums,
+                at + plan.bar_extras,
+                plan.blocks if self.takes_dot else plan.s.blocks, self.gW,
+                self.ggamma, *plan.sizes, self.call.settings.factor,
+                *(plan.correct if self.gW is not NULL else _ONE_BLOCK))
+
+    def result(self, scratch: Array) -> Arrays:
+        call = self.call
+        grads = {'W': self.gW}
+        if 'gamma' in call.wanted:
+            grads['gamma'] = self.ggamma.astype(call.gamma.dtype, copy=False)
+        if self.needs_u:
+            grads['u'] = self._gradient_of_u(scratch)
+        return tuple([grads[name] for name in call.wanted])
+
+    def _gradient_of_u(self, scratch: Array) -> Array:
+        it = self.it
+        kept = scratch[self.offset // _FLOAT64.itemsize:]
+        first = len(COEFFICIENTS)
+        n = -(-it.K * it.m * it.dtype.itemsize // _FLOAT64.itemsize)
+        ubar = kept[first:first + n].view(it.dtype)[
+            (it.K - 1) * it.m:it.K * it.m]
+        gu = cuda.cupy.empty(it.m, self.call.u.dtype)
+        kernels.gradient_of_u(it.numbers, kept, ubar, gu)
+        return gu
 
 
 def warm_up(
@@ -316,43 +524,3 @@ def warm_up(
 
 def _contiguous(x: Array) -> Array:
     return x if x.flags.c_contiguous else cuda.cupy.ascontiguousarray(x)
-
-
-def _transposed_product(
-        it: Iterations, W: Array, x: Array, out: Array) -> None:
-    """``out = W^T x``"""
-    if not it.is_blas:
-        kernels.product(W.reshape(it.l, it.m, it.r), x.reshape(-1, 1),
-                        axis=1, out=out.reshape(it.l, it.r))
-    elif it.l == 1:
-        _gemv('T', W.reshape(it.m, it.r), x, out)
-    else:
-        _gemv('N', W.reshape(it.l, it.m), x, out)
-
-
-def _product(it: Iterations, W: Array, x: Array, out: Array) -> None:
-    """``out = W x``"""
-    if not it.is_blas:
-        kernels.product(W.reshape(it.l, it.m, it.r),
-                        x.reshape(it.l, 1, it.r), axis=(0, 2), out=out)
-    elif it.l == 1:
-        _gemv('N', W.reshape(it.m, it.r), x, out)
-    else:
-        _gemv('T', W.reshape(it.l, it.m), x, out)
-
-
-def _gemv(transposed: str, matrix: Array, x: Array, out: Array) -> None:
-    # Not xp.dot: it calls BLAS for a product of matrices, which may split the
-    # sum and add the parts with a kernel more.
-    one, zero = _SCALARS[matrix.dtype.char]
-    cuda.cupy.cublas.gemv(transposed, one, matrix, x, zero, out)
-
-
-def _dots(W: Array, gY: Array) -> Array:
-    """``<gY, W>`` in parts, one for each block of the device."""
-    parts = math.gcd(W.size, 1024)
-    if parts > W.shape[0] and gY.flags.c_contiguous:
-        W, gY = W.reshape(parts, -1), gY.reshape(parts, -1)
-    dots = cuda.cupy.empty(W.shape[0], numpy.float64)
-    kernels.dot_bwd(gY, W, axis=tuple(range(1, W.ndim)), out=dots)
-    return dots

@@ -4,15 +4,22 @@
 and products: float32 for float16 and float32, float64 for float64.  Norms and
 what follows from them are float64.  A weight is the C-contiguous array
 ``(l, m, r)`` of :mod:`.matrix`, with ``n = l r``.  What a forward computes for
-its backward, and what a backward computes on the way, stays on the device:
+its backward, and what a backward computes on the way, stays on the device, in
+one piece each (:mod:`.workspace` has the places):
 
-    forward   numbers       float64  scalars | s_norms K | t_norms K
-              vectors       A        us (K+1, m) | vs (K, n)
-    backward  coefficients  float64  scalars
-              bars          A        tbars (K, m) | sbars (K, n)
+    forward   scalars, s_norms K, t_norms K    float64
+              us (K+1, m), vs (K, n)           A
+              what blocks leave for the next   float64
+    backward  coefficients                     float64
+              tbars (K, m), sbars (K, n)       A
+              what blocks leave for the next   float64
 
 Where a norm is so large or small that products may have left the range of
-``A``, one block does all again with a weight in units of its largest entry.
+``A``, one block does all again with a weight in units of about its largest
+entry.
+
+A kernel of CuPy's own kinds does where its formula is all there is to say.  A
+raw one says above it what it gains.
 """
 from __future__ import annotations
 
@@ -30,19 +37,22 @@ from sn_function._arithmetic.interface import (
 from sn_function._arithmetic.matrix import accumulator_dtype
 
 # Weights of up to this many entries go through kernels of one block.
-FUSED_SIZE = 1 << 16
-# A power of two, for the products deal out their threads by halving.
-BLOCK_SIZE = 512
+FUSED_SIZE = 1 << 14
+# Threads of a block: of the only one of a weight, and of one of many.  Powers
+# of two, as products deal out their threads by halving.
+FUSED_BLOCK_SIZE = 512
+BLOCK_SIZE = 256
 # In one launch: an argument for each of them takes room.
 MAX_WEIGHTS = 16
 # For a pointer that a raw kernel does not use.
 NULL = numpy.intp(0)
 
-# The unit of the weight, 1 unless it is extreme; what u was divided by for
-# u_0; whether u_0 is another vector than u; sigma; what W is divided by;
-# whether that is sigma; Y = COEF W; whether all norms so far were ordinary.
-NUMBERS = ('UNIT', 'U_NORM', 'RESTARTED', 'SIGMA', 'DIVISOR', 'ABOVE', 'COEF',
-           'ORDINARY')
+# 1 over the unit of the weight, 1 unless it is extreme; what u was divided by
+# for u_0; whether u_0 is another vector than u; sigma; what W is divided by;
+# whether that is sigma; Y = COEF W; gamma, if it is made anew, else 0.  An
+# even number, for the alignment of what follows.
+NUMBERS = ('SCALE', 'U_NORM', 'RESTARTED', 'SIGMA', 'DIVISOR', 'ABOVE', 'COEF',
+           'NEW_GAMMA')
 # gW = GY gY + GSIGMA G
 COEFFICIENTS = ('GY', 'GSIGMA')
 
@@ -63,48 +73,22 @@ enum {{ {', '.join(COEFFICIENTS)}, N_COEFFICIENTS }};
 typedef long long Size;
 """
 
-# G[i, j] = sum_k  tbar_k[i] v_k[j] + u_{k-1}[i] sbar_k[j],  tbar_K = u_K
-#         = u_K[i] v_K[j]  with u and v held constant.
-_GRADIENT_OF_SIGMA = """
-template <typename A>
-__device__ A gradient_of_sigma(
-    const A* vectors, const A* bars, int K, Size m, Size n, int detach, int i,
-    int j) {
-  const A* u = vectors + i;
-  const A* v = vectors + (K + 1) * m + j;
-  A sum = u[K * m] * v[(K - 1) * n];
-  if (detach) return sum;
-  const A* tbar = bars + i;
-  const A* sbar = bars + K * m + j;
-#pragma unroll 2
-  for (int k = 0; k < K; ++k) {
-    sum += u[k * m] * sbar[k * n];
-    if (k < K - 1) sum += tbar[k * m] * v[k * n];
-  }
-  return sum;
-}
-"""
-
-# a / b, in 32 bits where that is enough: it takes a fraction of the time.
-_QUOTIENT = """
-__device__ long long quotient(long long a, unsigned b) {
-  return a >> 32 ? a / b : static_cast<unsigned>(a) / b;
-}
-"""
+# What raw kernels share, by the name of the file.
+SHARED = {name: (pathlib.Path(__file__).parent / f'{name}.cuh').read_text(
+    encoding='utf-8') for name in ('products', 'block', 'entries', 'grid')}
 
 
 class Elementwise:
     """A ``cupy.ElementwiseKernel``, compiled on first use on each device."""
 
     def __init__(self, name: str, in_params: str, out_params: str,
-                 operation: str, preamble: str) -> None:
+                 operation: str) -> None:
         self.name = name
         self.arguments = in_params, out_params, operation
-        self.preamble = _LAYOUT + preamble
 
     def __call__(self, *args: Any) -> Any:
         return cuda.elementwise(
-            *self.arguments, self.name, preamble=self.preamble)(*args)
+            *self.arguments, self.name, preamble=_LAYOUT)(*args)
 
 
 class Reduction:
@@ -125,45 +109,37 @@ class Reduction:
 
 
 class Raw:
-    """A ``cupy.RawKernel``, run as one block, compiled on first use."""
+    """A ``cupy.RawKernel`` for several weights, compiled on first use.
 
-    def __init__(self, name: str, code: str) -> None:
-        self.name = name
-        self.code = code
-        self._sources: dict[Any, str] = {}  # by T and U
+    What it does for a weight is the function ``NAME_of`` of the code, called
+    with the arguments of that weight and those that all have in common.  They
+    all come as arguments of the kernel: nothing is copied to the device for
+    them.  Weight ``blockIdx.y`` has the first ``blocks`` of the blocks in x.
 
-    def source(self, T: Any, U: Any) -> str:
-        """Returns the source for a weight and a vector of these dtypes."""
-        types = dict(zip('TUA', map(_c_name, (T, U, accumulator_dtype(T)))))
-        return ''.join([
-            _INCLUDES,
-            *[f'typedef {c} {name};\n' for name, c in types.items()],
-            _LAYOUT, _QUOTIENT, _GRADIENT_OF_SIGMA, _BLOCK,
-            self.code])
+    Args:
+        name: Its name.
+        own: Parameters of a weight; the last is ``int blocks``.
+        common: Parameters that all have in common.
+        code: Definition of ``NAME_of``, without its parameters.
+        threads: Name of the constant with the number of threads of a block.
+        bounds: Limits for its registers, as ``__launch_bounds__`` takes them.
 
-    def __call__(self, T: Any, U: Any, *args: Any) -> None:
-        key = T.char, U.char
-        source = self._sources.get(key)
-        if source is None:
-            source = self._sources[key] = self.source(T, U)
-        cuda.raw(source, self.name)((1,), (BLOCK_SIZE,), args)
-
-
-class Fused(Raw):
-    """A ``cupy.RawKernel`` in which each block has a weight of its own.
-
-    What a block does is the function ``NAME_of`` of the code, called with the
-    arguments of its weight and those that all have in common.  They all come
-    as arguments of the kernel: nothing is copied to the device for them.
     """
 
-    def __init__(self, name: str, own: str, common: str, code: str) -> None:
-        super().__init__(name, code)
-        self.own = [text.strip() for text in own.split(',')]
-        self.common = [text.strip() for text in common.split(',')]
+    def __init__(self, name: str, own: str, common: str, code: str,
+                 threads: str = 'BLOCK_SIZE', bounds: str = '256, 2') -> None:
+        self.name = name
+        self.own = [' '.join(text.split()) for text in own.split(',')]
+        self.common = [' '.join(text.split())
+                       for text in common.split(',') if text.strip()]
+        self.code = code
+        self.threads = threads
+        self.bounds = bounds
+        self._sources: dict[Any, str] = {}  # by T, U and number of weights
 
     def source(self, T: Any, U: Any, n: int = 1) -> str:
         """Returns the source for up to ``n`` weights of these dtypes."""
+        types = dict(zip('TUA', map(_c_name, (T, U, accumulator_dtype(T)))))
         own, common = ([text.rsplit(' ', 1) for text in texts]
                        for texts in (self.own, self.common))
         parameters = [f'{kind} {name}{k}' for k in range(n)
@@ -175,235 +151,302 @@ class Fused(Raw):
             + ' break;\n' for k in range(1, n))
         arguments = ', '.join(
             [name + '0' for name in names] + [name for _, name in common])
-        return super().source(T, U) + f"""
-extern "C" __global__ void __launch_bounds__(512, 1) {self.name}(
+        return ''.join([
+            _INCLUDES,
+            *[f'typedef {c} {name};\n' for name, c in types.items()],
+            _LAYOUT, *SHARED.values(), f"""
+__device__ __forceinline__ void {self.name}_of(
+    {', '.join(self.own + self.common)}) {self.code}
+extern "C" __global__ void __launch_bounds__({self.bounds}) {self.name}(
     {', '.join(parameters)}) {{
-  switch (blockIdx.x) {{
+  switch (blockIdx.y) {{
 {cases}    default: break;
   }}
-  {self.name}_of({arguments});
+  if (blockIdx.x < blocks0) {self.name}_of({arguments});
 }}
-"""
+"""])
 
     def __call__(
             self, T: Any, U: Any, own: Sequence[tuple[Any, ...]],
             *common: Any) -> None:
+        threads = globals()[self.threads],
         for start in range(0, len(own), MAX_WEIGHTS):
-            chosen = list(own[start:start + MAX_WEIGHTS])
-            n = 1 if len(chosen) == 1 else MAX_WEIGHTS
-            # Unused slots get null arguments.
-            missing = tuple(
-                NULL if '*' in text else
-                numpy.float64(0) if text.startswith('double') else
-                numpy.int32(0) for text in self.own)
-            slots = chosen + [missing] * (n - len(chosen))
-            key = T.char, U.char, n
+            chosen = own[start:start + MAX_WEIGHTS]
+            n = len(chosen)
+            n_slots = 1 if n == 1 else MAX_WEIGHTS
+            # Unused ones are like the first, and not looked at.
+            args = (*[x for weight in chosen for x in weight],
+                    *chosen[0] * (n_slots - n), *common)
+            width = max([int(weight[-1]) for weight in chosen])
+            key = T.char, U.char, n_slots
             source = self._sources.get(key)
             if source is None:
-                source = self._sources[key] = self.source(T, U, n)
-            cuda.raw(source, self.name)(
-                (len(chosen),), (BLOCK_SIZE,),
-                tuple([x for slot in slots for x in slot]) + common)
+                source = self._sources[key] = self.source(T, U, n_slots)
+            cuda.raw(source, self.name)((width, n), threads, args)
 
 
 def _c_name(dtype: Any) -> str:
     return {'e': 'float16', 'f': 'float', 'd': 'double'}[dtype.char]
 
 
-# Y = COEF W
-scale_fwd = Elementwise(
-    'sn_scale_fwd', 'T w, raw float64 numbers', 'T y', """
-    y = static_cast<T>(static_cast<double>(w) * numbers[COEF]);
-    """, '')
+# W x, where the output axis is neither the first nor the last.
+middle_product = Reduction(
+    'sn_middle_product', 'T w, A x, float64 scale', 'A y',
+    'static_cast<A>(w) * static_cast<A>(scale) * x', 'y = a')
 
-# gW = GY gY + GSIGMA G, of rank 2K or 1, in one pass.
-correct_bwd = Elementwise(
-    'sn_correct_bwd', 'T gy, raw float64 coefficients, raw A vectors, '
-    'raw A bars, int32 m, int32 n, int32 r, int32 K, int32 detach', 'T gw', """
-    const ptrdiff_t row = quotient(i, r), block = quotient(row, m);
-    const A G = gradient_of_sigma<A>(
-        &vectors[0], &bars[0], K, m, n, detach, row - block * m,
-        block * r + (i - row * r));
-    gw = static_cast<T>(
-        static_cast<double>(gy) * coefficients[GY]
-        + coefficients[GSIGMA] * static_cast<double>(G));
-    """, _QUOTIENT + _GRADIENT_OF_SIGMA)
+# gamma and initial_gamma <- what gamma is made anew to.  A launch of its own,
+# as all blocks of the one before read them.
+renew_gamma = Elementwise(
+    'sn_renew_gamma', 'raw float64 numbers', 'A gamma, A initial_gamma', """
+    if (numbers[NEW_GAMMA] != 0) gamma = initial_gamma = numbers[NEW_GAMMA];
+    """)
 
-# y = W x, or W^T x: which, the axes say.  For what BLAS has no product for.
-product = Reduction(
-    'sn_product', 'T w, X x', 'A y',
-    'static_cast<A>(w) * static_cast<A>(x)', 'y = a')
+# gu = c ubar / |u|, or 0 where u_0 was not u.
+gradient_of_u = Elementwise(
+    'sn_gradient_of_u', 'raw float64 numbers, raw float64 coefficients, A ubar',
+    'U gu', """
+    const double c = coefficients[GSIGMA] / numbers[SCALE];
+    gu = static_cast<U>(
+        numbers[RESTARTED] != 0 ? 0.0 : ubar * c / numbers[U_NORM]);
+    """)
 
-# d_i = <gY_i, W_i>, for each index i of the first axis.
-dot_bwd = Reduction(
-    'sn_dot_bwd', 'T gy, T w', 'float64 d',
-    'static_cast<double>(gy) * static_cast<double>(w)', 'd = a')
-
-# What one block does.
-_BLOCK = (pathlib.Path(__file__).parent / 'block.cuh').read_text(
-    encoding='utf-8')
-
-# Iteration k of K, 0 <= k < K, from its products s = W^T u_k in vs[k] and
-# W s in us[k+1]: v = s / |s|, u_{k+1} = W s / |W s|, sigma = |W s| / |s|.
-# The last one settles all numbers, and u.
-settle_fwd = Raw('sn_settle_fwd', """
-extern "C" __global__ void __launch_bounds__(512, 1) sn_settle_fwd(
-    const T* w, U* u, double* numbers, A* vectors, A* sigma_out, A* gamma,
-    A* initial_gamma, int l, int m, int r, int k, int K, double factor,
-    double eps, double at_zero, int update, int n_warmup, double limit) {
+# y = W x or W^T x, with y . y, e . y, e . e, and <gY, W> (with gY) or max |W|
+# in sums of each block.  The first of a forward takes x from u.  x is divided
+# by its norm where it is raw; what divides y instead is given as divisor.
+#
+# cuBLAS cannot be captured in a graph.  What it leaves, others have to read
+# once more for a norm, and it takes no float16 and no second factor for W.
+product = Raw('sn_product', """
+    const T* w, const T* gy, const U* u, const A* x, A* start, A* y,
+    const A* e, double* sums, double* extras, const double* x_sums,
+    double* norm, const double* divisor, double* numbers, int n_x_sums,
+    int is_raw, int is_transposed, int lanes, int parts, int is_wide, int l,
+    int m, int r, int blocks""", '', """{
   __shared__ double shared[512];
-  const Weight W = {w, l, m, r};
-  double* norms = numbers + N_NUMBERS;
-  A* us = vectors;
-  A* v = us + static_cast<Size>(K + 1) * m + k * W.n();
-  bool ordinary = k == 0 || numbers[ORDINARY] != 0;
-  if (k == 0)
-    for (int i = threadIdx.x; i < m; i += blockDim.x)
-      us[i] = static_cast<A>(u[i]);
-  const double s = normalize(v, W.n(), shared);
-  const double t = normalize(us + static_cast<Size>(k + 1) * m, m, shared);
-  double sigma = t / s;
-  // t is s sigma, and its square must have all digits, too.
-  ordinary = ordinary && is_ordinary(s) && is_ordinary(sigma)
-             && t > (sizeof(A) == 4 ? 1e-30 : 1e-140);
-  if (threadIdx.x == 0) {
-    norms[k] = s;
-    norms[K + k] = sigma;
-    numbers[ORDINARY] = ordinary;
-    start(numbers);
+  A* part = reinterpret_cast<A*>(shared);
+  if (start && blockIdx.x == 0 && threadIdx.x == 0) {
+    numbers[SCALE] = 1;
+    numbers[U_NORM] = 1;
+    numbers[RESTARTED] = 0;
   }
-  if (k + 1 < K) return;
-  if (!ordinary) {
-    sigma = rescue(W, u, numbers, vectors, K, n_warmup, limit, shared);
-  } else if (n_warmup > 0
-             && turn(sigma, numbers, vectors, m, K, shared) > limit) {
-    move_on(vectors, m, K);
-    sigma = iterate_anew(W, 1, numbers, vectors, K, n_warmup - K, SETTLED, 0,
-                         shared);
-  }
-  finish(W, sigma, u, numbers, vectors, sigma_out, gamma, initial_gamma, K,
-         factor, eps, at_zero, update, shared);
-}
-""")
+  const Weight W = {w, l, m, r, start ? A(1) : A(numbers[SCALE])};
+  if (start)
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < m;
+         i += blocks * blockDim.x)
+      start[i] = static_cast<A>(u[i]);
+  const double factor = multiplier(
+      x_sums, n_x_sums, is_raw, norm, divisor, W.scale, shared);
+  Sums all;
+  Found found = {0, 0};
+  if (start && sizeof(U) != sizeof(A))
+    product_of<false>(W, is_transposed, gy, u, y, e, factor, lanes, parts,
+                      is_wide, blocks, part, &all, &found);
+  else if (gy)
+    product_of<true>(W, is_transposed, gy, x, y, e, factor, lanes, parts,
+                     is_wide, blocks, part, &all, &found);
+  else
+    product_of<false>(
+        W, is_transposed, gy, start ? reinterpret_cast<const A*>(u) : x, y, e,
+        factor, lanes, parts, is_wide, blocks, part, &all, &found);
+  if (sums) all.write(sums, blocks, shared);
+  if (!extras) return;
+  const double extra = gy ? block_sum(found.dot, shared)
+                          : block_max(found.largest, shared);
+  if (threadIdx.x == 0) extras[blockIdx.x] = extra;
+}""")
 
-# sum_i d_i, then c and ggamma (with first).  Then, of a product y of x:
-# sbar = (W^T x - v (v . W^T x)) / |s|, with e = v;  tbar = W x / |t|;  or
-# gu = c W x / |u|.  An extreme weight makes y again, in its units.
+# y = sum_p parts[p], with the sums of sn_product: for a product that was made
+# in parts, or by sn_middle_product.
+gather = Raw('sn_gather', """
+    const A* y_parts, int n_parts, A* y, const A* e, double* sums,
+    const double* x_sums, double* norm, const double* divisor,
+    const double* numbers, int n_x_sums, int is_raw, int n, int blocks""", '',
+             """{
+  __shared__ double shared[512];
+  const double factor = multiplier(
+      x_sums, n_x_sums, is_raw, norm, divisor, numbers[SCALE], shared);
+  Sums all;
+  for (int o = blockIdx.x * blockDim.x + threadIdx.x; o < n;
+       o += blocks * blockDim.x) {
+    A sum = 0;
+#pragma unroll 8
+    for (int p = 0; p < n_parts; ++p)
+      sum += y_parts[static_cast<Size>(p) * n + o];
+    sum *= factor;
+    y[o] = sum;
+    all.add(sum, e, o);
+  }
+  all.write(sums, blocks, shared);
+}""")
+
+# The end of a forward: norms, sigma and its floor, vectors divided by their
+# norms, u, and Y = gamma f W / max(sigma, eps).  Every block adds up what the
+# blocks of the products left.  What is rare is done by one block alone: a
+# weight or a u of extreme size, and a u that belongs to another weight.
+#
+# As elementwise kernel it would need a launch of one block before it, which
+# decides, and cannot store u.
+finish_fwd = Raw('sn_finish_fwd', """
+    const T* w, U* u, double* numbers, const double* norms,
+    const double* sums, int n_sums, const double* extras, int n_extras,
+    A* sigma_out, const A* gamma, const A* initial_gamma, T* y, int l, int m,
+    int r, double factor, int is_wide, int blocks""", """
+    int K, double eps, double at_zero, int update, int n_warmup,
+    double limit""", """{
+  __shared__ double shared[512];
+  const Weight W = {w, l, m, r, 1};
+  const State state(numbers, W, K);
+  const double last = sqrt(sum_of(sums, n_sums, shared));
+  const double u_0 = sqrt(sum_of(sums + 2 * n_sums, n_sums, shared));
+  bool is_alone = false;
+  // Raw norms, which nothing changes here: all blocks decide the same.
+  double sigma = 0, t_1 = 0;
+  for (int k = 0; k < K; ++k) {
+    const double s = norms[k], t = k == K - 1 ? last : norms[K + k];
+    sigma = s == 0 ? 0 : t / s;
+    if (k == 0) t_1 = sigma;
+    // t is s sigma, and its square must have all digits, too.
+    is_alone = is_alone || !is_ordinary(s) || !is_ordinary(sigma)
+        || t <= (sizeof(A) == 4 ? 1e-30 : 1e-140);
+  }
+  if (last == 0 && largest_of(extras, n_extras, shared) == 0) is_alone = false;
+  double turned = turn_of(sigma, norms[0], t_1, u_0);
+  const bool is_stale = !is_alone && n_warmup > 0 && turned > limit;
+  is_alone = is_alone || is_stale;
+  if (is_alone) {
+    if (blockIdx.x > 0) return;
+    if (is_stale)
+      for (int i = threadIdx.x; i < m; i += blockDim.x)
+        state.u(0)[i] = state.u(K)[i] / static_cast<A>(last);
+    sigma = estimate(
+        W, u, state, K, is_stale ? n_warmup - K : n_warmup,
+        is_stale ? SETTLED : limit, is_stale ? 0 : 1, shared);
+    turned = turn(sigma, state, shared);
+  }
+  const Outcome outcome(sigma, turned, gamma, initial_gamma, eps, at_zero);
+  if (blockIdx.x == 0 && threadIdx.x == 0)
+    outcome.write(sigma, factor, numbers, sigma_out);
+  const Size first = blockIdx.x * blockDim.x + threadIdx.x;
+  const Size by = is_alone ? blockDim.x : blocks * blockDim.x;
+  if (!is_alone)
+    for (int k = 0; k < K; ++k) {
+      const double s = norms[k] == 0 ? 1 : norms[k];
+      double t = k == K - 1 ? last : norms[K + k];
+      t = t == 0 ? 1 : t;
+      if (first == 0) {
+        state.s_norms[k] = s;
+        state.t_norms[k] = t / s;
+      }
+      for (Size i = first; i < m; i += by)
+        state.u(k + 1)[i] /= static_cast<A>(t);
+      for (Size j = first; j < W.n(); j += by)
+        state.v(k)[j] /= static_cast<A>(s);
+    }
+  if (update && sigma > 0 && isfinite(sigma))
+    for (Size i = first; i < m; i += by)
+      u[i] = static_cast<U>(state.u(K)[i]);
+  if (y) multiply_all(W, y, outcome.coefficient(factor), is_wide, first, by);
+}""")
+
+# <gY, W> in parts, one for each block, without a product of vectors.
+#
+# As reduction it would take ten times as long on the host.
+dot_bwd = Raw('sn_dot_bwd', """
+    const T* w, const T* gy, double* extras, long long size, int is_wide,
+    int blocks""", '', """{
+  __shared__ double shared[512];
+  const double sum = block_sum(inner_of_all(
+      w, gy, size, is_wide,
+      static_cast<Size>(blockIdx.x) * blockDim.x + threadIdx.x,
+      static_cast<Size>(blocks) * blockDim.x), shared);
+  if (threadIdx.x == 0) extras[blockIdx.x] = sum;
+}""", bounds='256, 4')
+
+# y <- (y - e (e . y)) / |divisor|, of the sums that y left.
+#
+# As elementwise kernel it would need the sum of the sums before it.
 project_bwd = Raw('sn_project_bwd', """
-extern "C" __global__ void __launch_bounds__(512, 1) sn_project_bwd(
-    const T* w, const double* numbers, double* coefficients, int l, int m,
-    int r, int first, const double* dots, int n_dots, const A* gsigma,
-    A* ggamma, double factor, const A* x, A* y, const A* e, int norm, U* gu) {
+    A* y, const A* e, const double* sums, int n_sums, const double* divisor,
+    const double* numbers, int n, int blocks""", '', """{
   __shared__ double shared[512];
-  const Weight plain = {w, l, m, r};
-  if (first) {
-    double dot = 0;
-    for (int j = threadIdx.x; j < n_dots; j += blockDim.x) dot += dots[j];
-    dot = block_sum(dot, shared);
-    if (threadIdx.x == 0)
-      settle_gradients(numbers, coefficients, dot, n_dots > 0, gsigma, ggamma,
-                       factor);
-  }
-  if (!y) return;
-  const double unit = numbers[UNIT];
-  if (unit != 1) {
-    const InUnits W(plain, unit);
-    if (e)
-      transposed_product(W, x, y, shared);
-    else
-      product(W, x, y, shared);
-  }
-  if (gu) {
-    for (int i = threadIdx.x; i < m; i += blockDim.x)
-      gu[i] = static_cast<U>(
-          gradient_of_u(numbers, coefficients, y[i]));
-  } else {
-    project(y, e, e ? plain.n() : m, numbers[N_NUMBERS + norm] / unit, shared);
-  }
-}
-""")
+  const A dot = sum_of(sums + n_sums, n_sums, shared);
+  const A norm = *divisor * numbers[SCALE];
+  for (int j = blockIdx.x * blockDim.x + threadIdx.x; j < n;
+       j += blocks * blockDim.x)
+    y[j] = (y[j] - e[j] * dot) / norm;
+}""")
+
+# gW = a gY + c sum_k p_k q_k^T, of rank 2K or 1, in one pass; ggamma.
+#
+# As elementwise kernel it would find the place of each entry by divisions, and
+# read both vectors of each pair for it.
+correct_bwd = Raw('sn_correct_bwd', """
+    const T* gy, const A* gsigma, double* numbers, double* coefficients,
+    const double* sums, int n_sums, const double* extras, int n_extras, T* gw,
+    A* ggamma, int l, int m, int r, double factor, int chunk, int is_wide,
+    int blocks""", 'int K, int detach', """{
+  __shared__ double shared[512];
+  const Weight W = {0, l, m, r, 1};
+  const double dot = gy ? sum_of(extras, n_extras, shared) : 0;
+  const double of_y = sums ? sum_of(sums + n_sums, n_sums, shared) : 0;
+  const Coefficients of(numbers, dot, gy, gsigma);
+  if (blockIdx.x == 0 && threadIdx.x == 0)
+    of.write(dot, factor, numbers, coefficients, ggamma);
+  if (!gw) return;
+  const Pairs pairs(State(numbers, W, K), Bars(coefficients, W, K), K, detach,
+                    sums, of_y);
+  correct_all(W, pairs, gy, gw, of, chunk, is_wide, blocks);
+}""")
 
 # The whole forward: K iterations, u, and Y unless it is not wanted.
-_FORWARD_OF_EACH = """
-    const T* w, U* u, double* numbers, A* vectors, A* sigma_out, A* gamma,
-    A* initial_gamma, T* y, int l, int m, int r, double factor"""
-_FORWARD_OF_ALL = ('int K, double eps, double at_zero, int update, '
-                   'int n_warmup, double limit')
-fused_fwd = Fused('sn_fused_fwd', _FORWARD_OF_EACH, _FORWARD_OF_ALL, f"""
-__device__ void sn_fused_fwd_of({_FORWARD_OF_EACH}, {_FORWARD_OF_ALL}) {{
-""" + """  __shared__ double shared[512];
-  const Weight W = {w, l, m, r};
-  bool ordinary = true;
+fused_fwd = Raw('sn_fused_fwd', """
+    const T* w, U* u, double* numbers, A* sigma_out, A* gamma,
+    A* initial_gamma, T* y, int l, int m, int r, double factor, int is_wide,
+    int blocks""", """
+    int K, double eps, double at_zero, int update, int n_warmup,
+    double limit""", """{
+  __shared__ double shared[512];
+  const Weight W = {w, l, m, r, 1};
+  const State state(numbers, W, K);
   for (int i = threadIdx.x; i < m; i += blockDim.x)
-    vectors[i] = static_cast<A>(u[i]);
-  if (threadIdx.x == 0) start(numbers);
-  double sigma = iterate_anew(
-      W, 1, numbers, vectors, K, n_warmup, limit, &ordinary, shared);
-  if (!ordinary)
-    sigma = rescue(W, u, numbers, vectors, K, n_warmup, limit, shared);
-  finish(W, sigma, u, numbers, vectors, sigma_out, gamma, initial_gamma, K,
-         factor, eps, at_zero, update, shared);
-  if (!y) return;
-  __syncthreads();
-  const double coef = numbers[COEF];
-  for (Size i = threadIdx.x; i < W.size(); i += blockDim.x)
-    y[i] = static_cast<T>(static_cast<double>(w[i]) * coef);
-}
-""")
-
-# The whole backward: the adjoint of K iterations, and those of gW and gu
-# that are wanted; gY and gsigma may be missing.
-_BACKWARD_OF_EACH = """
-    const T* w, const T* gy, const A* gsigma, const double* numbers,
-    const A* vectors, double* coefficients, A* bars, T* gw, U* gu, A* ggamma,
-    int l, int m_, int r, double factor"""
-_BACKWARD_OF_ALL = 'int K, int detach'
-fused_bwd = Fused('sn_fused_bwd', _BACKWARD_OF_EACH, _BACKWARD_OF_ALL, f"""
-__device__ void sn_fused_bwd_of({_BACKWARD_OF_EACH}, {_BACKWARD_OF_ALL}) {{
-""" + """  __shared__ double shared[512];
-  const Weight W = {w, l, m_, r};
-  const Size m = m_, n = W.n();
-  double dot = 0;
-  if (gy) {
-    for (Size i = threadIdx.x; i < W.size(); i += blockDim.x)
-      dot += static_cast<double>(gy[i]) * static_cast<double>(w[i]);
-    dot = block_sum(dot, shared);
+    state.u(0)[i] = static_cast<A>(u[i]);
+  const double sigma = estimate(
+      W, u, state, K, n_warmup, limit, 0, shared);
+  const double turned = initial_gamma ? turn(sigma, state, shared) : 0;
+  const Outcome outcome(sigma, turned, gamma, initial_gamma, eps, at_zero);
+  __syncthreads();  // all have read gamma
+  if (threadIdx.x == 0) {
+    outcome.write(sigma, factor, numbers, sigma_out);
+    if (outcome.is_new_gamma) *gamma = *initial_gamma = outcome.gamma;
   }
-  if (threadIdx.x == 0)
-    settle_gradients(
-        numbers, coefficients, dot, gy, gsigma, ggamma, factor);
-  if (!detach && (gw || gu)) {
-    if (numbers[UNIT] == 1)
-      go_back(W, numbers, vectors, bars, K, gu, shared);
-    else
-      go_back(InUnits(W, numbers[UNIT]), numbers, vectors, bars, K, gu,
-              shared);
-  }
-  __syncthreads();
-  const double a = coefficients[GY], c = coefficients[GSIGMA];
-  if (gw) {
-    const int lane = threadIdx.x % 32;
-    // A warp takes a row of r entries, or, where that is short, any 32.
-    const int width = r >= 32 ? r : 32;
-    const Size rows = (W.size() + width - 1) / width;
-    for (Size row = threadIdx.x / 32; row < rows; row += blockDim.x / 32)
-      for (int b = lane; b < width; b += 32) {
-        const Size e = row * width + b;
-        if (e >= W.size()) break;
-        const Size index = r >= 32 ? row : quotient(e, r);
-        const Size block = quotient(index, m);
-        const int i = index - block * m, j = block * r + (e - index * r);
-        const double g = gy ? static_cast<double>(gy[e]) * a : 0;
-        gw[e] = static_cast<T>(g + c * gradient_of_sigma<A>(
-            vectors, bars, K, m, n, detach, i, j));
-      }
-  }
-  if (gu)
+  if (update && sigma > 0 && isfinite(sigma))
     for (int i = threadIdx.x; i < m; i += blockDim.x)
-      gu[i] = static_cast<U>(gradient_of_u(
-          numbers, coefficients, bars[(K - 1) * m + i]));
-}
-""")
+      u[i] = static_cast<U>(state.u(K)[i]);
+  if (y)
+    multiply_all(W, y, outcome.coefficient(factor), is_wide, threadIdx.x,
+                 blockDim.x);
+}""", 'FUSED_BLOCK_SIZE', '512, 1')
 
-ALL = (scale_fwd, correct_bwd, product, dot_bwd, settle_fwd, project_bwd,
-       fused_fwd, fused_bwd)
+# The whole backward: the adjoint of K iterations, gW, ggamma, and ubar if it is
+# wanted; gY and gsigma may be missing.
+fused_bwd = Raw('sn_fused_bwd', """
+    const T* w, const T* gy, const A* gsigma, double* numbers,
+    double* coefficients, T* gw, A* ggamma, int l, int m, int r,
+    double factor, int need_u, int is_wide, int blocks""",
+                'int K, int detach', """{
+  __shared__ double shared[512];
+  const Weight W = {w, l, m, r, static_cast<A>(numbers[SCALE])};
+  const State state(numbers, W, K);
+  const Bars bars(coefficients, W, K);
+  const double dot = gy ? block_sum(inner_of_all(
+      w, gy, W.size(), is_wide, threadIdx.x, blockDim.x), shared) : 0;
+  const Coefficients of(numbers, dot, gy, gsigma);
+  if (threadIdx.x == 0) of.write(dot, factor, numbers, coefficients, ggamma);
+  if (!detach && (gw || need_u)) go_back(W, state, bars, K, need_u, shared);
+  if (gw)
+    correct_all(W, Pairs(state, bars, K, detach, false, 0), gy, gw, of, m,
+                is_wide, 1);
+}""", 'FUSED_BLOCK_SIZE', '512, 1')
+
+ALL = (middle_product, renew_gamma, gradient_of_u, product, gather, finish_fwd,
+       dot_bwd, project_bwd, correct_bwd, fused_fwd, fused_bwd)

@@ -14,7 +14,7 @@ import pytest
 from chainer.backends import cuda
 
 from sn_function import SpectralNormalization, errors, functions
-from sn_function._arithmetic import kernels
+from sn_function._arithmetic import kernels, workspace
 from tests import cuda_on_host, reference, test_functions
 from tests.cuda_on_host import array as on_host
 from tests.test_functions import (  # NOQA: F401  run here as well
@@ -44,8 +44,9 @@ PATHS = {'one block': 1 << 62, 'products': 0}
 def path(request, monkeypatch):
     monkeypatch.setattr(kernels, 'FUSED_SIZE', PATHS[request.param])
     if cuda.ndarray is on_host.DeviceArray:
-        # Each thread is a fiber: a block of 1024 takes a while.
+        # Each thread is a fiber: a block of 512 takes a while.
         monkeypatch.setattr(kernels, 'BLOCK_SIZE', 64)
+        monkeypatch.setattr(kernels, 'FUSED_BLOCK_SIZE', 64)
     return request.param
 
 
@@ -183,11 +184,11 @@ def test_all_vectors_of_a_bad_weight_are_nan(K):
     W[1, 2, 3] = np.inf
     u = random(4)
     it = iterations(send(W), send(u), K, axis=1)
-    start, rest = np.split(cuda.to_cpu(it.vectors), [4])
-    assert rest.size == K * 4 + K * 15
-    assert np.isnan(rest).all()
+    for k in range(K):
+        assert np.isnan(cuda.to_cpu(it.us(k + 1))).all()
+        assert np.isnan(cuda.to_cpu(it.vs(k + 1))).all()
     # A second run of the call starts from it.
-    np.testing.assert_array_equal(start, u)
+    np.testing.assert_array_equal(cuda.to_cpu(it.start), u)
 
 
 def test_no_gradient_of_a_u_that_was_replaced():
@@ -217,7 +218,7 @@ def test_the_unit_of_an_ordinary_weight_is_one():
             W, u = size * 20 * random(40, 30), random(40)
             it = iterations(
                 send(W.astype(dtype)), send(u.astype(dtype)), 2)
-            for name in ('UNIT', 'U_NORM'):
+            for name in ('SCALE', 'U_NORM'):
                 assert float(it.number(name)) == 1
 
 
@@ -228,7 +229,11 @@ def test_the_unit_of_an_extreme_weight(dtype, size):
     W, u = random(40, 30), random(40).astype(dtype)
     W = (W / abs(W).max() * size).astype(dtype)
     it = iterations(send(W), send(u), 1)
-    assert float(it.number('UNIT')) == abs(W).max()
+    # A power of two, as near as its inverse is in the range as well.
+    unit = 1 / float(it.number('SCALE'))
+    assert np.frexp(unit)[0] == 0.5
+    largest = float(abs(W).max())
+    assert unit <= largest < (4 if size == 3e38 else 2) * unit
     assert float(it.number('U_NORM')) == 1
     np.testing.assert_array_equal(cuda.to_cpu(it.start), u)
     sigma = reference.power_iteration(W.astype('d') / size, u, 1)[2]
@@ -365,18 +370,6 @@ def test_a_far_u_is_normalized(scale):
         np.testing.assert_allclose(actual, expected, rtol=5e-3)
 
 
-@pytest.mark.usefixtures('path')
-def test_quotient_of_large_numbers():
-    """As for the index of a weight of more than 2^32 entries."""
-    kernel = cuda.elementwise(
-        'int64 a, int64 b', 'int64 q', 'q = quotient(a, b)', 'quotient',
-        preamble=kernels._QUOTIENT)
-    a = np.array([0, 7, 2 ** 32 - 1, 2 ** 32, 2 ** 32 + 7, 2 ** 45 + 12345])
-    for b in (1, 7, 2 ** 31 - 1):
-        np.testing.assert_array_equal(
-            cuda.to_cpu(kernel(send(a), send(np.full_like(a, b)))), a // b)
-
-
 # What a device must not be asked for, and how often it is launched.
 
 def weight(shape, axis, dtype):
@@ -409,15 +402,15 @@ def once(shape, axis=0, dtype='f', K=1, **kwargs):
     return list(forward), list(backward)
 
 
-BLAS = ['gemv', 'gemv']
-OWN = ['sn_product', 'sn_product']
+PRODUCTS = ['sn_product', 'sn_product']
+IN_THE_MIDDLE = ['sn_product', 'sn_middle_product', 'sn_gather']
 
 
 @pytest.mark.parametrize(('shape', 'axis', 'dtype', 'products'), [
-    ((40, 30), 0, 'f', BLAS), ((40, 30), 1, 'd', BLAS),
-    ((40, 30, 3, 3), 0, 'f', BLAS), ((40, 30), 0, 'e', OWN),
-    ((1, 30), 0, 'f', OWN), ((30, 40, 3, 3), 1, 'f', OWN),
-    ((4, 5, 6), 2, 'd', BLAS)])
+    ((40, 30), 0, 'f', PRODUCTS), ((40, 30), 1, 'd', PRODUCTS),
+    ((40, 30, 3, 3), 0, 'f', PRODUCTS), ((40, 30), 0, 'e', PRODUCTS),
+    ((1, 30), 0, 'f', PRODUCTS), ((4, 5, 6), 2, 'd', PRODUCTS),
+    ((30, 40, 3, 3), 1, 'f', IN_THE_MIDDLE)])
 def test_launches(path, shape, axis, dtype, products):
     """No host synchronization, and not one copy of the weight."""
     exact = once(shape, axis, dtype)
@@ -426,10 +419,8 @@ def test_launches(path, shape, axis, dtype, products):
         assert exact == detached == (['sn_fused_fwd'], ['sn_fused_bwd'])
         return
     assert exact == (
-        [*products, 'sn_settle_fwd', 'sn_scale_fwd'],
-        ['sn_dot_bwd', products[0], 'sn_project_bwd', 'sn_correct_bwd'])
-    assert detached == (
-        exact[0], ['sn_dot_bwd', 'sn_project_bwd', 'sn_correct_bwd'])
+        [*products, 'sn_finish_fwd'], ['sn_product', 'sn_correct_bwd'])
+    assert detached == (exact[0], ['sn_dot_bwd', 'sn_correct_bwd'])
 
 
 @pytest.mark.parametrize('detach_uv', [False, True])
@@ -439,14 +430,15 @@ def test_number_of_launches(path, K, detach_uv):
     if path == 'one block':
         assert len(forward) == len(backward) == 1
     else:
-        assert len(forward) == 3 * K + 1
-        assert len(backward) == (3 if detach_uv else 4 * K)
+        assert len(forward) == 2 * K + 1
+        assert len(backward) == (2 if detach_uv or K == 1 else 3 * K)
 
 
 def test_gamma_takes_no_launch(path):
     gamma = chainer.Parameter(send(np.array(0.7, 'f')))
     forward, backward = once((40, 30), gamma=gamma)
-    assert len(forward) == len(backward) == (1 if path == 'one block' else 4)
+    assert len(forward) == (1 if path == 'one block' else 3)
+    assert len(backward) == (1 if path == 'one block' else 2)
     assert isinstance(gamma.grad, cuda.ndarray)
 
 
@@ -466,7 +458,8 @@ def test_upstream_gradient_of_any_strides(layout):
 
 
 def test_a_large_block_gives_the_same(monkeypatch):
-    monkeypatch.setattr(kernels, 'BLOCK_SIZE', 512)
+    monkeypatch.setattr(kernels, 'BLOCK_SIZE', 256)
+    monkeypatch.setattr(kernels, 'FUSED_BLOCK_SIZE', 512)
     for shape, axis in WEIGHTS:
         test_as_on_the_host(
             shape, axis % len(shape), 2, 'd', 'd', 1e-12, False, 'Y sigma',
@@ -603,18 +596,86 @@ class TestManyWeights:
                 cuda.to_cpu(Y.array), cuda.to_cpu(expected.array))
 
 
-def test_every_kernel_is_run_here():
+@pytest.mark.parametrize('constants', [
+    {'FEW_BLOCKS': 1 << 30, 'LONG_SUM': 1, 'BATCH': 8}, {'MAX_BLOCKS': 2}],
+    ids=['sums in parts', 'few blocks'])
+@pytest.mark.parametrize('dtype', 'efd')
+@pytest.mark.parametrize(('shape', 'axis'), [
+    ((300, 40), 0), ((7, 900), 0), ((900, 7), 1), ((40, 302), 1),
+    ((64, 24, 3, 3), 0), ((6, 70, 12), 1), ((70, 9, 3, 3), 1)])
+def test_dealt_out_otherwise(shape, axis, dtype, constants, monkeypatch):
+    """A large weight, without its size."""
+    monkeypatch.setattr(kernels, 'FUSED_SIZE', 0)
+    for name, value in constants.items():
+        monkeypatch.setattr(workspace, name, value)
+    workspace.plan.cache_clear()
+    try:
+        for K, detach_uv in ((1, False), (2, False), (2, True)):
+            test_as_on_the_host(
+                shape, axis, K, dtype, dtype,
+                {'e': 4e-3, 'f': 3e-5, 'd': 1e-12}[dtype], detach_uv,
+                'Y sigma', 'W u gamma')
+    finally:
+        workspace.plan.cache_clear()
+
+
+def test_the_plan_cuts_long_sums_in_parts():
+    """And no others: it takes a launch more."""
+    def parts(l, m, r, is_transposed):  # NOQA: E741
+        product = workspace.product(l, m, r, is_transposed, 4, True, 256)
+        assert product.is_gathered == (product.arguments[1] > 1)
+        return product.arguments[1]
+
+    for n_out, n_in in ((1024, 9216), (512, 4608), (256, 2048), (4096, 4096),
+                        (128, 1024), (1000, 1536), (1, 8192)):
+        assert parts(1, n_out, n_in, True) == 1
+        assert parts(1, n_out, n_in, False) == 1
+    assert parts(1, 100000, 128, True) > 30
+    assert parts(1, 10, 1000000, False) > 10
+    assert parts(1, 100000, 128, False) == parts(1, 10, 1000000, True) == 1
+
+
+@pytest.mark.parametrize('K', [1, 3])
+@pytest.mark.parametrize('dtype', 'efd')
+def test_arrays_that_start_anywhere(dtype, K, path):
+    """16 bytes are read at once only from multiples of 16."""
+    def shifted(x):
+        y = send(np.append(x.ravel()[:1], x.ravel()))
+        return y[1:].reshape(x.shape)
+
+    for shape, axis in (((24, 64), 0), ((64, 24), 1)):
+        W, gY = random(*shape).astype(dtype), random(*shape).astype(dtype)
+        u = random(shape[axis]).astype(dtype)
+        results = []
+        for convert in (lambda x: x, shifted):
+            x = chainer.Variable(convert(W))
+            Y = functions.spectral_normalize(x, convert(u), K, axis=axis)
+            Y.grad = convert(gY)
+            Y.backward()
+            results.append([cuda.to_cpu(y) for y in (Y.array, x.grad)])
+        for actual, expected in zip(*results):
+            tolerance = {'e': 4e-3, 'f': 1e-5, 'd': 1e-12}[dtype]
+            np.testing.assert_allclose(
+                actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_every_kernel_is_run_here(monkeypatch):
     """By the name under which the executor counts it."""
     if cuda.ndarray is not on_host.DeviceArray:
         pytest.skip('counted on the host only')
     names = {kernel.name for kernel in kernels.ALL}
     with on_host.counted() as launches:
         for size in PATHS.values():
-            kernels.FUSED_SIZE = size
-            W, u, gY = weight((3, 4, 2), 1, 'f')
-            x = chainer.Variable(u)
-            Y = functions.spectral_normalize(W, x, axis=1)
-            Y.grad = gY
-            Y.backward()
+            monkeypatch.setattr(kernels, 'FUSED_SIZE', size)
+            for detach_uv in (False, True):
+                W, u, gY = weight((3, 4, 2), 1, 'f')
+                x = chainer.Variable(u)
+                Y = functions.spectral_normalize(
+                    W, x, axis=1, detach_uv=detach_uv)
+                Y.grad = gY
+                Y.backward()
+        link = L.Linear(3, 4).add_hook(SpectralNormalization(use_gamma=True))
+        link.to_device(DEVICE)
+        link(send(random(2, 3).astype('f')))
     assert names <= set(launches)
     assert cuda_on_host.available()

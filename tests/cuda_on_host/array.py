@@ -27,6 +27,8 @@ import chainer
 import numpy
 from chainer.backends import cuda as chainer_cuda
 
+from tests.cuda_on_host.raw import Pointer
+
 # ---------------------------------------------------------------------------
 # What is recorded, and what is forbidden
 # ---------------------------------------------------------------------------
@@ -480,6 +482,18 @@ class _Flags:
         return getattr(self, names[name])
 
 
+class MemoryPointer(Pointer):
+    """See :class:`cupy.cuda.MemoryPointer`."""
+
+    __slots__ = ()
+    device = property(lambda self: Device(0))
+    device_id = 0
+    mem = property(lambda self: types.SimpleNamespace(device=Device(0)))
+
+    def __add__(self, offset):
+        return MemoryPointer(self.array, self.offset + offset)
+
+
 class DeviceArray:
     """An array of the device; see :class:`cupy.ndarray`."""
 
@@ -489,9 +503,20 @@ class DeviceArray:
 
     def __init__(self, shape, dtype=float, memptr=None, strides=None,
                  order='C'):
-        if memptr is not None or strides is not None:
+        if strides is not None:
             raise NotImplementedError
-        self._host = garbage(shape, dtype, order)
+        if memptr is None:
+            self._host = garbage(shape, dtype, order)
+            return
+        array, dtype = memptr.array, numpy.dtype(dtype)
+        if not array.flags.c_contiguous:
+            raise NotImplementedError
+        n = math.prod(shape) * dtype.itemsize
+        memory = array.reshape(-1).view(numpy.uint8)
+        if memptr.offset + n > memory.size:
+            raise ValueError('an array out of its memory')
+        self._host = memory[memptr.offset:memptr.offset + n].view(
+            dtype).reshape(shape)
 
     # What is known without the device.
     dtype = property(lambda self: self._host.dtype)
@@ -523,9 +548,7 @@ class DeviceArray:
 
     @property
     def data(self):
-        return types.SimpleNamespace(
-            ptr=self._host.ctypes.data, device=Device(0), device_id=0,
-            mem=types.SimpleNamespace(device=Device(0)))
+        return MemoryPointer(self._host)
 
     def __len__(self):
         return len(self._host)

@@ -222,7 +222,7 @@ class Function:
         self.name = name
         self.library = library  # keeps it loaded
         self.thunk = ctypes.cast(library.coh_thunk, ctypes.c_void_p).value
-        room = (ctypes.c_int64 * (4 * 256))()
+        room = (ctypes.c_int64 * (4 * 1024))()  # 4 KB of parameters
         n = library.coh_describe(ctypes.byref(room))
         self.parameters = [
             Parameter(*room[4 * i:4 * i + 4]) for i in range(n)]

@@ -91,6 +91,32 @@ class Memory:
             self.phase = (low - start) % 512
 
 
+class Pointer:
+    """An address in the memory of an array, as ``cupy.cuda.MemoryPointer``."""
+
+    __slots__ = ('array', 'offset')
+
+    def __init__(self, array, offset=0):
+        self.array = array
+        self.offset = offset
+
+    def __add__(self, offset):
+        return Pointer(self.array, self.offset + offset)
+
+    @property
+    def ptr(self):
+        """The address."""
+        return self.array.__array_interface__['data'][0] + self.offset
+
+    def memory(self, name, may_write):
+        """Return what a kernel sees: all of the array."""
+        memory = Memory(self.array, name, may_write)
+        memory.address += self.offset
+        if not memory.low <= memory.address < memory.high:
+            raise ValueError(f'argument {name!r} is out of its array')
+        return memory
+
+
 _MESSAGE = ctypes.create_string_buffer(1024)
 _MESSAGE_AT = ctypes.addressof(_MESSAGE)
 _DETAIL = (ctypes.c_int64 * 4)()
@@ -314,6 +340,11 @@ class RawKernel:
                     _check_array(x, p)
                     slots.append(len(memories))
                     memories.append(Memory(x, p.name, not p.const))
+                elif isinstance(x, Pointer):
+                    if not p.pointer:
+                        raise TypeError(f'a pointer is given for {p}')
+                    slots.append(len(memories))
+                    memories.append(x.memory(p.name, not p.const))
                 else:
                     dtype, data = _scalar(x)
                     _check_scalar(dtype, data, p)

@@ -50,16 +50,14 @@ assert sn_function  # it is imported for what it does
 ARCHS = ('sm_75', 'sm_80', 'sm_90', 'sm_100')
 # Where one architecture is enough: between them, layouts make no difference.
 ONE_ARCH = 'sm_80'
-# The threads of a block, as the package or CuPy launches them.
-THREADS = {_kernels.Raw: _kernels.BLOCK_SIZE,
-           _kernels.Fused: _kernels.BLOCK_SIZE, _kernels.Reduction: 512,
-           _kernels.Elementwise: 128}
+# The threads of a block, as CuPy launches its own kinds.
+THREADS = {_kernels.Reduction: 512, _kernels.Elementwise: 128}
 REGISTERS = 1 << 16     # of a multiprocessor, on all of these architectures
 
 # A weight and a vector that may go together.
 _PAIRS = ('ee', 'ef', 'ff', 'dd')
 # Of the parameters that are arrays, those that may be numbers instead.
-_NUMBERS = {'sn_correct_bwd': ('gy',)}
+_NUMBERS: dict[str, tuple[str, ...]] = {}
 
 INSTALL = '''\
 CuPy, NVRTC and the headers of CUDA are needed, but no device.  With Python
@@ -137,20 +135,28 @@ class Result(NamedTuple):
         if self.spills or self.stack:
             found.append(f'{self.spills} bytes of spills, {self.stack} of '
                          f'stack')
-        threads = THREADS[type(self.case.signature.kernel)]
+        threads = threads_of(self.case.signature.kernel)
         if self.registers * threads > REGISTERS:
             found.append(f'{self.registers} registers, of {threads} threads')
         return [f'{self.case}: {text}' for text in found]
 
 
+def threads_of(kernel: Any) -> int:
+    """Returns the threads of a block, as the package or CuPy launches them."""
+    if isinstance(kernel, _kernels.Raw):
+        return int(getattr(_kernels, kernel.threads))
+    return THREADS[type(kernel)]
+
+
 def signatures(kernel: Any) -> list[Signature]:
     """Returns those that the package can use."""
     if isinstance(kernel, _kernels.Raw):
-        # For one weight, and for many.
-        numbers = [(), ('MAX_WEIGHTS',)][:1 + isinstance(
-            kernel, _kernels.Fused)]
+        # For one weight, and for many.  Without u, its type is that of sums.
+        has_u = any(text.startswith(('U*', 'const U*')) for text in kernel.own)
         return [Signature(kernel, tuple(zip('TU', pair)), each)
-                for pair in _PAIRS for each in numbers]
+                for pair in _PAIRS for each in ((), ('MAX_WEIGHTS',))
+                if has_u or pair[1] == accumulator_dtype(
+                    numpy.dtype(pair[0])).char]
     names = {kind for kind, _ in parameters(kernel) if len(kind) == 1}
     found = {}
     for T, U in _PAIRS:
@@ -187,8 +193,7 @@ def cases(kernels: Iterable[Any] = _kernels.ALL,
 
 
 def usual_layout(kernel: Any) -> Layout | None:
-    return {_kernels.Raw: None, _kernels.Fused: None,
-            _kernels.Elementwise: CONTIGUOUS,
+    return {_kernels.Raw: None, _kernels.Elementwise: CONTIGUOUS,
             _kernels.Reduction: REDUCED}[type(kernel)]
 
 
@@ -305,11 +310,9 @@ def source(case: Case) -> str:
     cp = load()
     (kernel, _, numbers), layout, _ = case
     dtypes = {name: numpy.dtype(char) for name, char in case.signature.dtypes}
-    if isinstance(kernel, _kernels.Fused):
+    if isinstance(kernel, _kernels.Raw):
         return kernel.source(
             dtypes['T'], dtypes['U'], _kernels.MAX_WEIGHTS if numbers else 1)
-    if isinstance(kernel, _kernels.Raw):
-        return kernel.source(dtypes['T'], dtypes['U'])
     assert layout is not None
     is_reduction = isinstance(kernel, _kernels.Reduction)
     if is_reduction:
@@ -317,7 +320,7 @@ def source(case: Case) -> str:
         params = made._params
     else:
         made = cupy.ElementwiseKernel(
-            *kernel.arguments, kernel.name, preamble=kernel.preamble)
+            *kernel.arguments, kernel.name, preamble=_kernels._LAYOUT)
         params = made.params
 
     # As the __call__ of the two does.  CuPy resolves the types by the arrays

@@ -1,0 +1,123 @@
+// What many blocks do for one weight.  A block leaves its sums in memory, and
+// each block of the next launch adds them up: nothing waits in between.
+
+// The sums that a product leaves, for each block: y . y, e . y and e . e.
+struct Sums {
+  double yy, ey, ee;
+  __device__ Sums() : yy(0), ey(0), ee(0) {}
+  __device__ void add(A y, const A* e, Size o) {
+    yy += static_cast<double>(y) * y;
+    if (!e) return;
+    ey += static_cast<double>(e[o]) * y;
+    ee += static_cast<double>(e[o]) * e[o];
+  }
+  __device__ void write(double* sums, int blocks, double* shared) const {
+    const double all[] = {block_sum(yy, shared), block_sum(ey, shared),
+                          block_sum(ee, shared)};
+    if (threadIdx.x == 0)
+      for (int i = 0; i < 3; ++i) sums[i * blocks + blockIdx.x] = all[i];
+  }
+};
+
+// What a product is multiplied by: 1 / |x|, of the sums that x left, where x is
+// raw, or 1 / |divisor| in units of the weight.  The first block keeps |x|.
+__device__ double multiplier(
+    const double* x_sums, int n_x_sums, int is_raw, double* norm,
+    const double* divisor, A scale, double* shared) {
+  if (divisor) return 1 / (*divisor * scale);
+  if (!x_sums || (!is_raw && blockIdx.x > 0)) return 1;
+  const double x = sqrt(sum_of(x_sums, n_x_sums, shared));
+  if (blockIdx.x == 0 && threadIdx.x == 0) *norm = x;
+  return is_raw && x != 0 ? 1 / x : 1;
+}
+
+// W^T x or W x by columns: a tile of lanes columns each, of V entries, and a
+// part of the rows.  Sums are made in part.
+template <int V, bool has_gy, typename X>
+__device__ void product_by_columns(
+    const Weight& W, bool is_transposed, const T* gy, const X* x, A* y,
+    const A* e, double factor, int lanes, int parts, int blocks, A* part,
+    Sums* sums, Found* found) {
+  const Columns columns(W, is_transposed);
+  const int n = columns.n_out / V, lane = threadIdx.x % lanes;
+  const int tiles = (n + lanes - 1) / lanes;
+  const int chunk = (columns.n_in + parts - 1) / parts;
+  for (int job = blockIdx.x; job < tiles * parts; job += blocks) {
+    const int o = (job % tiles * lanes + lane) * V, p = job / tiles;
+    const int end = min(columns.n_in, (p + 1) * chunk);
+    A sum[V] = {};
+    if (o < columns.n_out) {
+      const Size base = columns.base(o);
+      add_products<batch_of<V>(), V, has_gy, false>(
+          W.w + base, gy + base, x, W.scale, Steps{columns.step},
+          p * chunk + threadIdx.x / lanes, end, blockDim.x / lanes, sum,
+          found);
+    }
+    for (int v = 0; v < V; ++v) {
+      __syncthreads();
+      part[threadIdx.x] = sum[v];
+      for (int d = blockDim.x / 2; d >= lanes; d /= 2) {
+        __syncthreads();
+        if (threadIdx.x < d) part[threadIdx.x] += part[threadIdx.x + d];
+      }
+      if (threadIdx.x >= lanes || o >= columns.n_out) continue;
+      const A sum_of_all = part[threadIdx.x] * factor;
+      y[static_cast<Size>(p) * columns.n_out + o + v] = sum_of_all;
+      sums->add(sum_of_all, e, o + v);
+    }
+  }
+}
+
+// The same by rows, of entries that follow each other, with lanes threads for
+// each.  The last row comes first: it may still be in the cache.
+template <int V, bool has_gy, typename X>
+__device__ void product_by_rows(
+    const Weight& W, bool is_transposed, const T* gy, const X* x, A* y,
+    const A* e, double factor, int lanes, int parts, int blocks, A* shared,
+    Sums* sums, Found* found) {
+  const Rows rows(W, is_transposed);
+  const int height = blockDim.x / lanes;
+  const int tiles = (rows.n_out + height - 1) / height;
+  const int n = rows.n_in / V, chunk = (n + parts - 1) / parts;
+  for (int job = blockIdx.x; job < tiles * parts; job += blocks) {
+    const int p = job / tiles;
+    const int o = rows.n_out - 1 - job % tiles * height - threadIdx.x / lanes;
+    A sum = 0;
+    if (o >= 0)
+      add_products<batch_of<V>(), V, has_gy, true>(
+          W.w + rows.base(o), gy + rows.base(o), x, W.scale, Steps{V},
+          p * chunk + threadIdx.x % lanes, min(n, (p + 1) * chunk), lanes,
+          &sum, found);
+    sum = sum_over(sum, lanes, shared) * factor;
+    if (o < 0 || threadIdx.x % lanes != 0) continue;
+    y[static_cast<Size>(p) * rows.n_out + o] = sum;
+    sums->add(sum, e, o);
+  }
+}
+
+// In the way and by the width that fit.
+template <bool has_gy, typename X>
+__device__ void product_of(
+    const Weight& W, bool is_transposed, const T* gy, const X* x, A* y,
+    const A* e, double factor, int lanes, int parts, bool is_wide, int blocks,
+    A* shared, Sums* sums, Found* found) {
+  const int narrow = 4 / sizeof(T) > 1 ? 4 / sizeof(T) : 1;
+  if (is_by_rows(W, is_transposed)) {
+    if (is_wide)
+      product_by_rows<WIDE, has_gy>(
+          W, is_transposed, gy, x, y, e, factor, lanes, parts, blocks, shared,
+          sums, found);
+    else
+      product_by_rows<1, has_gy>(
+          W, is_transposed, gy, x, y, e, factor, lanes, parts, blocks, shared,
+          sums, found);
+  } else if (narrow == 1 || is_wide) {
+    product_by_columns<narrow, has_gy>(
+        W, is_transposed, gy, x, y, e, factor, lanes, parts, blocks, shared,
+        sums, found);
+  } else {
+    product_by_columns<1, has_gy>(
+        W, is_transposed, gy, x, y, e, factor, lanes, parts, blocks, shared,
+        sums, found);
+  }
+}

@@ -1,0 +1,207 @@
+"""How a weight is dealt out to the blocks of a device, and what is kept where.
+
+Numbers only: nothing here knows of arrays.  Sizes and places are in bytes.
+"""
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy
+
+from sn_function._arithmetic import kernels
+
+# 8 of 256 threads on each of the 132 multiprocessors of an H100, nearly: what
+# runs at the same time, and so few that each block can add up what all left.
+MAX_BLOCKS = 1024
+# With fewer, many multiprocessors have nothing to do.
+FEW_BLOCKS = 66
+# Bytes that a thread has on their way at once, in a product.
+BATCH = 64
+# From so many batches in turn on, and with few blocks, a sum is cut in parts.
+LONG_SUM = 8
+
+DOUBLE = 8
+
+
+class Product(NamedTuple):
+    """How ``W^T x`` or ``W x`` is computed.
+
+    Attributes:
+        n (int): Length of the result.
+        is_middle (bool): Whether by ``sn_middle_product``, not ``sn_product``.
+        is_gathered (bool): Whether ``sn_gather`` follows.
+        n_sums (int): Number of blocks that leave sums.
+        blocks (int): Number of blocks of the product.
+        arguments (tuple of int): Threads next to each other, in how many parts
+            each sum is made, whether several entries are read at once.
+
+    """
+
+    n: int
+    is_middle: bool
+    is_gathered: bool
+    n_sums: numpy.int32
+    blocks: numpy.int32
+    arguments: tuple[numpy.int32, ...] = ()
+
+
+def _power_of_two_from(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def blocks_for(n: int, of_a_block: int) -> int:
+    """The number of blocks for ``n`` entries."""
+    return min(MAX_BLOCKS, -(-n // of_a_block))
+
+
+def product(
+        l: int, m: int, r: int, is_transposed: bool,  # NOQA: E741
+        itemsize: int, is_aligned: bool, threads: int) -> Product:
+    """Returns how to compute a product of an ``(l, m, r)`` array."""
+    if is_transposed == (r == 1):  # by rows
+        n_out, n_in = (l, m) if is_transposed else (m, l * r)
+        if not is_transposed and l > 1:
+            blocks, = _int32(blocks_for(m, threads))
+            return Product(m, True, True, blocks, blocks)
+        width = _width(n_in, 16 // itemsize, is_aligned)
+        batch = _batch(width, itemsize)
+        n_in //= width
+        lanes = min(32, _power_of_two_from(n_in))
+        while lanes < threads and n_in > lanes * batch:
+            lanes *= 2
+        tiles, batches = -(-n_out * lanes // threads), n_in // (lanes * batch)
+    else:
+        n_out, n_in = (l * r, m) if is_transposed else (m, l)
+        width = _width(
+            r if is_transposed else m, max(1, 4 // itemsize), is_aligned)
+        batch = _batch(width, itemsize)
+        n = n_out // width
+        lanes = min(32, _power_of_two_from(n))
+        while (lanes < threads and n_in * lanes < threads * batch
+               and n >= 4 * FEW_BLOCKS * lanes):
+            lanes *= 2
+        tiles, batches = -(-n // lanes), n_in * lanes // (threads * batch)
+    parts = 1
+    if tiles < FEW_BLOCKS and batches > LONG_SUM:
+        parts = min(-(-2 * FEW_BLOCKS // tiles), batches // 2)
+    blocks = min(tiles * parts, MAX_BLOCKS)
+    n_sums = blocks if parts == 1 else blocks_for(n_out, threads)
+    return Product(n_out, False, parts > 1, *_int32(n_sums, blocks),
+                   _int32(lanes, parts, width > 1))
+
+
+def _batch(width: int, itemsize: int) -> int:
+    """As ``batch_of`` of the kernels has it."""
+    return max(1, (16 if itemsize == 2 else BATCH // itemsize) // width)
+
+
+def _width(n: int, width: int, is_aligned: bool) -> int:
+    return width if is_aligned and n % width == 0 else 1
+
+
+class Plan:
+    """Everything about a weight that follows from its shape.
+
+    Args:
+        l, m, r: Its shape.
+        K: Number of iterations.
+        itemsize: Bytes of an entry.
+        is_aligned: Whether all arrays of its shape start at multiples of 16.
+        is_small: Whether one block does all.
+        threads: Threads of a block of many.
+
+    Attributes:
+        s, t (Product): How ``W^T x`` and ``W x`` are computed.
+        norms, s_sums, t_sums, extras, parts (int): Places in what a forward
+            keeps, after its vectors.
+        size (int): Of all that.
+        bar_sums, bar_extras, bar_parts (int): Places in what a backward keeps,
+            after its vectors.
+        bar_size (int): Of all that.
+        sizes (tuple of int): ``l``, ``m`` and ``r``.
+        of_n (tuple of int): ``n``, and blocks for so many entries.
+        is_wide (bool): Whether a pass over all entries takes 16 bytes at once.
+        blocks (int): For such a pass.
+        correct (tuple of int): Rows of a job of ``sn_correct_bwd``, whether it
+            takes 16 bytes at once, its blocks.
+
+    """
+
+    def __init__(
+            self, l: int, m: int, r: int, K: int, itemsize: int,  # NOQA: E741
+            is_aligned: bool, is_small: bool, threads: int) -> None:
+        n = l * r
+        a = max(4, itemsize)  # of what sums are made in
+        self.s, self.t = s, t = [
+            product(l, m, r, is_transposed, itemsize, is_aligned, threads)
+            for is_transposed in (True, False)]
+        self.sizes = _int32(l, m, r)
+        self.of_n = _int32(n, blocks_for(n, threads))
+        self.is_wide = numpy.int32(is_aligned)
+        self.blocks, = _int32(blocks_for(m * n, threads * 4 * 16 // itemsize))
+        parts = a * max([0, *[p.n * int(p.arguments[1]) for p in (s, t)
+                              if not p.is_middle]])
+        self.norms = _padded(vs(K, m, a) + a * K * n, 16)
+        self.s_sums = self.norms + DOUBLE * 2 * K
+        self.t_sums = self.s_sums + DOUBLE * 3 * int(s.n_sums)
+        self.extras = self.t_sums + DOUBLE * 3 * int(t.n_sums)
+        self.parts = self.extras + DOUBLE * int(s.blocks)
+        self.size = _padded(
+            self.norms if is_small else self.parts + parts, 16)
+        self.bar_sums = _padded(sbars(K, m, a) + a * K * n, 16)
+        self.bar_extras = self.bar_sums + DOUBLE * 3 * max(int(s.n_sums), int(t.n_sums))
+        self.bar_parts = self.bar_extras + DOUBLE * max(
+            int(s.blocks), int(self.blocks))
+        self.bar_size = _padded(
+            self.bar_sums if is_small else self.bar_parts + parts, 16)
+        self._plan_of_correct(l, m, r, itemsize, threads)
+
+    def _plan_of_correct(
+            self, l: int, m: int, r: int, itemsize: int,  # NOQA: E741
+            threads: int) -> None:
+        matrices, rows, columns = (1, l, m) if r == 1 else (l, m, r)
+        width = _width(columns, 16 // itemsize, self.is_wide)
+        columns //= width
+        strips = -(-columns // threads)
+        lanes = -(-columns // strips)
+        if strips > 1:
+            lanes = _padded(lanes, 32)
+        chunk = 4 * (threads // lanes)  # 4 loads on their way
+        jobs = matrices * strips * -(-rows // chunk)
+        # The vectors along the columns are read once a job.
+        chunk *= max(1, jobs // (2 * MAX_BLOCKS))
+        jobs = matrices * strips * -(-rows // chunk)
+        self.correct = _int32(chunk, self.is_wide, min(jobs, MAX_BLOCKS))
+
+
+plan = functools.lru_cache(maxsize=1024)(Plan)
+
+
+def _int32(*numbers: int) -> tuple[numpy.int32, ...]:
+    """As raw kernels take them."""
+    return tuple([numpy.int32(x) for x in numbers])
+
+
+def us(K: int) -> int:
+    """Returns the place of ``u_0 .. u_K``."""
+    return DOUBLE * (len(kernels.NUMBERS) + 2 * K)
+
+
+def vs(K: int, m: int, itemsize: int) -> int:
+    """Returns the place of ``v_1 .. v_K``."""
+    return us(K) + _padded(itemsize * (K + 1) * m, 4 * itemsize)
+
+
+def tbars() -> int:
+    """Returns the place of ``tbar_1 .. tbar_{K-1}``, and ubar."""
+    return DOUBLE * len(kernels.COEFFICIENTS)
+
+
+def sbars(K: int, m: int, itemsize: int) -> int:
+    """Returns the place of ``sbar_1 .. sbar_K``."""
+    return tbars() + _padded(itemsize * K * m, 4 * itemsize)
+
+
+def _padded(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
