@@ -3,19 +3,24 @@
 // call these functions together, and each gets what they return.  Products
 // begin and end with a barrier, so what they read may have just been written.
 
+// Vectors in memory start at multiples of 16 bytes.
+__device__ Size padded(Size n) { return (n + 3) / 4 * 4; }
+
 // What a forward keeps, see kernels.py.  k counts from 0, and u(0) is u_0.
 struct State {
-  double *numbers, *s_norms, *t_norms;
-  A *us, *vs;
-  int m;
-  Size n;
+  double* numbers;
+  int K, m, n;
   __device__ State(double* numbers, const Weight& W, int K)
-      : numbers(numbers), s_norms(numbers + N_NUMBERS), t_norms(s_norms + K),
-        us(reinterpret_cast<A*>(t_norms + K)),
-        vs(us + (static_cast<Size>(K + 1) * W.m + 3) / 4 * 4), m(W.m),
-        n(W.n()) {}
-  __device__ A* u(int k) const { return us + static_cast<Size>(k) * m; }
-  __device__ A* v(int k) const { return vs + k * n; }
+      : numbers(numbers), K(K), m(W.m), n(W.n()) {}
+  __device__ double& s_norm(int k) const { return numbers[N_NUMBERS + k]; }
+  __device__ double& t_norm(int k) const { return s_norm(K + k); }
+  __device__ A* u(int k) const {
+    return reinterpret_cast<A*>(&t_norm(K)) + static_cast<Size>(k) * m;
+  }
+  __device__ A* v(int k) const {
+    return u(0) + padded(static_cast<Size>(K + 1) * m)
+        + static_cast<Size>(k) * n;
+  }
 };
 
 // y = W x, or W^T x.
@@ -31,8 +36,8 @@ __device__ void product(
       A sum = 0;
       if (rows.length == rows.n_in)
         add_products<N, 1, false, true>(
-            W.w + rows.base(o), W.w, x, W.scale, Steps{1}, threadIdx.x % 32,
-            rows.n_in, 32, &sum, &found);
+            W.w + rows.base(o), W.w, x, W.scale, Steps(1, 32),
+            threadIdx.x % 32, rows.n_in, 32, &sum, &found);
       else
         add_products<N, 1, false, true>(
             W.w + rows.base(o), W.w, x, W.scale,
@@ -53,8 +58,9 @@ __device__ void product(
     A sum = 0;
     if (o < columns.n_out)
       add_products<N, 1, false, false>(
-          W.w + columns.base(o), W.w, x, W.scale, Steps{columns.step}, group,
-          columns.n_in, blockDim.x / width, &sum, &found);
+          W.w + columns.base(o), W.w, x, W.scale,
+          Steps(columns.step, blockDim.x / width), group, columns.n_in,
+          blockDim.x / width, &sum, &found);
     part[threadIdx.x] = sum;
     __syncthreads();
     if (group == 0 && o < columns.n_out) {
@@ -101,21 +107,19 @@ __device__ bool is_ordinary(double norm) {
 __device__ double iterate(
     const Weight& W, const State& state, int K, bool* ordinary,
     double* shared) {
-  const double unit = 1 / static_cast<double>(W.scale);
-  double t = 0;
+  double norm = 0;
   *ordinary = true;
-  for (int k = 0; k < K; ++k) {
-    product(W, true, state.u(k), state.v(k), shared);
-    const double s = normalize(state.v(k), W.n(), shared) * unit;
-    product(W, false, state.v(k), state.u(k + 1), shared);
-    t = normalize(state.u(k + 1), W.m, shared) * unit;
-    if (threadIdx.x == 0) {
-      state.s_norms[k] = s == 0 ? 1 : s;
-      state.t_norms[k] = t == 0 ? 1 : t;
-    }
-    *ordinary = *ordinary && is_ordinary(s) && is_ordinary(t);
+  for (int step = 0; step < 2 * K; ++step) {
+    const int k = step / 2;
+    const bool is_s = step % 2 == 0;
+    A* y = is_s ? state.v(k) : state.u(k + 1);
+    product(W, is_s, is_s ? state.u(k) : state.v(k), y, shared);
+    norm = normalize(y, is_s ? W.n() : W.m, shared) / W.scale;
+    if (threadIdx.x == 0)
+      state.s_norm(is_s ? k : K + k) = norm == 0 ? 1 : norm;
+    *ordinary = *ordinary && is_ordinary(norm);
   }
-  return t;
+  return norm;
 }
 
 // 1 - u_0 . u_1 / |u_0|, or 0 for a zero or a NaN; u_0 . W v_1 = |W^T u_0|.
@@ -128,7 +132,7 @@ __device__ double turn(double sigma, const State& state, double* shared) {
   for (int i = threadIdx.x; i < state.m; i += blockDim.x)
     sum += static_cast<double>(state.u(0)[i]) * state.u(0)[i];
   sum = block_sum(sum, shared);  // its barriers also show the norms to all
-  return turn_of(sigma, state.s_norms[0], state.t_norms[0], sqrt(sum));
+  return turn_of(sigma, state.s_norm(0), state.t_norm(0), sqrt(sum));
 }
 
 // iterate(), and again from u_K where the first iteration turns u_0 by more
@@ -270,15 +274,17 @@ struct Outcome {
 
 // What a backward keeps.  tbar_K is u_K, and its place is for ubar.
 struct Bars {
-  A *tbars, *sbars;
-  int m;
-  Size n;
+  double* coefficients;
+  int K, m, n;
   __device__ Bars(double* coefficients, const Weight& W, int K)
-      : tbars(reinterpret_cast<A*>(coefficients + N_COEFFICIENTS)),
-        sbars(tbars + (static_cast<Size>(K) * W.m + 3) / 4 * 4), m(W.m),
-        n(W.n()) {}
-  __device__ A* t(int k) const { return tbars + static_cast<Size>(k) * m; }
-  __device__ A* s(int k) const { return sbars + k * n; }
+      : coefficients(coefficients), K(K), m(W.m), n(W.n()) {}
+  __device__ A* t(int k) const {
+    return reinterpret_cast<A*>(coefficients + N_COEFFICIENTS)
+        + static_cast<Size>(k) * m;
+  }
+  __device__ A* s(int k) const {
+    return t(0) + padded(static_cast<Size>(K) * m) + static_cast<Size>(k) * n;
+  }
 };
 
 // gW = a gY + c G:  c = gsigma - above coef <gY, W> / sigma.
@@ -320,15 +326,17 @@ __device__ void project(
 __device__ void go_back(
     const Weight& W, const State& state, const Bars& bars, int K, bool need_u,
     double* shared) {
-  const A* x = state.u(K);
-  for (int k = K - 1; k >= 0; --k) {
-    product(W, true, x, bars.s(k), shared);
-    project(bars.s(k), state.v(k), W.n(), state.s_norms[k] * W.scale, shared);
-    if (k == 0 && !need_u) break;
-    A* y = bars.t(k == 0 ? K - 1 : k - 1);
-    product(W, false, bars.s(k), y, shared);
-    if (k > 0) project(y, 0, W.m, state.t_norms[k - 1] * W.scale, shared);
-    x = y;
+  for (int step = 0; step < 2 * K - !need_u; ++step) {
+    const int k = K - 1 - step / 2;
+    const bool is_s = step % 2 == 0;
+    A* tbar = bars.t((is_s ? k + 1 : k == 0 ? K : k) - 1);
+    product(W, is_s, !is_s ? bars.s(k) : step == 0 ? state.u(K) : tbar,
+            is_s ? bars.s(k) : tbar, shared);
+    if (is_s || k > 0)
+      project(is_s ? bars.s(k) : tbar, is_s ? state.v(k) : 0,
+              is_s ? W.n() : W.m,
+              state.s_norm(is_s ? k : K + k - 1) * W.scale,
+              shared);
   }
   __syncthreads();
 }

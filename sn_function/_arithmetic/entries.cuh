@@ -74,7 +74,7 @@ struct Pairs {
   State state;
   Bars bars;
   int first, last, kinds;
-  // Of K = 1: sbar is still W^T tbar, and this its product with v.
+  // Of K = 1: sbar is still W^T tbar, and dot its product with v.
   bool is_raw;
   A dot, norm;
 
@@ -82,94 +82,108 @@ struct Pairs {
                    bool is_raw, double dot)
       : state(state), bars(bars), first(detach ? K - 1 : 0), last(K - 1),
         kinds(detach ? 1 : 2), is_raw(is_raw), dot(dot),
-        norm(is_raw ? state.s_norms[0] * state.numbers[SCALE] : 1) {}
-  __device__ A p(int k, int which, int i) const {
-    return (which == 1 ? state.u(k) : k == last ? state.u(k + 1)
-                                                : bars.t(k))[i];
+        norm(is_raw ? state.s_norm(0) * state.numbers[SCALE] : 1) {}
+  __device__ const A* p(int k, int which) const {
+    return which == 1 ? state.u(k) : k == last ? state.u(k + 1) : bars.t(k);
   }
-  __device__ A q(int k, int which, Size j) const {
-    if (which == 0) return state.v(k)[j];
-    const A s = bars.s(k)[j];
-    return is_raw ? (s - state.v(k)[j] * dot) / norm : s;
+  __device__ const A* q(int k, int which) const {
+    return which == 1 ? bars.s(k) : state.v(k);
+  }
+  // V entries of p_k or q_k.
+  template <int V>
+  __device__ Pack<A, V> entries(bool of_q, int k, int which, Size i) const {
+    Pack<A, V> x = *pack<V>((of_q ? q(k, which) : p(k, which)) + i);
+    if (!of_q || which == 0 || !is_raw) return x;
+    const Pack<A, V> v = *pack<V>(state.v(k) + i);
+#pragma unroll
+    for (int j = 0; j < V; ++j) x.x[j] = (x.x[j] - v.x[j] * dot) / norm;
+    return x;
   }
 };
 
 // gW = a gY + c sum_k p_k q_k^T, for tiles of lanes columns of V entries each
-// and height rows.  The vectors along the columns of the only pair are kept.
+// and height rows.  Of the only pair, what belongs to the columns is kept.
 template <int V, bool is_one>
 __device__ void correct(
     const Weight& W, const Pairs& pairs, const T* __restrict__ gy,
     T* __restrict__ gw, Factor a, Factor c, int chunk, int blocks) {
-  const int N = 4;
+  const int N = is_one ? 4 : 1;
   const bool is_flat = W.r == 1;  // then rows go with q, and columns with p
   const int n_rows = is_flat ? W.l : W.m, n_columns = is_flat ? W.m : W.r;
-  const int n_blocks = is_flat ? 1 : W.l, n = n_columns / V;
+  const int n_matrices = is_flat ? 1 : W.l, n = n_columns / V;
   const int strips = (n + blockDim.x - 1) / blockDim.x;
   int lanes = (n + strips - 1) / strips;
   if (strips > 1) lanes = (lanes + 31) / 32 * 32;
   const int height = blockDim.x / lanes, lane = threadIdx.x % lanes;
   const int chunks = (n_rows + chunk - 1) / chunk;
-  const int first = pairs.first, kinds = pairs.kinds;
-  for (int job = blockIdx.x; job < n_blocks * strips * chunks; job += blocks) {
-    const int block = job / (strips * chunks), rest = job % (strips * chunks);
+  for (int job = blockIdx.x; job < n_matrices * strips * chunks;
+       job += blocks) {
+    const int matrix = job / (strips * chunks), rest = job % (strips * chunks);
     const int column = (rest % strips * lanes + lane) * V;
     const int start = rest / strips * chunk;
     const int end = min(n_rows, start + chunk);
     if (threadIdx.x >= height * lanes || column >= n_columns) continue;
-    const Size j0 = static_cast<Size>(block) * W.r + column;
-    A kept[2][V] = {};
+    const Size j = static_cast<Size>(matrix) * W.r + column;  // of q
+    Pack<A, V> kept[2] = {};
     if (is_one)
 #pragma unroll
       for (int which = 0; which < 2; ++which)
-        for (int v = 0; v < V && which < kinds; ++v)
-          kept[which][v] = is_flat ? pairs.p(first, which, column + v)
-                                   : pairs.q(first, which, j0 + v);
-    const Size origin = static_cast<Size>(block) * n_rows;
+        if (which < pairs.kinds)
+          kept[which] = pairs.entries<V>(
+              !is_flat, pairs.last, which, is_flat ? column : j);
+    const Size origin =
+        static_cast<Size>(matrix) * n_rows * n_columns + column;
     for (int row = start + threadIdx.x / lanes; row < end; row += N * height) {
       Pack<T, V> gs[N];
-#pragma unroll
-      for (int i = 0; i < N; ++i)
-        if (gy && row + i * height < end)
-          gs[i] = *pack<V>(
-              gy + (origin + row + i * height) * n_columns + column);
+      A xs[N][2] = {};  // what belongs to the rows of the only pair
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const int at = row + i * height;
-        if (at >= end) break;
+        if (at >= end) continue;
+        if (gy)
+          gs[i] = *pack<V>(gy + origin + static_cast<Size>(at) * n_columns);
+        if (is_one)
+#pragma unroll
+          for (int which = 0; which < 2; ++which)
+            if (which < pairs.kinds)
+              xs[i][which] =
+                  pairs.entries<1>(is_flat, pairs.last, which, at).x[0];
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const int at = row + i * height;
+        if (at >= end) continue;
         A sum[V] = {};
         if (is_one) {
 #pragma unroll
-          for (int which = 0; which < 2; ++which) {
-            const A x = which == kinds ? 0
-                : is_flat              ? pairs.q(first, which, at)
-                                       : pairs.p(first, which, at);
-#pragma unroll
-            for (int v = 0; v < V; ++v) sum[v] += x * kept[which][v];
-          }
+          for (int v = 0; v < V; ++v)
+            sum[v] = xs[i][0] * kept[0].x[v] + xs[i][1] * kept[1].x[v];
         } else {
-          for (int k = first; k <= pairs.last; ++k)
-            for (int which = 0; which < kinds; ++which)
+          for (int k = pairs.first; k <= pairs.last; ++k)
 #pragma unroll
-              for (int v = 0; v < V; ++v)
-                sum[v] += is_flat
-                    ? pairs.q(k, which, at) * pairs.p(k, which, column + v)
-                    : pairs.p(k, which, at) * pairs.q(k, which, j0 + v);
+            for (int which = 0; which < 2; ++which) {
+              const A x = pairs.entries<1>(is_flat, k, which, at).x[0];
+              const Pack<A, V> y = pairs.entries<V>(
+                  !is_flat, k, which, is_flat ? column : j);
+#pragma unroll
+              for (int v = 0; v < V; ++v) sum[v] += x * y.x[v];
+            }
         }
         Pack<T, V> out;
 #pragma unroll
         for (int v = 0; v < V; ++v)
           out.x[v] = static_cast<T>(
               (gy ? a * static_cast<A>(gs[i].x[v]) : 0) + c * sum[v]);
-        *pack<V>(gw + (origin + at) * n_columns + column) = out;
+        *pack<V>(gw + origin + static_cast<Size>(at) * n_columns) = out;
       }
     }
   }
 }
 
 __device__ void correct_all(
-    const Weight& W, const Pairs& pairs, const T* gy, T* gw,
-    const Coefficients& of, int chunk, bool is_wide, int blocks) {
-  const Factor a(of.a), c(of.c);
+    const Weight& W, const Pairs& pairs, const T* gy, T* gw, double a_,
+    double c_, int chunk, bool is_wide, int blocks) {
+  const Factor a(a_), c(c_);
   is_wide = is_wide && (W.r == 1 ? W.m : W.r) % WIDE == 0;
   if (pairs.first == pairs.last) {
     if (is_wide)

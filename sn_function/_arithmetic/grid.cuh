@@ -49,7 +49,8 @@ __device__ void product_by_columns(
     if (o < columns.n_out) {
       const Size base = columns.base(o);
       add_products<batch_of<V>(), V, has_gy, false>(
-          W.w + base, gy + base, x, W.scale, Steps{columns.step},
+          W.w + base, gy + base, x, W.scale,
+          Steps(columns.step, blockDim.x / lanes),
           p * chunk + threadIdx.x / lanes, end, blockDim.x / lanes, sum,
           found);
     }
@@ -85,7 +86,7 @@ __device__ void product_by_rows(
     A sum = 0;
     if (o >= 0)
       add_products<batch_of<V>(), V, has_gy, true>(
-          W.w + rows.base(o), gy + rows.base(o), x, W.scale, Steps{V},
+          W.w + rows.base(o), gy + rows.base(o), x, W.scale, Steps(V, lanes),
           p * chunk + threadIdx.x % lanes, min(n, (p + 1) * chunk), lanes,
           &sum, found);
     sum = sum_over(sum, lanes, shared) * factor;

@@ -334,8 +334,8 @@ finish_fwd = Raw('sn_finish_fwd', """
       double t = k == K - 1 ? last : norms[K + k];
       t = t == 0 ? 1 : t;
       if (first == 0) {
-        state.s_norms[k] = s;
-        state.t_norms[k] = t / s;
+        state.s_norm(k) = s;
+        state.t_norm(k) = t / s;
       }
       for (Size i = first; i < m; i += by)
         state.u(k + 1)[i] /= static_cast<A>(t);
@@ -395,7 +395,7 @@ correct_bwd = Raw('sn_correct_bwd', """
   if (!gw) return;
   const Pairs pairs(State(numbers, W, K), Bars(coefficients, W, K), K, detach,
                     sums, of_y);
-  correct_all(W, pairs, gy, gw, of, chunk, is_wide, blocks);
+  correct_all(W, pairs, gy, gw, of.a, of.c, chunk, is_wide, blocks);
 }""")
 
 # The whole forward: K iterations, u, and Y unless it is not wanted.
@@ -440,12 +440,14 @@ fused_bwd = Raw('sn_fused_bwd', """
   const Bars bars(coefficients, W, K);
   const double dot = gy ? block_sum(inner_of_all(
       w, gy, W.size(), is_wide, threadIdx.x, blockDim.x), shared) : 0;
-  const Coefficients of(numbers, dot, gy, gsigma);
-  if (threadIdx.x == 0) of.write(dot, factor, numbers, coefficients, ggamma);
+  if (threadIdx.x == 0)
+    Coefficients(numbers, dot, gy, gsigma)
+        .write(dot, factor, numbers, coefficients, ggamma);
   if (!detach && (gw || need_u)) go_back(W, state, bars, K, need_u, shared);
+  __syncthreads();
   if (gw)
-    correct_all(W, Pairs(state, bars, K, detach, false, 0), gy, gw, of, m,
-                is_wide, 1);
+    correct_all(W, Pairs(state, bars, K, detach, false, 0), gy, gw,
+                coefficients[GY], coefficients[GSIGMA], m, is_wide, 1);
 }""", 'FUSED_BLOCK_SIZE', '512, 1')
 
 ALL = (middle_product, renew_gamma, gradient_of_u, product, gather, finish_fwd,

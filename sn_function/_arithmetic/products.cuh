@@ -126,6 +126,24 @@ struct Found {
   A largest;
 };
 
+// Where the entries of a sum are: at equal distances, or in blocks of r.
+struct Steps {
+  Size step, hop;  // of one entry, and of as many as there are threads
+  __device__ Steps(Size step, int by) : step(step), hop(step * by) {}
+  __device__ Size operator()(int q, int i, int by) const {
+    return q * step + i * hop;
+  }
+};
+
+struct Blocks {
+  int r;
+  Size block;
+  __device__ Size operator()(int q, int i, int by) const {
+    const int j = q + i * by;
+    return j / r * block + j % r;
+  }
+};
+
 // One batch of N loads, which are on their way together: the products of V
 // entries each at q, q + by, ...; those before end, unless all are.  Adds them
 // to sum[v] for a column, to sum[0] for a row.  By one thread.
@@ -138,13 +156,11 @@ __device__ void add_batch(
   const int V_of_x = is_row ? V : 1;
   Pack<T, V> ws[N], gs[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const int j = q + i * by;
-    if (is_full || j < end) {
-      ws[i] = *pack<V>(w + at(j));
-      if (has_gy) gs[i] = *pack<V>(gy + at(j));
+  for (int i = 0; i < N; ++i)
+    if (is_full || q + i * by < end) {
+      ws[i] = *pack<V>(w + at(q, i, by));
+      if (has_gy) gs[i] = *pack<V>(gy + at(q, i, by));
     }
-  }
 #pragma unroll
   for (int i = 0; i < N; ++i)
     if (is_full || q + i * by < end) {
@@ -168,26 +184,14 @@ template <int N, int V, bool has_gy, bool is_row, typename X, typename At>
 __device__ void add_products(
     const T* w, const T* gy, const X* x, A scale, const At& at, int first,
     int end, int by, A* sum, Found* found) {
-  for (int q = first; q < end; q += N * by)
-    if (q + (N - 1) * by < end)
-      add_batch<N, V, has_gy, is_row, true>(
-          w, gy, x, scale, at, q, end, by, sum, found);
-    else
-      add_batch<N, V, has_gy, is_row, false>(
-          w, gy, x, scale, at, q, end, by, sum, found);
+  int q = first;
+  for (; q + (N - 1) * by < end; q += N * by)
+    add_batch<N, V, has_gy, is_row, true>(
+        w, gy, x, scale, at, q, end, by, sum, found);
+  if (q < end)
+    add_batch<N, V, has_gy, is_row, false>(
+        w, gy, x, scale, at, q, end, by, sum, found);
 }
-
-// Where the entries of a sum are: at equal distances, or in blocks of r.
-struct Steps {
-  Size step;
-  __device__ Size operator()(int q) const { return q * step; }
-};
-
-struct Blocks {
-  int r;
-  Size block;
-  __device__ Size operator()(int q) const { return q / r * block + q % r; }
-};
 
 // The sum of x over neighbouring threads, n of them, a power of two.
 __device__ A sum_over(A x, int n, A* shared) {

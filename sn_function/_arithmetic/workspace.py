@@ -167,10 +167,10 @@ class Plan:
         lanes = -(-columns // strips)
         if strips > 1:
             lanes = _padded(lanes, 32)
-        chunk = 4 * (threads // lanes)  # 4 loads on their way
-        jobs = matrices * strips * -(-rows // chunk)
+        batch = 4 * (threads // lanes)  # 4 loads on their way
         # The vectors along the columns are read once a job.
-        chunk *= max(1, jobs // (2 * MAX_BLOCKS))
+        chunk = _padded(
+            -(-matrices * strips * rows // (4 * FEW_BLOCKS)), batch)
         jobs = matrices * strips * -(-rows // chunk)
         self.correct = _int32(chunk, self.is_wide, min(jobs, MAX_BLOCKS))
 
