@@ -230,6 +230,7 @@ def test_goals_are_met_or_missed():
         'n/a (at least 2.4)', 'n/a (at least 2)', '14.0',
         '1.40 (at most 1.5: met)')
     assert tables.goal_rows([dict(weight, dtype='float16')]) == []
+    assert tables.goals_text(report()) == 'goals: 1 met, 1 missed'
 
 
 def test_what_a_hook_adds_to_a_model():
@@ -367,7 +368,8 @@ def test_a_kernel_table_that_cannot_be_made_says_why():
     def fail():
         raise RuntimeError('no kernels')
 
-    assert kernel_times.table_of(None, fail) == 'RuntimeError: no kernels'
+    assert kernel_times.rows_or_reason(None, fail) == (
+        'RuntimeError: no kernels')
 
 
 # On a device, or on its stand-in.

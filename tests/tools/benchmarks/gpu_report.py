@@ -183,6 +183,13 @@ def goal_rows(weights: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     return rows
 
 
+def goals_text(report: dict[str, Any]) -> str:
+    """How many of them are met, in a line."""
+    text = str(goal_rows(report['weights']))
+    return (f'goals: {text.count(": met)")} met, '
+            f'{text.count(": missed)")} missed')
+
+
 MODEL_HEADER = ('contender', 'wall ms', '20 to 80 %', 'device ms',
                 'added by it, wall ms', 'launches')
 

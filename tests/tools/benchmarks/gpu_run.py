@@ -10,6 +10,7 @@ from tests.tools.benchmarks.gpu_report import (
     as_json,
     as_markdown,
     as_text,
+    goals_text,
     load,
 )
 from tests.tools.benchmarks.report import Budget, text_of
@@ -116,3 +117,4 @@ class Run:
         report = run()
         if args.markdown is None:
             print(as_text(report))
+        print(goals_text(report))

@@ -64,7 +64,7 @@ def environment() -> dict[str, str]:
 
 
 def make_steps(args: argparse.Namespace) -> list[Step]:
-    """All steps, in their order.  Their shares add up to ten minutes."""
+    """All steps, in their order; most end before their time is up."""
     python = [sys.executable, '-m']
 
     def tests(mark: str, files: Sequence[str], is_parallel: bool) -> Any:
@@ -73,6 +73,7 @@ def make_steps(args: argparse.Namespace) -> list[Step]:
             *python, 'pytest', '-m', mark, '-q', '--tb=short', '-W', 'default',
             '-o', 'faulthandler_timeout=25', '--durations=5',
             '--continue-on-collection-errors',
+            '-p', 'tests.tools.gpu.pytest_at_once',
             *(parallel if is_parallel and importlib.util.find_spec('xdist')
               else []),
             *shlex.split(args.pytest), *files]
@@ -93,16 +94,16 @@ def make_steps(args: argparse.Namespace) -> list[Step]:
         Step('device', 25, [*python, 'tests.tools.benchmarks.gpu', '--check'],
              is_needed=True),
         Step('tests', 90, tests('gpu', FIRST, True), ONE_THREAD),
-        Step('kernels', 60, [*python, 'tests.tools.gpu.kernel_times',
+        Step('kernels', 75, [*python, 'tests.tools.gpu.kernel_times',
                              str(args.out / KERNELS)]),
         Step('weights', 60, benchmark('gpu', 'goals')),
         Step('pytorch', 45, benchmark('gpu_torch', 'eager')),
         Step('models', 60, benchmark('gpu', 'models')),
         Step('cuda', 40, tests('cuda', marked(r'mark\.cuda'), False),
              ONE_THREAD),
-        Step('memcheck', 30, sanitizer('memcheck'), ONE_THREAD),
-        Step('racecheck', 30, sanitizer('racecheck'), ONE_THREAD),
-        Step('rest', 80, tests('gpu', rest, True), ONE_THREAD),
+        Step('memcheck', 45, sanitizer('memcheck'), ONE_THREAD),
+        Step('racecheck', 45, sanitizer('racecheck'), ONE_THREAD),
+        Step('rest', 90, tests('gpu', rest, True), ONE_THREAD),
         Step('sweep', 90, benchmark('gpu', 'sweep', 'float16', 'others')),
         Step('compile', 120, benchmark('gpu_torch', 'compile'))]
 

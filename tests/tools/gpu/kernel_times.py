@@ -16,6 +16,8 @@ from tests.tools.benchmarks.report import markdown_table, number, text_of
 from tests.tools.gpu.steps import NOT_HERE
 
 N_CALLS = 10
+PARTS = 'forward', 'backward'
+ALL = 'all'
 HEADER = 'part', 'kernel', 'launches', 'us each', 'us'
 
 
@@ -43,7 +45,7 @@ def rows_of(
              number(sum(us) / len(us)), number(sum(us) / n_calls))
             for name, us in times.items()]
     all_times = [x for us in times.values() for x in us]
-    return [*rows, (part, 'all', number(len(all_times) / n_calls), '',
+    return [*rows, (part, ALL, number(len(all_times) / n_calls), '',
                     number(sum(all_times) / n_calls))]
 
 
@@ -66,17 +68,15 @@ def profiled(torch: Any, step: Callable[[], Any]) -> list[tuple[str, float]]:
     return [(event.name, event.time_range.elapsed_us()) for event in events]
 
 
-def table_of(torch: Any, make: Callable[[], Any]) -> str:
-    """The table of a contender, or why there is none."""
+def rows_or_reason(
+        torch: Any, make: Callable[[], Any]) -> list[tuple[str, ...]] | str:
+    """The rows of the table of a contender, or why there are none."""
     try:
         contender = make()
-        rows = []
-        for part in ('forward', 'backward'):
-            rows += rows_of(
-                part, profiled(torch, getattr(contender, part)), N_CALLS)
+        return [row for part in PARTS for row in rows_of(
+            part, profiled(torch, getattr(contender, part)), N_CALLS)]
     except Exception as error:
         return text_of(error)
-    return markdown_table(HEADER, rows)
 
 
 def main(path: pathlib.Path) -> int:
@@ -91,24 +91,34 @@ def main(path: pathlib.Path) -> int:
     # After PyTorch: this imports CuPy.
     from tests.tools.benchmarks import gpu, gpu_torch
 
-    n_tables = 0
+    sums: list[tuple[str, ...]] = []
     with path.open('w', encoding='utf-8') as f:
-        f.write(f'# Kernel times, {torch.cuda.get_device_name()}, '
-                f'PyTorch {torch.__version__}\n\n'
-                f'Means of {N_CALLS} calls; float32, K = 1.\n')
+        def write(text: str) -> None:
+            f.write(text + '\n')
+            f.flush()
+
+        write(f'# Kernel times, {torch.cuda.get_device_name()}, '
+              f'PyTorch {torch.__version__}\n\n'
+              f'Means of {N_CALLS} calls; float32, K = 1.')
         for shape in gpu.GOAL_SHAPES:
             W, gY = gpu.arrays(shape, 'float32')
-            to_make = {
-                **gpu.makers(W, gY),
-                'PyTorch': functools.partial(
-                    gpu_torch.make_contender, W.get(), gY.get())}
-            for name, make in to_make.items():
-                text = table_of(torch, make)
-                n_tables += text.startswith('|')
-                f.write(f'\n## {shape}, {name}\n\n{text}\n')
-                f.flush()
-    print(f'{n_tables} tables')
-    return 0 if n_tables else 1
+            for name, make in {
+                    **gpu.makers(W, gY),
+                    'PyTorch': functools.partial(
+                        gpu_torch.make_contender, W.get(), gY.get())}.items():
+                found = rows_or_reason(torch, make)
+                write(f'\n## {shape}, {name}\n')
+                if isinstance(found, str):
+                    write(found)
+                    continue
+                write(markdown_table(HEADER, found))
+                sums.append((shape, name, *(
+                    row[-1] for row in found if row[1] == ALL)))
+        if sums:
+            write('\n## All kernels, us\n\n' + markdown_table(
+                ('weight', 'contender', *PARTS), sums))
+    print(f'{len(sums)} tables')
+    return 0 if sums else 1
 
 
 if __name__ == '__main__':
