@@ -137,12 +137,14 @@ def examine(
     """Returns all numbers of each of these."""
     results: dict[str, dict[str, Any]] = {name: {} for name in contenders}
     for part in PARTS:
-        steps = {name: getattr(c, part) for name, c in contenders.items()}
-        found = measure(steps, time_on_device, budget, N_ROUNDS)
+        found = measure(
+            {name: getattr(c, part) for name, c in contenders.items()},
+            time_on_device, budget, N_ROUNDS)
         for name, numbers in found.items():
             results[name][part] = numbers
-            add_graph(steps[name], numbers, budget)
     for name, contender in contenders.items():
+        for part in PARTS:
+            add_graph(getattr(contender, part), results[name][part], budget)
         if budget.left > 0:
             try:
                 contender.clear()

@@ -19,7 +19,6 @@ import numpy as np
 from tests.tools.benchmarks.contenders import (
     BUILT_IN,
     OF_PEERS,
-    Case,
     Contender,
     Weight,
     built_in,
@@ -179,13 +178,12 @@ def model_contender(
 
 def model_makers(shapes: Shapes, device: str = HOST) -> Makers:
     send = chainer.get_device(device).send
-    # Nothing writes into them, so models can share them.
-    cases = {shape: Case(*map(send, case_of(shape)[:3]))
-             for shape in set(shapes)}
+    # Nothing writes into them, so models on the host can share them.
+    cases = {shape: case_of(shape) for shape in set(shapes)}
 
     def make(way: Way) -> Contender:
         return model_contender(
-            Model(*(Weight(cases[shape].W, cases[shape].gY)
+            Model(*(Weight(send(cases[shape].W), send(cases[shape].gY))
                     for shape in shapes)), way, device)
 
     return {name: functools.partial(make, way) for name, way in WAYS.items()}
