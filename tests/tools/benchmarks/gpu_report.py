@@ -116,7 +116,6 @@ def launches_text(contender: dict[str, Any]) -> str:
     return ' + '.join('n/a' if n is None else str(n) for n in counts)
 
 
-
 HEADER = ('contender', 'forward us', 'backward us', 'both us',
           'both, 20 to 80 %', 'launches', 'extra MiB', 'over floor')
 
