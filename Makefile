@@ -41,7 +41,7 @@ help:
 	@echo 'make threads  four threads that call one model (CPU, 20 minutes)'
 	@echo 'make nvrtc    compile every CUDA kernel, without a device'
 	@echo 'make mutants  can the tests of the kernels fail?'
-	@echo 'make gpu      tests and benchmark on a CUDA device, without network'
+	@echo 'make gpu      tests and benchmark on a CUDA device (10 minutes)'
 	@echo 'make gpu-bundle  what make gpu may lack there, into gpu-bundle/'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make docs     build the documentation, warnings are errors'
@@ -148,55 +148,14 @@ mutants: setup
 	$(PY) -m tests.tools.mutants
 
 # On a machine with a CUDA device there may be no network, and no .venv/: an
-# interpreter that has NumPy, CuPy and pytest is enough.  What it lacks is
-# taken from gpu-bundle/, made by `make gpu-bundle` and copied there.
+# interpreter that has NumPy and CuPy is enough.  What it lacks is taken from
+# gpu-bundle/, made by `make gpu-bundle` and copied there.  GPU='--seconds 300'
+# is a shorter run; `python3 -m tests.tools.gpu --help` lists the options.
 GPU_PYTHON ?= python3
 GPU_OUT ?= result-gpu
-# Wheels are zip files: no pip is needed.  What is installed is left alone.
-define UNPACK
-import glob, importlib.metadata, importlib.util, os, sys, zipfile
-for path in glob.glob('gpu-bundle/*.whl'):
-    name = os.path.basename(path).split('-')[0]
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        print('from gpu-bundle/:', name)
-        zipfile.ZipFile(path).extractall('gpu-bundle/site')
-sys.path.append('gpu-bundle/site')
-for name in ('numpy', 'cupy', 'chainer', 'pytest'):
-    if importlib.util.find_spec(name) is None:
-        sys.exit(name + ' is missing: see docs/benchmarks/README.md')
-endef
-export UNPACK
-# CuPy 14 has no cuDNN, and Chainer would warn of it.  Plugins of pytest that
-# happen to be there are not asked for.
-GPU_ENV = PYTHONPATH="$(CURDIR):$(CURDIR)/gpu-bundle/site" CHAINER_CUDNN=0 \
-	PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 \
-	CUPY_CACHE_DIR="$(CURDIR)/.cache/cupy" \
-	TRITON_CACHE_DIR="$(CURDIR)/.cache/triton" \
-	TORCHINDUCTOR_CACHE_DIR="$(CURDIR)/.cache/inductor"
 
-# What only a device can show comes first.  Only files that have such tests are
-# imported: the others may need more.  The benchmark is run in any case.
 gpu:
-	@rm -rf gpu-bundle/site
-	@PYTHONPATH= $(GPU_PYTHON) -c "$$UNPACK"
-	@mkdir -p $(GPU_OUT)
-	$(GPU_ENV) $(GPU_PYTHON) -m tests.tools.benchmarks.gpu --check
-	@status=0; set -x; \
-	for part in 'cuda 80' 'gpu 210'; do \
-	set -- $$part; \
-	$(GPU_ENV) timeout -s INT $$2 $(GPU_PYTHON) -m pytest -m $$1 \
-		-W default -o faulthandler_timeout=60 --durations 10 \
-		--continue-on-collection-errors \
-		--junitxml $(GPU_OUT)/tests-$$1.xml \
-		$$(grep -rlE --include='test_*.py' \
-		'mark\.(gpu|cuda)|inject_backend' tests) \
-		|| status=$$?; done; \
-	$(GPU_ENV) timeout 180 $(GPU_PYTHON) -m tests.tools.benchmarks.gpu \
-		--seconds 150 --out $(GPU_OUT)/benchmark.json \
-		--markdown $(GPU_OUT)/benchmark.md || status=$$?; \
-	exit $$status
+	$(GPU_PYTHON) -m tests.tools.gpu --out $(GPU_OUT) $(GPU)
 
 # Chainer is built as in `setup`; the rest is what it and pytest require.
 gpu-bundle:
@@ -212,7 +171,8 @@ gpu-bundle:
 		--platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 \
 		--platform manylinux_2_27_x86_64 --platform manylinux_2_28_x86_64 \
 		--dest gpu-bundle filelock protobuf six \
-		typing_extensions pytest iniconfig packaging pluggy pygments
+		typing_extensions pytest iniconfig packaging pluggy pygments \
+		pytest-xdist execnet
 	rm -rf gpu-bundle/venv
 	@du -sh gpu-bundle
 

@@ -16,9 +16,8 @@ import chainer.links as L
 import numpy as np
 from chainer import link_hooks
 
-from tests.tools.benchmarks.report import DTYPES, text_of
+from tests.tools.benchmarks.report import BUILT_IN, DTYPES, text_of
 
-BUILT_IN = 'Chainer 7.8.1'
 # The package of each peer.
 PEERS = {'PyTorch': 'torch', 'torch.compile': 'torch', 'JAX': 'jax'}
 

@@ -27,9 +27,10 @@ from tests.tools.benchmarks.contenders import (
     ours,
     why_not,
 )
+from tests.tools.benchmarks.report import NO_HOOK
 
-NO_HOOK = 'no hook'
 EXAMPLES = pathlib.Path(__file__).parents[3] / 'examples'
+HOST = '@numpy'
 BATCH_SIZE = 4  # of the training steps
 
 Shapes = Sequence[Any]  # of tuples of int
@@ -154,10 +155,12 @@ def add_hooks(model: chainer.Chain, way: Way) -> Callable[[], Any]:
             else contextlib.nullcontext)
 
 
-def model_contender(model: Model, way: Way) -> Contender:
+def model_contender(
+        model: Model, way: Way, device: str = HOST) -> Contender:
     """A step of training: real, fake, the generator's, and one backward."""
+    model.to_device(device)
     scope = add_hooks(model, way)
-    x = np.zeros((), 'f')
+    x = model.device.send(np.zeros((), 'f'))
 
     def forward() -> Any:
         with contextlib.ExitStack() as stack:
@@ -173,13 +176,15 @@ def model_contender(model: Model, way: Way) -> Contender:
     return Contender(forward, backward, model.cleargrads)
 
 
-def model_makers(shapes: Shapes) -> Makers:
-    # Nothing writes into them, so models can share them.
+def model_makers(shapes: Shapes, device: str = HOST) -> Makers:
+    send = chainer.get_device(device).send
+    # Nothing writes into them, so models on the host can share them.
     cases = {shape: case_of(shape) for shape in set(shapes)}
 
     def make(way: Way) -> Contender:
-        return model_contender(Model(*(
-            Weight(cases[shape].W, cases[shape].gY) for shape in shapes)), way)
+        return model_contender(
+            Model(*(Weight(send(cases[shape].W), send(cases[shape].gY))
+                    for shape in shapes)), way, device)
 
     return {name: functools.partial(make, way) for name, way in WAYS.items()}
 
@@ -228,14 +233,16 @@ class ResNet(chainer.Sequential):
 
 
 def gan_contender(
-        make: Callable[[], chainer.Chain], size: int, way: Way) -> Contender:
+        make: Callable[[], chainer.Chain], size: int, way: Way,
+        device: str = HOST, batch_size: int = BATCH_SIZE) -> Contender:
     """Real and fake with an update, then the generator's pass."""
     np.random.seed(0)
     model = make()
+    model.to_device(device)
     scope = add_hooks(model, way)
     optimizer = chainer.optimizers.Adam(1e-4).setup(model)
-    real, fake = np.random.uniform(
-        -1, 1, (2, BATCH_SIZE, 3, size, size)).astype('f')
+    real, fake = model.device.send(np.random.uniform(
+        -1, 1, (2, batch_size, 3, size, size)).astype('f'))
 
     def step(_: Any) -> Any:
         with scope():
@@ -252,13 +259,15 @@ def gan_contender(
     return Contender(lambda: None, step, lambda: None, False)
 
 
-def demo_contender(hook: str, is_detached: bool) -> Contender:
+def demo_contender(
+        hook: str, is_detached: bool, gpu: int = -1) -> Contender:
     """A step of ``make demo``, as it is there."""
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
     demo: Any = importlib.import_module('train_sngan_digits')
     np.random.seed(0)
-    args = demo.parse_args(['--hook', hook, '--out', tempfile.gettempdir()])
+    args = demo.parse_args(['--hook', hook, '--out', tempfile.gettempdir(),
+                            '--gpu', str(gpu)])
     images = demo.digits_data.load(args.dataset)
     shape = images.train.shape[1:]
     gen, dis = demo.Generator(shape), demo.Discriminator(shape)
@@ -267,6 +276,8 @@ def demo_contender(hook: str, is_detached: bool) -> Contender:
         for of_link in link.local_link_hooks.values():
             if isinstance(of_link, sn_function.SpectralNormalization):
                 of_link.detach_uv = is_detached
+    gen.to_device(args.device)
+    dis.to_device(args.device)
     updater = demo.make_trainer(args, images, gen, dis, None).updater
 
     def step(_: Any) -> Any:
@@ -276,20 +287,24 @@ def demo_contender(hook: str, is_detached: bool) -> Contender:
     return Contender(lambda: None, step, lambda: None, False)
 
 
-def demo_makers() -> Makers:
+def demo_makers(gpu: int = -1) -> Makers:
     return {
-        NO_HOOK: lambda: demo_contender('none', False),
-        BUILT_IN: lambda: demo_contender('chainer', False),
-        'chain hook': lambda: demo_contender('sn_function', False),
-        'chain hook, detached': lambda: demo_contender('sn_function', True)}
+        NO_HOOK: lambda: demo_contender('none', False, gpu),
+        BUILT_IN: lambda: demo_contender('chainer', False, gpu),
+        'chain hook': lambda: demo_contender('sn_function', False, gpu),
+        'chain hook, detached': lambda: demo_contender(
+            'sn_function', True, gpu)}
 
 
-def gan_makers(make: Callable[[], chainer.Chain], size: int) -> Makers:
+def gan_makers(
+        make: Callable[[], chainer.Chain], size: int, device: str = HOST,
+        batch_size: int = BATCH_SIZE) -> Makers:
     ways = {name: WAYS[name] for name in (
         NO_HOOK, BUILT_IN, 'hook', 'chain hook', 'chain hook, cached',
         'the same, detached')}
-    return {name: functools.partial(gan_contender, make, size, way)
-            for name, way in ways.items()}
+    return {name: functools.partial(
+        gan_contender, make, size, way, device, batch_size)
+        for name, way in ways.items()}
 
 
 STEPS: dict[str, Callable[[], Makers]] = {
