@@ -117,7 +117,7 @@ class HookedWeight:
 
     def _discard_vector(self) -> None:
         setattr(self.link, self.hook.vector_name, None)
-        self.state.start = None
+        self.state.forget_start()
 
     def _warn(self, why: str) -> None:
         link = self.link
