@@ -78,11 +78,12 @@ class Scope:
         """
         key = _key(own.hook, own.link)
         if not self._has(key, own.hook, own.W):
-            try:
-                self._make([self._prepare(own), *self._others(own)])
-            except Exception:
-                # Others raise theirs when they are called.
-                self._make([self._prepare(own)])
+            with chainer.using_device(own.W.device):  # a copy goes there
+                try:
+                    self._make([self._prepare(own), *self._others(own)])
+                except Exception:
+                    # Others raise theirs when they are called.
+                    self._make([self._prepare(own)])
         shared = self._shared[key]
         is_train, = node.config('train')
         if is_train:
