@@ -303,10 +303,8 @@ class SpectralNormalization(LocalHook):
         except errors.VectorValueError:
             own.discard_bad_vector()
             return self._normalize(link)
-        state.v = iterations.v
+        state.keep(iterations, is_second_run)
         _LATEST[self] = weakref.ref(state)
-        if not is_second_run:
-            state.start = iterations.start
         if is_second_run or will_be_run_again:
             recompute.record(link, state, iterations.start)
         return Y

@@ -1,9 +1,9 @@
-"""A node of Chainer's graph with less overhead, for NumPy arrays.
+"""A node of Chainer's graph with less overhead, for NumPy and CuPy arrays.
 
 Chainer spends most of the time that a small weight takes, around the
-arithmetic.  :meth:`Node.apply` leaves out the steps that plain NumPy arrays do
-not need, and hands everything else to Chainer.  It relies on Chainer 7.8.1,
-which is the last release.
+arithmetic.  :meth:`Node.apply` leaves out the steps that plain arrays do not
+need, and hands everything else to Chainer.  It relies on Chainer 7.8.1, which
+is the last release.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import chainer
 import numpy
 from chainer import function_node
+from chainer.backends import cuda
 
 from sn_function._arithmetic import device, host
 from sn_function._arithmetic.interface import Arithmetic, Arrays
@@ -55,31 +56,46 @@ class Node(function_node.FunctionNode):
         is_plain = not (
             debug or schedule_func is not None or self._local_function_hooks
             or chainer.get_function_hooks())
-        variables, arrays = [], []
-        requires_grad = False
+        variables, nodes, arrays = [], [], []
         for x in inputs:
             if not isinstance(x, chainer.Variable):
                 x = chainer.as_variable(x)
             variables.append(x)
+            nodes.append(x.node)
             arrays.append(x.array)
-            requires_grad = requires_grad or x.requires_grad
-            is_plain = is_plain and (
-                x.layout is None and type(x.array) is numpy.ndarray)
-        if not is_plain:
+            is_plain = is_plain and x.layout is None
+        outputs = self._compute_plain(tuple(arrays)) if is_plain else None
+        if outputs is None:
             return super().apply(inputs)
-        outputs = self.compute(host, tuple(arrays))
+        requires_grad = any([x.requires_grad for x in nodes])
         results = tuple([variable(y, requires_grad) for y in outputs])
         self._input_layouts = (None,) * len(arrays)
         self._output_layouts = (None,) * len(outputs)
         self._output_count = len(outputs)
         if enable_backprop:
-            self.rank = max([x.rank for x in variables])
+            self.rank = max([x.rank for x in nodes])
             for y in results:
                 y.creator_node = self
-            self.inputs = tuple([x.node for x in variables])
+            self.inputs = tuple(nodes)
             self.outputs = tuple([weakref.ref(y.node) for y in results])
             self.retain_inputs(tuple(range(len(arrays))))
             for x in variables:
                 x.retain_data()
             self.lazy_grad_sum = lazy_grad_sum
         return results
+
+    def _compute_plain(self, arrays: Arrays) -> Arrays | None:
+        """Returns the outputs, or ``None`` for arrays that are not plain.
+
+        These are NumPy's, or CuPy's on one device, which need not be the
+        current one.
+        """
+        kinds = set(map(type, arrays))
+        if kinds == {numpy.ndarray}:
+            return self.compute(host, arrays)
+        first, *others = arrays
+        if kinds == {cuda.ndarray} and all([
+                x.device == first.device for x in others]):
+            with first.device:
+                return self.compute(device, arrays)
+        return None

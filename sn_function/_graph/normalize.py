@@ -274,16 +274,28 @@ def make_weight(
                          renewal), inputs
 
 
-def normalize(
+def apply(
         weights: Sequence[tuple[Normalization, list[ArrayOrVariable]]],
         is_shared: bool = False,
+) -> tuple[chainer.Variable, ...]:
+    """Normalizes weights in one node; returns the outputs of all.
+
+    Args:
+        weights: Results of :func:`make_weight`.
+        is_shared: Whether several calls use the outputs.
+
+    """
+    if not weights:
+        return ()
+    return SpectralNormalize(
+        [weight for weight, _ in weights], is_shared).apply(
+            [x for _, inputs in weights for x in inputs])
+
+
+def normalize(
+        weights: Sequence[tuple[Normalization, list[ArrayOrVariable]]],
 ) -> list[tuple[chainer.Variable, ...]]:
     """Normalizes weights in one node; returns the outputs of each."""
-    if not weights:
-        return []
-    function = SpectralNormalize(
-        [weight for weight, _ in weights], is_shared)
-    outputs = iter(function.apply(
-        [x for _, inputs in weights for x in inputs]))
+    outputs = iter(apply(weights))
     return [tuple([next(outputs) for _ in weight.output_names])
             for weight, _ in weights]

@@ -6,7 +6,7 @@ the graph.
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol, Sequence
+from typing import Any, Protocol
 
 import chainer
 
@@ -18,6 +18,7 @@ from sn_function._arithmetic.interface import (
     Array,
     Iterations,
     Renewal,
+    Settings,
 )
 from sn_function._graph import node
 from sn_function._graph import normalize as _graph
@@ -81,6 +82,19 @@ class HookedWeight:
         self.W = W
         self.state = LinkState.of(link, hook.weight_name)
 
+    @property
+    def settings(self) -> Settings:
+        """The hook's settings, checked, and what the link adds to them."""
+        hook, state = self.hook, self.state
+        given = (hook.n_power_iteration, hook.detach_uv, hook.factor,
+                 hook.eps, hook.cap, hook.groups)
+        if state.settings[0] != given:
+            state.settings = given, _graph.make_settings(
+                hook.n_power_iteration, output_axis(self.link),
+                hook.detach_uv, hook.factor, hook.eps, hook.cap,
+                groups_of(self.link, hook))
+        return state.settings[1]
+
     def vector_and_gamma(self) -> tuple[Array, chainer.Parameter | None]:
         """Returns u and gamma, initialized where they are not yet.
 
@@ -117,7 +131,7 @@ class HookedWeight:
 
     def _discard_vector(self) -> None:
         setattr(self.link, self.hook.vector_name, None)
-        self.state.start = None
+        self.state.forget_start()
 
     def _warn(self, why: str) -> None:
         link = self.link
@@ -132,7 +146,7 @@ class HookedWeight:
             self, u: Array, gamma: chainer.Parameter | None, update_u: bool,
             is_first: bool = True,
     ) -> tuple[_graph.Normalization, list[Any]]:
-        """Returns the weight for :func:`normalize`.
+        """Returns the weight for :func:`.normalize.apply`.
 
         Args:
             u: The vector.
@@ -142,20 +156,12 @@ class HookedWeight:
                 iterations have started from it already.
 
         """
-        hook, state = self.hook, self.state
         renewal = NEVER
         if is_first:
             is_train, = node.config('train')
-            renewal = renewal_of(hook, is_train, gamma, self.W)
-        given = (hook.n_power_iteration, hook.detach_uv, hook.factor,
-                 hook.eps, hook.cap, hook.groups)
-        if state.settings[0] != given:
-            state.settings = given, _graph.make_settings(
-                hook.n_power_iteration, output_axis(self.link),
-                hook.detach_uv, hook.factor, hook.eps, hook.cap,
-                groups_of(self.link, hook))
+            renewal = renewal_of(self.hook, is_train, gamma, self.W)
         return _graph.make_weight(
-            self.W, u, gamma, state.settings[1], ('Y',), update_u, renewal)
+            self.W, u, gamma, self.settings, ('Y',), update_u, renewal)
 
     def normalize(
             self, update_u: bool, is_second_run: bool = False,
@@ -171,22 +177,7 @@ class HookedWeight:
         u, gamma = self.vector_and_gamma()
         if is_second_run:
             u = recompute.start_vector(self.link, self.state, u)
-        result, = normalize([self.for_node(
-            u, gamma, update_u, is_first=not is_second_run)])
-        return result
-
-
-def normalize(
-        weights: Sequence[tuple[_graph.Normalization, list[Any]]],
-        is_shared: bool = False,
-) -> list[tuple[chainer.Variable, Iterations]]:
-    """Returns the normalized weights, in one node.
-
-    Args:
-        weights: Results of :meth:`HookedWeight.for_node`.
-        is_shared: Whether several calls use them.
-
-    """
-    outputs = _graph.normalize(weights, is_shared)
-    return [(Y, weight.iterations)
-            for (weight, _), (Y,) in zip(weights, outputs)]
+        weight, inputs = self.for_node(
+            u, gamma, update_u, is_first=not is_second_run)
+        Y, = _graph.apply([(weight, inputs)])
+        return Y, weight.iterations

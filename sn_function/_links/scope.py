@@ -7,17 +7,15 @@ from typing import Any, Iterable, Iterator, Sequence, Tuple
 import chainer
 
 from sn_function._arithmetic.interface import Iterations
-from sn_function._graph import node
+from sn_function._graph import node, normalize
 from sn_function._links import call, turn
-from sn_function._links.hooked_weight import (
-    Hook,
-    HookedWeight,
-    normalize,
-)
+from sn_function._links.hooked_weight import Hook, HookedWeight
 from sn_function._links.shared import SharedWeight
 
+# The id of the link, and the name of the weight.
+_Key = Tuple[int, str]
 # Its key, the weight, and what goes into the node.
-_Prepared = Tuple[Tuple[int, str], SharedWeight, Any]
+_Prepared = Tuple[_Key, SharedWeight, Any]
 
 
 class _Scopes(threading.local):
@@ -70,7 +68,7 @@ class Scope:
         self.links = {
             id(link): link for model in models for link in model.links()}
         self._kind: type[Hook] = kind
-        self._shared: dict[tuple[int, str], SharedWeight] = {}
+        self._shared: dict[_Key, SharedWeight] = {}
 
     def normalize(
             self, own: HookedWeight) -> tuple[chainer.Variable, Iterations]:
@@ -78,22 +76,22 @@ class Scope:
 
         All other weights that can be normalized now are made, too.
         """
-        if not self._has(own.hook, own.link, own.W):
-            try:
-                self._make([self._prepare(own), *self._others(own)])
-            except Exception:
-                # Others raise theirs when they are called.
-                self._make([self._prepare(own)])
-        shared = self._shared[_key(own.hook, own.link)]
+        key = _key(own.hook, own.link)
+        if not self._has(key, own.hook, own.W):
+            with chainer.using_device(own.W.device):  # a copy goes there
+                try:
+                    self._make([self._prepare(own), *self._others(own)])
+                except Exception:
+                    # Others raise theirs when they are called.
+                    self._make([self._prepare(own)])
+        shared = self._shared[key]
         is_train, = node.config('train')
         if is_train:
             shared.store_u(own.link)
         return shared.Y, shared.iterations
 
-    def _has(
-            self, hook: Hook, link: chainer.Link, W: chainer.Variable,
-    ) -> bool:
-        shared = self._shared.get(_key(hook, link))
+    def _has(self, key: _Key, hook: Hook, W: chainer.Variable) -> bool:
+        shared = self._shared.get(key)
         return shared is not None and shared.is_usable(hook, W)
 
     def _others(self, own: HookedWeight) -> Iterator[_Prepared]:
@@ -108,7 +106,7 @@ class Scope:
                         W.device != device
                         or not isinstance(W, chainer.Parameter)):
                     continue
-                if self._has(hook, link, W):
+                if self._has(_key(hook, link), hook, W):
                     continue
                 # Another thread may be moving its u.  To wait would be to
                 # hold one link and want the next, as that thread may do.
@@ -135,13 +133,13 @@ class Scope:
             new.u, gamma, update_u=True, is_first=is_first)
 
     def _make(self, weights: Sequence[_Prepared]) -> None:
-        results = normalize([x for _, _, x in weights], is_shared=True)
-        for (key, new, _), (Y, iterations) in zip(weights, results):
-            new.Y, new.iterations = Y, iterations
+        Ys = normalize.apply([x for _, _, x in weights], is_shared=True)
+        for Y, (key, new, (weight, _)) in zip(Ys, weights):
+            new.Y, new.iterations = Y, weight.iterations
             self._shared[key] = new
 
 
-def _key(hook: Hook, link: chainer.Link) -> tuple[int, str]:
+def _key(hook: Hook, link: chainer.Link) -> _Key:
     return id(link), hook.weight_name
 
 

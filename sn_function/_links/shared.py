@@ -36,13 +36,12 @@ class SharedWeight:
         self.hook, self.W, self.gamma = hook, W, gamma
         self.is_stored = False
         self.has_graph, = node.config('enable_backprop')
-        self._versions = [_version(x) for x in (W, gamma)]
+        self._of_W, self._of_gamma = _version(W), _version(gamma)
 
     def is_of(self, hook: Hook, W: chainer.Variable) -> bool:
         """Whether the hook made it from the weight as it is now."""
-        return hook is self.hook and W is self.W and all(
-            array is version[0] and t == version[1] for version, (array, t)
-            in zip(self._versions, map(_version, (W, self.gamma))))
+        return hook is self.hook and W is self.W and (
+            _is_at(W, self._of_W) and _is_at(self.gamma, self._of_gamma))
 
     def is_usable(self, hook: Hook, W: chainer.Variable) -> bool:
         """Whether a call may use it, now and as Chainer is configured."""
@@ -71,3 +70,8 @@ def _version(x: chainer.Variable | None) -> tuple[Any, Any]:
         return None, None
     rule = getattr(x, 'update_rule', None)
     return x.array, rule and rule.t
+
+
+def _is_at(x: chainer.Variable | None, version: tuple[Any, Any]) -> bool:
+    array, t = _version(x)
+    return array is version[0] and t == version[1]

@@ -7,6 +7,7 @@ from typing import Any, Callable
 import chainer
 
 from sn_function import errors
+from sn_function._arithmetic.interface import Iterations
 
 
 class LinkState:
@@ -17,8 +18,6 @@ class LinkState:
 
     Attributes:
         gamma_name (str or None): Name of the link's parameter gamma.
-        start (ndarray or None): The vector that the latest call started from.
-        v (ndarray or None): The right vector that the latest call found.
         settings (tuple): Those of the hook, and the node's, made of them.
 
     """
@@ -28,8 +27,9 @@ class LinkState:
             start: Any = None) -> None:
         self.weight_name = weight_name
         self.gamma_name = gamma_name
-        self.start = start
-        self.v: Any = None
+        self._start = start
+        self._first_run: Any = None  # the iterations of the latest one
+        self._latest: Any = None
         self.settings: Any = (None, None)
         self._link: Callable[[], Any] = lambda: None  # a weak reference
 
@@ -59,6 +59,30 @@ class LinkState:
     @staticmethod
     def _key(weight_name: str) -> str:
         return f'_{weight_name}_sn_state'
+
+    # Of the iterations both vectors are views, which are made on demand: on a
+    # device each takes as long as half a launch.
+
+    def keep(self, iterations: Iterations, is_second_run: bool) -> None:
+        """Keeps what a call found; a second run of it starts as the first."""
+        self._latest = iterations
+        if not is_second_run:
+            self._first_run = iterations
+
+    @property
+    def v(self) -> Any:
+        """The right vector that the latest call found, or ``None``."""
+        return None if self._latest is None else self._latest.v
+
+    @property
+    def start(self) -> Any:
+        """The vector that the latest call started from, or ``None``."""
+        return (self._start if self._first_run is None
+                else self._first_run.start)
+
+    def forget_start(self) -> None:
+        """Has the next call start from the vector of the link."""
+        self._start = self._first_run = None
 
     def __reduce__(self) -> Any:
         return _unpickle, (self.weight_name, self.gamma_name, self.start)

@@ -11,14 +11,14 @@ from chainer.utils import size_of_shape
 from sn_function import errors
 from sn_function._arithmetic.groups import Groups
 
+DECONVOLUTIONS = (L.Deconvolution2D, L.DeconvolutionND)
 # Links whose weight may have groups, one after another along axis 0.
-GROUPED = (
-    L.Convolution2D, L.ConvolutionND, L.Deconvolution2D, L.DeconvolutionND)
+GROUPED = (L.Convolution2D, L.ConvolutionND, *DECONVOLUTIONS)
 
 
 def output_axis(link: chainer.Link) -> int:
     """Returns the output axis of the link's weight."""
-    return int(isinstance(link, (L.Deconvolution2D, L.DeconvolutionND)))
+    return int(isinstance(link, DECONVOLUTIONS))
 
 
 def groups_of(link: chainer.Link, hook: Any) -> Groups | None:

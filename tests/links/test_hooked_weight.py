@@ -68,8 +68,8 @@ def test_gamma():
 
 def test_a_second_run_starts_where_the_first_did():
     weight = hooked(L.Linear(5, 6))
-    Y, iteration = weight.normalize(update_u=True)
-    weight.state.start = iteration.start
+    Y, iterations = weight.normalize(update_u=True)
+    weight.state.keep(iterations, is_second_run=False)
     after = weight.link.W_u.copy()
     again, _ = weight.normalize(update_u=False, is_second_run=True)
     np.testing.assert_array_equal(again.array, Y.array)

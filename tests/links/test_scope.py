@@ -108,3 +108,18 @@ def test_of_a_call(model):
     scope.restore_unless_called()
     assert scopes.covering(model[0]) is None
     assert 'forward' not in vars(model)
+
+
+@pytest.mark.cuda
+def test_on_a_device_that_is_not_current(model):
+    runtime = chainer.backends.cuda.cupy.cuda.runtime
+    if runtime.getDeviceCount() < 2:
+        pytest.skip('one device')
+    model.to_device('@cupy:1')
+    scope = scopes.Scope([model], Hook)
+    with chainer.using_device('@cupy:0'):
+        for link in model:
+            Y, iterations = scope.normalize(weight_of(link))
+            assert runtime.getDevice() == 0
+            assert {x.device.id for x in (
+                Y.array, iterations.u, link.W_u)} == {1}
