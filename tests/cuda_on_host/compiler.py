@@ -310,7 +310,8 @@ def _load(source, name, options, find_races):
         raise CompileError(
             'cannot read this declaration: ' + match.group(0))
     text = f'#include "cuda_on_host.h"\n#line 1\n{text}\nCOH_EXPORT({name})\n'
-    flags = (*_translate_options(options), *_FLAGS, '-fsanitize=bounds')
+    flags = (*_translate_options(options), *_FLAGS,
+             '-fsanitize=bounds,alignment')
     if find_races:
         flags = (*flags, '-fsanitize=thread', '-DCOH_RACES')
     if 'clang' not in _compiler()[1].decode(errors='replace'):

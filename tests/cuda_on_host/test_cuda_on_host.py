@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import time
 
@@ -644,6 +645,122 @@ def test_read_only_memory():
         _faulty('reads')((1,), (64,), (x, y, np.int32(0)))
 
 
+# ---------------------------------------------------------------- vectors
+
+_PACKS = """
+#include <cupy/float16.cuh>
+typedef %s T;
+struct alignas(16) Pack { T x[16 / sizeof(T)]; };
+enum { N = 16 / sizeof(T) };
+struct Twice {
+  __device__ T operator()(T v) const { return static_cast<T>(v + v); }
+};
+template <typename F>
+__device__ __noinline__ void each(
+    const T* __restrict__ p, T* __restrict__ q, const F& f) {
+  const Pack a = *reinterpret_cast<const Pack*>(p);
+  Pack b;
+#pragma unroll 4
+  for (int k = 0; k < N; ++k) b.x[k] = f(a.x[k]);
+  *reinterpret_cast<Pack*>(q) = b;
+}
+extern "C" __global__ void __launch_bounds__(256, 2) twice(
+    const T* __restrict__ x, T* __restrict__ y, int n) {
+  __builtin_assume(n %% N == 0);
+  const T* row = x + blockIdx.y * n;
+  const auto at = [=](int i) { return y + blockIdx.y * n + i; };
+  const int step = gridDim.x * blockDim.x * N;
+  for (int i = N * (blockIdx.x * blockDim.x + threadIdx.x); i < n; i += step)
+    each(row + i, at(i), Twice());
+}
+"""
+
+
+def _twice(dtype, options=()):
+    name = {'e': 'float16', 'f': 'float', 'd': 'double'}[dtype]
+    return cuda.raw(_PACKS % name, 'twice', options)
+
+
+@pytest.mark.parametrize('races', [False, True])
+@pytest.mark.parametrize('options', [
+    (), ('--std=c++11',), ('--std=c++14',)])
+@pytest.mark.parametrize('dtype', 'efd')
+def test_packs(dtype, options, races):
+    x = np.arange(3 * 520).astype(dtype)
+    y = np.zeros_like(x)
+    with cuda.races() if races else contextlib.nullcontext():
+        _twice(dtype, options)((2, 3), (32,), (x, y, np.int32(520)))
+    np.testing.assert_array_equal(y, 2 * x)
+
+
+@pytest.mark.parametrize('races', [False, True])
+@pytest.mark.parametrize('off', ['x', 'y'])
+@pytest.mark.parametrize('dtype', 'efd')
+def test_a_misaligned_pack_is_found(dtype, off, races):
+    """Memory of the host is aligned by chance; that of a device is not."""
+    kernel = _twice(dtype)
+    for k in range(1, 16 // np.dtype(dtype).itemsize + 1):
+        x, y = np.ones(528, dtype), np.zeros(528, dtype)
+        x, y = (x[k:], y) if off == 'x' else (x, y[k:])
+        args = (1,), (32,), (x, y, np.int32(512))
+        with cuda.races() if races else contextlib.nullcontext():
+            if x[:1].strides[0] * k % 16 == 0:
+                kernel(*args)
+                np.testing.assert_array_equal(y[:512], 2)
+            else:
+                with pytest.raises(cuda.KernelFault, match=(
+                        f"misaligned access: byte .* of argument '{off}' is "
+                        'at no multiple of 16 bytes')):
+                    kernel(*args)
+
+
+def test_a_row_of_an_odd_length_is_misaligned():
+    x, y = np.ones(2 * 514, 'f'), np.zeros(2 * 514, 'f')
+    with pytest.raises(cuda.KernelFault, match='wrong assumption'):
+        _twice('f')((1, 2), (32,), (x, y, np.int32(514)))
+    code = (_PACKS % 'float').replace('__builtin_assume', '(void)')
+    with pytest.raises(cuda.KernelFault, match=r'block \(0, 1, 0\).*misal'):
+        cuda.raw(code, 'twice')((1, 2), (32,), (x, y, np.int32(514)))
+
+
+_VECTORS = """
+extern "C" __global__ void vectors(
+    const float4* a, const double2* b, const uint4* c, const float2* d,
+    float4* e, double2* f, uint4* g, float2* h) {
+  const int t = threadIdx.x;
+  const float4 p = __ldg(a + t);
+  const double2 q = __ldcs(b + t);
+  const uint4 r = __ldcg(c + t);
+  __stcs(e + t, make_float4(p.w, p.z, p.y, p.x));
+  f[t] = make_double2(q.y, q.x);
+  g[t] = make_uint4(r.w, r.z, r.y, r.x);
+  h[t].x = __ldg(&d[t].y);
+  h[t].y = d[t].x;
+}
+"""
+
+
+@pytest.mark.parametrize('races', [False, True])
+def test_vectors(races):
+    arrays = [np.arange(32 * n).astype(dtype).reshape(32, n) for dtype, n in (
+        ('f', 4), ('d', 2), ('I', 4), ('f', 2))]
+    results = [np.zeros_like(x) for x in arrays]
+    with cuda.races() if races else contextlib.nullcontext():
+        cuda.raw(_VECTORS, 'vectors')((1,), (32,), (*arrays, *results))
+    for x, y in zip(arrays, results):
+        np.testing.assert_array_equal(y, x[:, ::-1])
+
+
+def test_no_hint_for_a_type_of_ones_own():
+    """CUDA has no such load either."""
+    code = (_PACKS % 'float').replace(
+        '*reinterpret_cast<const Pack*>(p)',
+        '__ldg(reinterpret_cast<const Pack*>(p))')
+    with pytest.raises(cuda.CompileError, match='__ldg'):
+        cuda.raw(code, 'twice')(
+            (1,), (32,), (np.ones(8, 'f'), np.zeros(8, 'f'), np.int32(8)))
+
+
 def test_limits_of_a_launch():
     kernel = cuda.raw(_BLOCK_SUM, 'block_sum')
     args = np.zeros(8, 'float32'), np.zeros(1, 'float32'), np.int32(8)
@@ -785,12 +902,82 @@ def test_no_races_are_found_where_there_are_none(order):
         np.testing.assert_array_equal(add(a, a), 2 * a)
 
 
-def test_races_of_blocks():
-    x = np.zeros(1, 'float32')
+_RACES_OF_BLOCKS = {
+    'last_wins': ('y[0] = b;', 'writes .* written, in another block'),
+    'same_value': ('y[0] = 1;', 'writes .* written, in another block'),
+    'written_first': ('y[b] = 1; if (b == 1) y[3] = y[0];',
+                      '(reads .* written|writes .* read), in another block'),
+    'read_by_all': ('y[b + 1] = y[0]; if (b == 2) y[0] = 1;',
+                    '(reads .* written|writes .* read), in another block'),
+    'through_a_pack': (
+        'if (b == 2) y[2] = 1;'
+        'else { const float4 v = *reinterpret_cast<const float4*>(y);'
+        '       y[4 + b] = v.x + v.z; }',
+        "byte 8 of argument 'y', .* in another block"),
+    'not_atomic': ('atomicAdd(y, 1.0f); if (b == 1) y[0] = 1;',
+                   'in another block'),
+    'reads_an_atomic': ('atomicAdd(y, 1.0f); y[b + 1] = y[0];',
+                        'writes .* read, in another block'),
+    'no_fence': ('y[b] = 1; if (atomicAdd(n, 1) == 2) y[3] = y[0] + y[1];',
+                 'reads .* written, in another block'),
+    'no_atomic': ('y[b] = 1; __threadfence(); y[3 + b] = y[(b + 1) % 3];',
+                  '(reads .* written|writes .* read), in another block'),
+    'late': ('__threadfence(); y[b] = 1;'
+             'if (atomicAdd(n, 1) == 2) y[3] = y[0] + y[1] + y[2];',
+             'reads .* written, in another block'),
+    'elsewhere': ('y[b] = 1; __threadfence();'
+                  'atomicAdd(n + b, 1); y[3 + b] = y[(b + 1) % 3];',
+                  '(reads .* written|writes .* read), in another block'),
+}
+_NO_RACES_OF_BLOCKS = {
+    'own_place': 'y[b] = x[0]; y[b] += x[0];',
+    'all_read': 'y[b] = x[0] + x[1] + x[2];',
+    'atomics': 'atomicAdd(y, x[b]);',
+    'shared': '__shared__ float s; s = x[b]; y[b] = s;',
+    'last_block': 'y[b] = x[b]; __threadfence();'
+                  'if (atomicAdd(n, 1) == 2) {'
+                  '  __threadfence(); y[3] = y[0] + y[1] + y[2]; }',
+}
+
+
+def _run_blocks(name, code):
+    x, y = np.ones(8, 'float32'), np.zeros(8, 'float32')
+    cuda.raw(f"""
+        extern "C" __global__ void {name}(const float* x, float* y, int* n) {{
+          const int b = blockIdx.x;
+          {code}
+        }}""", name)((3,), (1,), (x, y, np.zeros(3, 'int32')))
+    return y
+
+
+@pytest.mark.parametrize('order', SCHEDULES)
+@pytest.mark.parametrize('name', _RACES_OF_BLOCKS)
+def test_races_of_blocks(name, order):
+    code, message = _RACES_OF_BLOCKS[name]
+    with cuda.schedule(order):
+        _run_blocks(name, code)
+        with cuda.races(), pytest.raises(
+                cuda.KernelFault, match='race: .*' + message):
+            _run_blocks(name, code)
+
+
+@pytest.mark.parametrize('order', SCHEDULES)
+def test_no_races_of_blocks_are_found_where_there_are_none(order):
+    with cuda.schedule(order), cuda.races():
+        for name, code in _NO_RACES_OF_BLOCKS.items():
+            _run_blocks(name, code)
+        assert _run_blocks(
+            'last_block', _NO_RACES_OF_BLOCKS['last_block'])[3] == 3
+        test_grid_and_atomics(order)
+
+
+def test_what_the_next_launch_does_is_no_race():
+    x, y = np.ones(8, 'float32'), np.zeros(8, 'float32')
     kernel = cuda.raw("""
-        extern "C" __global__ void last_wins(float* x) {
-          x[0] = blockIdx.x;
-        }""", 'last_wins')
-    kernel((3,), (1,), (x,))
-    with cuda.races(), pytest.raises(cuda.KernelFault, match='another block'):
-        kernel((3,), (1,), (x,))
+        extern "C" __global__ void in_turn(const float* x, float* y, int k) {
+          if (blockIdx.x == k) y[k] = x[k]; else if (k) y[7] = y[k - 1];
+        }""", 'in_turn')
+    with cuda.races():
+        for k in range(2):
+            kernel((2,), (1,), (x, y, np.int32(k)))
+    assert y[7] == 1

@@ -52,6 +52,7 @@ uint64_t coh_barrier(int kind, int value);
 uint64_t coh_warp(int kind, unsigned int mask, uint64_t value, int argument,
                   int width);
 unsigned int coh_active();
+void coh_fence();
 void coh_fail(const char* format, ...) __attribute__((noreturn));
 }
 
@@ -61,6 +62,9 @@ static const int warpSize = 32;
 #define assert(e) \
   ((e) ? (void)0 : coh_fail("line %d: assertion failed: %s", __LINE__, #e))
 #define __trap() coh_fail("line %d: trap", __LINE__)
+// An assumption that is wrong is a fault.
+#define __builtin_assume(e) \
+  ((e) ? (void)0 : coh_fail("line %d: wrong assumption: %s", __LINE__, #e))
 
 #define COH_FN static inline __attribute__((unused))
 
@@ -72,9 +76,12 @@ COH_FN int __syncthreads_count(int p) { return (int)coh_barrier(3, p); }
 COH_FN void __syncwarp(unsigned int mask = 0xffffffffu) {
   coh_warp(0, mask, 0, 0, 32);
 }
-COH_FN void __threadfence() { asm volatile("" ::: "memory"); }
 COH_FN void __threadfence_block() { asm volatile("" ::: "memory"); }
-COH_FN void __threadfence_system() { asm volatile("" ::: "memory"); }
+COH_FN void __threadfence() {
+  coh_fence();
+  __threadfence_block();
+}
+COH_FN void __threadfence_system() { __threadfence(); }
 COH_FN void __nanosleep(unsigned int) {}
 COH_FN unsigned int __activemask() { return coh_active(); }
 
@@ -193,11 +200,6 @@ COH_FN double __longlong_as_double(long long v) {
   return coh_bits<double>(v);
 }
 
-template <typename T>
-inline T __ldg(const T* p) {
-  return *p;
-}
-
 COH_FN int __popc(unsigned int v) { return __builtin_popcount(v); }
 COH_FN int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 COH_FN int __clz(int v) { return v ? __builtin_clz((unsigned int)v) : 32; }
@@ -273,6 +275,10 @@ COH_FN double max(double a, float b) { return fmax(a, (double)b); }
   COH_FN name##4 make_##name##4(T x, T y, T z, T w) {                      \
     return name##4{x, y, z, w};                                            \
   }
+COH_VECTOR2(short, short, 4)
+COH_VECTOR4(short, short, 8)
+COH_VECTOR2(unsigned short, ushort, 4)
+COH_VECTOR4(unsigned short, ushort, 8)
 COH_VECTOR2(float, float, 8)
 COH_VECTOR4(float, float, 16)
 COH_VECTOR2(double, double, 16)
@@ -280,6 +286,49 @@ COH_VECTOR2(int, int, 8)
 COH_VECTOR4(int, int, 16)
 COH_VECTOR2(unsigned int, uint, 8)
 COH_VECTOR4(unsigned int, uint, 16)
+COH_VECTOR2(long long, longlong, 16)
+COH_VECTOR2(unsigned long long, ulonglong, 16)
+
+// Loads and stores with a hint for the caches; of no other types.
+#define COH_LOAD(name, T) \
+  COH_FN T name(const T* p) { return *p; }
+#define COH_STORE(name, T) \
+  COH_FN void name(T* p, T v) { *p = v; }
+#define COH_HINTS(T)    \
+  COH_LOAD(__ldg, T)    \
+  COH_LOAD(__ldca, T)   \
+  COH_LOAD(__ldcg, T)   \
+  COH_LOAD(__ldcs, T)   \
+  COH_LOAD(__ldcv, T)   \
+  COH_STORE(__stwb, T)  \
+  COH_STORE(__stcg, T)  \
+  COH_STORE(__stcs, T)
+COH_HINTS(char)
+COH_HINTS(signed char)
+COH_HINTS(unsigned char)
+COH_HINTS(short)
+COH_HINTS(unsigned short)
+COH_HINTS(int)
+COH_HINTS(unsigned int)
+COH_HINTS(long)
+COH_HINTS(unsigned long)
+COH_HINTS(long long)
+COH_HINTS(unsigned long long)
+COH_HINTS(float)
+COH_HINTS(double)
+COH_HINTS(short2)
+COH_HINTS(short4)
+COH_HINTS(ushort2)
+COH_HINTS(ushort4)
+COH_HINTS(int2)
+COH_HINTS(int4)
+COH_HINTS(uint2)
+COH_HINTS(uint4)
+COH_HINTS(longlong2)
+COH_HINTS(ulonglong2)
+COH_HINTS(float2)
+COH_HINTS(float4)
+COH_HINTS(double2)
 
 // -------------------------------- how the host learns of and calls a kernel
 struct __half;

@@ -215,7 +215,7 @@ bool make_pool() {
 // barriers of a block; an epoch of a warp is what lies between two
 // __syncwarp() of it.  A shuffle orders no memory.
 struct Access {
-  uint32_t interval, epoch, block;
+  uint32_t interval, epoch, block, fence;
   int16_t thread, warp;  // kMany where there are several
   bool atomic;
 };
@@ -225,6 +225,7 @@ struct Cell {
 };
 
 const int16_t kMany = -1;
+const uint32_t kManyBlocks = ~0u;
 Cell* cells;
 size_t n_cells, n_used;
 uint32_t interval_number, block_number, epochs[kMaxThreads / 32];
@@ -261,10 +262,23 @@ Cell* cell_of(uintptr_t key) {
   return c;
 }
 
+// An atomic operation behind a __threadfence() shows what the block has done
+// before the fence to whoever does one on the same place later.  A fence of
+// any of its threads is taken for one of all, so not all that is missing is
+// found.
+struct Atomic {
+  uintptr_t place;
+  uint32_t block, interval, fence;  // fence: the last one of the block
+  int16_t thread;
+};
+Atomic* atomics;
+size_t n_atomics, room_for_atomics;
+uint32_t n_fences, last_fence;
+
 void forget_accesses() {
   if (n_used) memset(cells, 0, n_cells * sizeof(Cell));
-  n_used = 0;
-  interval_number = block_number = 0;
+  n_used = n_atomics = 0;
+  interval_number = block_number = n_fences = last_fence = 0;
   memset(epochs, 0, sizeof(epochs));
 }
 
@@ -276,6 +290,44 @@ bool is_before(const Access& a, int thread, int warp) {
          (a.warp == warp && a.epoch < epochs[warp]);
 }
 
+// Does the current thread come after what another block has done?
+bool is_shown(const Access& a, int thread) {
+  for (size_t i = 0; i < n_atomics; ++i) {
+    const Atomic& mine = atomics[i];
+    if (mine.block != block_number ||
+        (mine.interval == interval_number && mine.thread != thread)) {
+      continue;
+    }
+    for (size_t j = 0; j < i; ++j) {
+      const Atomic& theirs = atomics[j];
+      if (theirs.block == a.block && theirs.place == mine.place &&
+          a.fence < theirs.fence &&
+          (a.interval < theirs.interval || a.thread == theirs.thread)) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+void remember_atomic(uintptr_t place, int thread) {
+  if (n_atomics == room_for_atomics) {
+    const size_t n = n_atomics ? 2 * n_atomics : 1024;
+    void* p = realloc(atomics, n * sizeof(Atomic));
+    if (!p) fail("no memory for what is known of atomics");
+    atomics = static_cast<Atomic*>(p);
+    room_for_atomics = n;
+  }
+  atomics[n_atomics++] = {place, block_number, interval_number, last_fence,
+                          static_cast<int16_t>(thread)};
+}
+
+// Was it done by another block, at any time?
+bool is_apart(const Access& a, int thread) {
+  return a.interval && a.block != block_number &&
+         (a.block == kManyBlocks || !is_shown(a, thread));
+}
+
 void describe_place(uintptr_t address, char* text, size_t size);
 
 void access(uintptr_t address, size_t size, bool write, bool atomic) {
@@ -283,18 +335,27 @@ void access(uintptr_t address, size_t size, bool write, bool atomic) {
   const uintptr_t pool = reinterpret_cast<uintptr_t>(stacks);
   if (address - pool < kStack * kMaxThreads) return;  // its own
   const int thread = static_cast<int>(current - threads), warp = thread / 32;
+  const bool global = address - reinterpret_cast<uintptr_t>(arena) < arena_size;
+  if (atomic) remember_atomic(address, thread);
   for (uintptr_t p = address; p < address + size; ++p) {
     Cell* c = cell_of(p);
     const char* other = nullptr;
-    if (!is_before(c->write, thread, warp) &&
-        !(atomic && c->write.atomic)) {
+    const char* where = "with no barrier between";
+    if (atomic && c->write.atomic) {
+      // in whichever order
+    } else if (!is_before(c->write, thread, warp)) {
       other = "written";
-    } else if (write && !is_before(c->read, thread, warp)) {
-      other = "read";
-    } else if (write && !atomic && c->write.interval && !c->write.atomic &&
-               c->write.block != block_number &&
-               p - reinterpret_cast<uintptr_t>(arena) < arena_size) {
-      other = "written in another block";
+    } else if (global && is_apart(c->write, thread)) {
+      other = "written";
+      where = "in another block";
+    }
+    if (!other && write) {
+      if (!is_before(c->read, thread, warp)) {
+        other = "read";
+      } else if (global && is_apart(c->read, thread)) {
+        other = "read";
+        where = "in another block";
+      }
     }
     if (other) {
       const int by = *other == 'r' ? c->read.thread : c->write.thread;
@@ -302,8 +363,8 @@ void access(uintptr_t address, size_t size, bool write, bool atomic) {
       snprintf(who, sizeof(who),
                by == kMany ? "several have" : "thread %d has", by);
       describe_place(p, place, sizeof(place));
-      fail("race: it %s %s, which %s %s, with no barrier between",
-           write ? "writes" : "reads", place, who, other);
+      fail("race: it %s %s, which %s %s, %s",
+           write ? "writes" : "reads", place, who, other, where);
     }
     Access* a = write ? &c->write : &c->read;
     int16_t t = static_cast<int16_t>(thread), w = static_cast<int16_t>(warp);
@@ -312,9 +373,11 @@ void access(uintptr_t address, size_t size, bool write, bool atomic) {
       if (a->thread != t) t = kMany;
       if (a->warp != w) w = kMany;
     }
+    a->block = !write && a->interval && a->block != block_number
+                   ? kManyBlocks : block_number;
     a->interval = interval_number;
     a->epoch = epochs[warp];
-    a->block = block_number;
+    a->fence = n_fences;
     a->thread = t;
     a->warp = w;
     a->atomic = atomic;
@@ -471,6 +534,7 @@ void run_block() {
     }
   }
   ++block_number;
+  last_fence = 0;
   for (;;) {
     ++interval_number;
     run_interval();
@@ -851,6 +915,23 @@ void __tsan_func_exit() {}
 
 void coh_atomic(void* p, size_t n) {
   access(reinterpret_cast<uintptr_t>(p), n, true, true);
+}
+
+void coh_fence() { last_fence = ++n_fences; }
+
+// What -fsanitize=alignment calls.
+void __ubsan_handle_type_mismatch_v1(void* data, uintptr_t address) {
+  struct Mismatch {
+    const char* file;
+    uint32_t line, column;
+    const void* type;
+    unsigned char log_alignment, kind;
+  };
+  const Mismatch* m = static_cast<const Mismatch*>(data);
+  char place[128];
+  describe_place(address, place, sizeof(place));
+  coh_fail("line %u: misaligned access: %s is at no multiple of %u bytes",
+           m->line, place, 1u << m->log_alignment);
 }
 
 // What -fsanitize=bounds calls.
