@@ -27,6 +27,10 @@ from sn_function import (
     functions,
 )
 from sn_function._arithmetic import kernels
+from sn_function.optimizer_hooks import (
+    SpectralNormPenalty,
+    SpectralNormProjection,
+)
 from tests.tools.benchmarks import gpu
 
 TOLERANCE = {'e': 3e-3, 'f': 3e-5, 'd': 1e-11}
@@ -556,6 +560,41 @@ class TestDevices:
             Y = hook.normalize_weight(link)
         assert {x.device.id for x in (
             link.W_u, link.gamma.array, Y.array)} == {1}
+
+    def test_a_vector_of_another_dtype(self, fused_size):
+        """As after a snapshot of a float64 model was loaded."""
+        link = L.Convolution2D(3, 64, 3)
+        link.to_device('@cupy:1')
+        hook = SpectralNormalization()
+        link.add_hook(hook)
+        with cuda.cupy.cuda.Device(1):
+            link.W_u = link.W_u.astype('d')
+        with self.all_on_device_1():
+            hook.normalize_weight(link)
+        assert (link.W_u.device.id, link.W_u.dtype) == (1, 'f')
+
+    @pytest.mark.parametrize('make_hook', [
+        lambda: SpectralNormPenalty(.1), lambda: SpectralNormProjection(1)])
+    def test_an_update(self, make_hook, fused_size):
+        def step(device):
+            np.random.seed(0)
+            link = L.Linear(30, 40)
+            optimizer = chainer.optimizers.SGD(.1).setup(link)
+            optimizer.add_hook(make_hook())
+            if device is not None:
+                link.to_device(f'@cupy:{device}')
+
+            def update():
+                np.random.seed(1)
+                link.cleargrads()
+                for x in link.params():
+                    x.grad = link.device.send(random(x.shape))
+                optimizer.update()
+                return [link.W.array]
+
+            return update
+
+        self.check(step(1), step(None)())
 
     @pytest.mark.parametrize('kind', ['chain', 'cached', 'each'])
     def test_model(self, kind, fused_size):
