@@ -8,7 +8,9 @@ skipped, where there is none.
 """
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 
 import chainer
 import chainer.functions as F
@@ -18,8 +20,17 @@ import pytest
 from chainer import gradient_check
 from chainer.backends import cuda
 
-from sn_function import SpectralNormalization, functions
+from sn_function import (
+    ChainSpectralNormalization,
+    SpectralNormalization,
+    cached,
+    functions,
+)
 from sn_function._arithmetic import kernels
+from sn_function.optimizer_hooks import (
+    SpectralNormPenalty,
+    SpectralNormProjection,
+)
 from tests.tools.benchmarks import gpu
 
 TOLERANCE = {'e': 3e-3, 'f': 3e-5, 'd': 1e-11}
@@ -60,6 +71,74 @@ def make_step(W, axis=0, send=cuda.to_gpu, seed=1, **kwargs):
         return Y.array, parameter.grad
 
     return step
+
+
+class Convolution(L.Convolution2D):
+    """Its weight is all that it needs of cuDNN or cuBLAS: nothing."""
+
+    def forward(self, x):
+        return F.flatten(self.W * x)
+
+
+class Deconvolution(L.Deconvolution2D):
+
+    def forward(self, x):
+        return F.flatten(self.W * x)
+
+
+class Linear(L.Linear):
+
+    def forward(self, x):
+        return F.flatten(self.W * x)
+
+
+class Model(chainer.Chain):
+    """Each output axis, a link that is called twice, and a large weight."""
+
+    def __init__(self, device=0):
+        super().__init__()
+        with self.init_scope():
+            self.up = Deconvolution(20, 30, 3)
+            self.down = Convolution(30, 20, 3)
+            self.large = Convolution(80, 96, 3)
+            self.out = Linear(70, 50)
+        for seed, param in enumerate(self.params()):
+            if param.name == 'W':
+                param.array[...] = random(param.shape, seed=seed)
+        self.to_device(f'@cupy:{device}')
+
+    def forward(self, x):
+        return F.concat([link(x) for link in (
+            self.up, self.down, self.large, self.out, self.down)], axis=0)
+
+
+def make_model(kind, device=0, **settings):
+    """A model with a hook on the chain, or on each link and a scope.
+
+    Returns it and what calls it, and returns Y and all gradients.
+    """
+    model = Model(device)
+    if kind == 'chain':
+        model.add_hook(ChainSpectralNormalization(**settings))
+    else:
+        for link in model.children():
+            link.add_hook(SpectralNormalization(**settings))
+    x, gY = (cuda.to_gpu(np.array(2, 'f'), device), cuda.to_gpu(
+        random(2 * model.down.W.size + sum(
+            link.W.size for link in (model.up, model.large, model.out))),
+        device))
+
+    def step():
+        model.cleargrads()
+        with cached(model) if kind == 'cached' else contextlib.nullcontext():
+            Y = model(x)
+        Y.grad = gY
+        Y.backward()
+        return [Y.array] + [
+            param.grad for _, param in sorted(model.namedparams())
+            if param.grad is not None]
+
+    return model, step
 
 
 def to_cpu(arrays):
@@ -160,20 +239,6 @@ class TestResults:
 @pytest.mark.cuda
 class TestStreams:
 
-    def test_second_device(self, fused_size):
-        if cuda.cupy.cuda.runtime.getDeviceCount() < 2:
-            pytest.skip('one device')
-        W = random((64, 3, 3, 3))
-        send = functools.partial(cuda.to_gpu, device=1)
-        with cuda.cupy.cuda.Device(0):
-            arrays = make_step(W, send=send)()
-            assert all(x.device.id == 1 for x in arrays)
-            assert cuda.cupy.cuda.Device().id == 0
-        with cuda.cupy.cuda.Device(1):
-            synchronize()
-        assert_close([cuda.to_cpu(x) for x in arrays],
-                     make_step(W, send=np.copy)(), 'f')
-
     def test_two_at_once(self, fused_size):
         steps = [make_step(random((128, 64, 4, 4), seed=seed), seed=seed + 7)
                  for seed in range(2)]
@@ -185,52 +250,184 @@ class TestStreams:
                 with stream:
                     results.append(step())
             for actual, wanted in zip(results, expected):
-                # Products of cuBLAS may split otherwise beside others.
-                assert_close(to_cpu(actual), wanted, 'f')
+                assert_equal(to_cpu(actual), wanted)
 
-    @pytest.mark.parametrize('dtype', 'ef')
-    @pytest.mark.parametrize('detach_uv', [False, True])
-    @pytest.mark.parametrize('axis', [0, 1])
-    def test_graph_of_the_function(self, axis, detach_uv, dtype, fused_size):
-        """Nothing waits, nothing is copied from or to the host."""
-        step = make_step(random((96, 80, 3, 3), dtype), axis,
-                         detach_uv=detach_uv)
-        expected = to_cpu(step())
-        with gpu.Captured(step) as graph:
-            assert gpu.KERNEL in graph.types
-            assert not {gpu.MEMCPY, gpu.HOST} & set(graph.types)
-            for _ in range(3):
+
+class Replays:
+    """What replays of a captured step give, beside as many calls of it.
+
+    Args:
+        make: Returns a step, which returns arrays, and a function that returns
+            those that steps change.  It is called twice, and both start from
+            the same values.
+
+    """
+
+    def __init__(self, make, n=3):
+        step, state = make()
+        twin, twin_state = make()
+        n_calls = 0
+
+        def counted():
+            nonlocal n_calls
+            n_calls += 1
+            return step()
+
+        with gpu.Captured(counted) as graph:
+            self.types = set(graph.types)
+            for _ in range(n_calls - 1):  # the captured one was not executed
+                twin()
+            self.actual, self.expected, self.states = [], [], []
+            for _ in range(n):
                 for x in graph.value:
                     x.fill(np.nan)
                 synchronize()
                 graph.launch()
-                assert_close(to_cpu(graph.value), expected, dtype)
+                self.states.append(to_cpu(state()))
+                self.actual.append(to_cpu(graph.value) + self.states[-1])
+                self.expected.append(
+                    to_cpu(twin()) + to_cpu(twin_state()))
 
-    def test_graph_of_the_hook(self, fused_size):
-        link = L.Convolution2D(64, 96, 3)
-        link.to_device('@cupy:0')
-        hook = SpectralNormalization(use_gamma=True)
-        link.add_hook(hook)
-        gY = cuda.to_gpu(random(link.W.shape))
-        start = link.W_u.copy()
+    def check(self, allowed=(gpu.KERNEL,)):
+        """Nothing waits, and all is as calls leave it."""
+        assert gpu.KERNEL in self.types
+        assert self.types <= set(allowed)
+        for actual, expected in zip(self.actual, self.expected):
+            assert len(actual) == len(expected)
+            assert all(np.isfinite(x).all() for x in expected)
+            assert_equal(actual, expected)
 
-        def step():
-            link.cleargrads()
-            Y = hook.normalize_weight(link)
-            Y.grad = gY
-            Y.backward()
-            return Y.array, link.W.grad, link.gamma.grad
+    def check_that_it_moves(self):
+        for before, after in zip(self.states, self.states[1:]):
+            for x, y in zip(before, after):
+                assert (x != y).any()
 
-        expected = to_cpu(step()) + to_cpu([link.W_u])
-        with gpu.Captured(step) as graph:
-            link.W_u[...] = start
-            synchronize()
-            graph.launch()
-            actual = to_cpu(graph.value) + to_cpu([link.W_u])
-            assert_close(actual, expected, 'f')
-            # Each replay moves the vector on.
-            graph.launch()
-            assert (to_cpu([link.W_u])[0] != actual[-1]).any()
+
+@pytest.mark.cuda
+class TestGraphs:
+    """Each replay gives what a call in its place would give."""
+
+    @pytest.mark.parametrize('dtype', 'efd')
+    @pytest.mark.parametrize('detach_uv', [False, True])
+    @pytest.mark.parametrize('K', [1, 3])
+    @pytest.mark.parametrize(('shape', 'axis'), [
+        ((96, 80, 3, 3), 0), ((80, 96, 3, 3), 1), ((8, 96, 90), 1),
+        ((720, 96), 1)])
+    def test_of_the_function(
+            self, shape, axis, K, detach_uv, dtype, fused_size):
+        def make():
+            W = chainer.Parameter(cuda.to_gpu(random(shape, dtype)))
+            u = cuda.to_gpu(random(shape[axis], dtype, 1))
+            gY = cuda.to_gpu(random(shape, dtype, 2))
+
+            def step():
+                W.cleargrad()
+                Y = functions.spectral_normalize(
+                    W, u, K, axis=axis, detach_uv=detach_uv, update_u=True)
+                Y.grad = gY
+                Y.backward()
+                return Y.array, W.grad
+
+            return step, lambda: [u]
+
+        replays = Replays(make)
+        replays.check()
+        replays.check_that_it_moves()
+
+    def test_without_update_u(self, fused_size):
+        def make():
+            step = make_step(random((96, 80, 3, 3)))
+            return step, lambda: []
+
+        replays = Replays(make)
+        replays.check()
+        assert_equal(replays.actual[0], replays.actual[-1])
+
+    @pytest.mark.parametrize('K', [1, 3])
+    def test_of_many_weights(self, K, fused_size):
+        shapes = [(96, 80, 3, 3), (40, 30), (30, 40), (33, 5, 3)]
+
+        def make():
+            Ws = [chainer.Parameter(cuda.to_gpu(random(shape, 'f', seed)))
+                  for seed, shape in enumerate(shapes)]
+            us = [cuda.to_gpu(random(shape[0])) for shape in shapes]
+            gYs = [chainer.Variable(W.array * 2 + 1) for W in Ws]
+
+            def step():
+                Ys, sigmas = functions.spectral_normalize_all(
+                    Ws, us, K, update_u=True, return_sigma=True)
+                gWs = chainer.grad(Ys, Ws, gYs)
+                return [x.array for x in (*Ys, *sigmas, *gWs)]
+
+            return step, lambda: us
+
+        replays = Replays(make)
+        replays.check()
+        replays.check_that_it_moves()
+
+    @pytest.mark.parametrize('detach_uv', [False, True])
+    @pytest.mark.parametrize('K', [1, 3])
+    @pytest.mark.parametrize('make_link', [
+        lambda: L.Convolution2D(80, 96, 3),
+        lambda: L.Deconvolution2D(80, 96, 3), lambda: L.EmbedID(700, 96)])
+    def test_of_the_hook(self, make_link, K, detach_uv, fused_size):
+        def make():
+            link = make_link()
+            link.W.array[...] = random(link.W.shape)
+            link.to_device('@cupy:0')
+            hook = SpectralNormalization(
+                K, use_gamma=True, detach_uv=detach_uv)
+            np.random.seed(0)
+            link.add_hook(hook)
+            gY = cuda.to_gpu(random(link.W.shape, seed=1))
+
+            def step():
+                link.cleargrads()
+                Y = hook.normalize_weight(link)
+                Y.grad = gY
+                Y.backward()
+                return Y.array, link.W.grad, link.gamma.grad
+
+            return step, lambda: [link.W_u]
+
+        replays = Replays(make)
+        replays.check()
+        replays.check_that_it_moves()
+
+    # Some weights are small and one is large, or all are either.
+    @pytest.mark.parametrize('fused_size', [
+        *FUSED, pytest.param(kernels.FUSED_SIZE, id='both')], indirect=True)
+    @pytest.mark.parametrize('settings', [
+        {}, {'n_power_iteration': 3}, {'use_gamma': True},
+        {'detach_uv': True}], ids=str)
+    @pytest.mark.parametrize('kind', ['chain', 'cached', 'each'])
+    def test_of_a_model(self, kind, settings, fused_size):
+        def make():
+            np.random.seed(0)
+            model, step = make_model(kind, **settings)
+            return step, lambda: [link.W_u for link in model.children()]
+
+        replays = Replays(make)
+        # A scope copies the vectors, on the device.
+        replays.check([gpu.KERNEL, gpu.MEMCPY])
+        replays.check_that_it_moves()
+
+    def test_of_test_mode(self, fused_size):
+        """The weight is normalized, and its vector stays."""
+        def make():
+            np.random.seed(0)
+            model, step = make_model('chain')
+
+            def in_test_mode():
+                with chainer.using_config('train', False):
+                    return step()
+
+            return in_test_mode, lambda: [
+                link.W_u for link in model.children()]
+
+        replays = Replays(make)
+        replays.check([gpu.KERNEL, gpu.MEMCPY])
+        assert_equal(replays.states[0], replays.states[-1])
 
     def test_a_step_that_waits_is_found(self):
         """The capture is able to fail, and leaves the stream usable."""
@@ -242,34 +439,221 @@ class TestStreams:
 
 
 @pytest.mark.cuda
+class TestDevices:
+    """What is on device 1 is computed there while device 0 is current."""
+
+    @pytest.fixture(autouse=True)
+    def _two_devices(self):
+        if cuda.cupy.cuda.runtime.getDeviceCount() < 2:
+            pytest.skip('one device')
+        with cuda.cupy.cuda.Device(0):
+            yield
+
+    @contextlib.contextmanager
+    def all_on_device_1(self):
+        """Memory, too, is taken there only."""
+        taken = set()
+
+        class Hook(cuda.cupy.cuda.MemoryHook):
+            name = 'devices'
+
+            def malloc_preprocess(self, **kwargs):
+                # Not its device_id: CuPy gives the one that was current when
+                # the pools were made.
+                taken.add(cuda.cupy.cuda.Device().id)
+
+        with Hook():
+            yield
+        assert taken == {1}
+        assert cuda.cupy.cuda.Device().id == 0
+        with cuda.cupy.cuda.Device(1):
+            synchronize()
+
+    def check(self, step, expected, dtype='f'):
+        with self.all_on_device_1():
+            results = step()
+        assert all(x.device.id == 1 for x in results)
+        assert_close([cuda.to_cpu(x) for x in results], expected, dtype)
+
+    @pytest.mark.parametrize('detach_uv', [False, True])
+    @pytest.mark.parametrize('K', [1, 3])
+    @pytest.mark.parametrize(('shape', 'axis', 'dtype'), [
+        ((64, 3, 3, 3), 0, 'f'), ((3, 64, 3, 3), 1, 'f'), ((50, 64), 1, 'f'),
+        ((64, 50), 0, 'd'), ((64, 50), 0, 'e')])
+    def test_function(self, shape, axis, dtype, K, detach_uv, fused_size):
+        W = random(shape, dtype)
+        kwargs = {
+            'n_power_iteration': K, 'axis': axis, 'detach_uv': detach_uv,
+            'update_u': True}
+        send = functools.partial(cuda.to_gpu, device=1)
+        self.check(make_step(W, send=send, **kwargs),
+                   make_step(W, send=np.copy, **kwargs)(), dtype)
+
+    @pytest.mark.parametrize('device', [0, 1])
+    def test_backward_is_called_on_another_device(self, device, fused_size):
+        W, gY = (cuda.to_gpu(random((40, 30), seed=seed), 1)
+                 for seed in range(2))
+        u = cuda.to_gpu(random(40), 1)
+        W = chainer.Parameter(W)
+        with cuda.cupy.cuda.Device(device):
+            Y = functions.spectral_normalize(W, u)
+        Y.grad = gY
+        with self.all_on_device_1():
+            Y.backward()
+        assert W.grad.device.id == 1
+        expected = chainer.Parameter(cuda.to_cpu(W.array))
+        Y = functions.spectral_normalize(expected, cuda.to_cpu(u))
+        Y.grad = cuda.to_cpu(gY)
+        Y.backward()
+        assert_close([cuda.to_cpu(W.grad)], [expected.grad], 'f')
+
+    def test_many_weights(self, fused_size):
+        def step(device):
+            send = (np.copy if device is None else
+                    functools.partial(cuda.to_gpu, device=device))
+            Ws = [chainer.Parameter(send(random(shape, 'f', seed)))
+                  for seed, shape in enumerate([(40, 30), (30, 40), (9, 5)])]
+            us = [send(random(len(W))) for W in Ws]
+            gYs = [chainer.Variable(send(random(W.shape))) for W in Ws]
+
+            def normalize():
+                Ys = functions.spectral_normalize_all(Ws, us, update_u=True)
+                return [x.array for x in (*Ys, *chainer.grad(Ys, Ws, gYs))] + (
+                    us)
+
+            return normalize
+
+        self.check(step(1), step(None)())
+
+    @pytest.mark.parametrize('make_link', [
+        lambda: L.Convolution2D(3, 64, 3), lambda: L.Deconvolution2D(3, 64, 3),
+        lambda: L.EmbedID(50, 64)])
+    def test_hook(self, make_link, fused_size):
+        def step(device):
+            np.random.seed(0)
+            link = make_link()
+            hook = SpectralNormalization(use_gamma=True)
+            link.add_hook(hook)
+            gY = random(link.W.shape)
+            if device is not None:
+                link.to_device(f'@cupy:{device}')
+                gY = cuda.to_gpu(gY, device)
+
+            def normalize():
+                link.cleargrads()
+                Y = hook.normalize_weight(link)
+                Y.grad = gY
+                Y.backward()
+                return (Y.array, link.W.grad, link.gamma.grad, link.W_u,
+                        hook.v)
+
+            return normalize
+
+        self.check(step(1), step(None)())
+
+    def test_a_hook_that_is_added_on_the_device(self, fused_size):
+        link = L.Convolution2D(3, 64, 3)
+        link.to_device('@cupy:1')
+        with self.all_on_device_1():
+            hook = SpectralNormalization(use_gamma=True)
+            link.add_hook(hook)
+            Y = hook.normalize_weight(link)
+        assert {x.device.id for x in (
+            link.W_u, link.gamma.array, Y.array)} == {1}
+
+    def test_a_vector_of_another_dtype(self, fused_size):
+        """As after a snapshot of a float64 model was loaded."""
+        link = L.Convolution2D(3, 64, 3)
+        link.to_device('@cupy:1')
+        hook = SpectralNormalization()
+        link.add_hook(hook)
+        with cuda.cupy.cuda.Device(1):
+            link.W_u = link.W_u.astype('d')
+        with self.all_on_device_1():
+            hook.normalize_weight(link)
+        assert (link.W_u.device.id, link.W_u.dtype) == (1, 'f')
+
+    @pytest.mark.parametrize('make_hook', [
+        lambda: SpectralNormPenalty(.1), lambda: SpectralNormProjection(1)])
+    def test_an_update(self, make_hook, fused_size):
+        def step(device):
+            np.random.seed(0)
+            link = L.Linear(30, 40)
+            optimizer = chainer.optimizers.SGD(.1).setup(link)
+            optimizer.add_hook(make_hook())
+            if device is not None:
+                link.to_device(f'@cupy:{device}')
+
+            def update():
+                np.random.seed(1)
+                link.cleargrads()
+                for x in link.params():
+                    x.grad = link.device.send(random(x.shape))
+                optimizer.update()
+                return [link.W.array]
+
+            return update
+
+        self.check(step(1), step(None)())
+
+    @pytest.mark.parametrize('kind', ['chain', 'cached', 'each'])
+    def test_model(self, kind, fused_size):
+        def step(device):
+            np.random.seed(0)
+            return make_model(kind, device)[1]
+
+        self.check(step(1), to_cpu(step(0)()))
+
+
+@pytest.mark.cuda
 class TestCosts:
 
-    def contender(self, shape, **kwargs):
-        return gpu.chainer_contender(
+    def steps(self, shape, **kwargs):
+        contender = gpu.chainer_contender(
             SpectralNormalization(**kwargs), cuda.to_gpu(random(shape)),
             cuda.to_gpu(random(shape, seed=1)))
+        return contender.forward, contender.backward
 
-    def launches(self, contender):
+    def launches(self, *steps):
         counts = []
-        for step in (contender.forward, contender.backward):
+        for step in steps:
             with gpu.Captured(step) as graph:
                 counts.append(graph.types.count(gpu.KERNEL))
         return counts
 
     @pytest.mark.parametrize('detach_uv', [False, True])
     def test_launches_fused(self, detach_uv):
-        assert self.launches(self.contender(
+        assert self.launches(*self.steps(
             (64, 3, 3, 3), detach_uv=detach_uv)) == [1, 1]
 
     @pytest.mark.parametrize('detach_uv', [False, True])
     @pytest.mark.parametrize('shape', [
-        (512, 512, 3, 3), (256, 128, 4, 4), (4096, 4096)])
+        (512, 512, 3, 3), (256, 128, 4, 4), (1536, 1000)])
     def test_launches(self, shape, detach_uv, monkeypatch):
         monkeypatch.setattr(kernels, 'FUSED_SIZE', 0)
-        forward, backward = self.launches(
-            self.contender(shape, detach_uv=detach_uv))
-        assert forward <= 6
-        assert backward <= 4
+        assert self.launches(
+            *self.steps(shape, detach_uv=detach_uv)) == [3, 2]
+
+    @pytest.mark.parametrize('detach_uv', [False, True])
+    @pytest.mark.parametrize(('is_small', 'forward', 'backward'), [
+        (True, 1, 1), (False, 3, 2)])
+    def test_launches_of_many_weights(
+            self, is_small, forward, backward, detach_uv, monkeypatch):
+        monkeypatch.setattr(kernels, 'FUSED_SIZE', is_small << 40)
+        n = kernels.MAX_WEIGHTS + 2
+        shared = math.ceil(n / kernels.MAX_WEIGHTS)
+        Ws = [chainer.Parameter(cuda.to_gpu(random((16 + k, 40, 3, 3))))
+              for k in range(n)]
+        us = [cuda.to_gpu(random(len(W))) for W in Ws]
+        gYs = [chainer.Variable(W.array + 1) for W in Ws]
+
+        def normalize():
+            return functions.spectral_normalize_all(
+                Ws, us, detach_uv=detach_uv, update_u=True)
+
+        Ys = normalize()
+        steps = normalize, lambda: chainer.grad(Ys, Ws, gYs)
+        assert self.launches(*steps) == [forward * shared, backward * shared]
 
     @pytest.mark.parametrize('dtype', 'ef')
     def test_memory(self, dtype):

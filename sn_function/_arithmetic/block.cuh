@@ -287,23 +287,23 @@ struct Bars {
   }
 };
 
-// gW = a gY + c G:  c = gsigma - above coef <gY, W> / sigma.
+// gW = a gY + c G, with c = gsigma - above coef <gY, W> / sigma, and
+// ggamma = f <gY, W> / divisor.
 struct Coefficients {
-  double a, c;
+  double a, c, quotient;
   __device__ Coefficients(
       const double* numbers, double dot, bool has_gy, const A* gsigma)
       : a(has_gy ? numbers[COEF] : 0),
-        c(gsigma ? static_cast<double>(*gsigma) : 0) {
-    if (has_gy && numbers[ABOVE] != 0)
-      c -= dot / numbers[DIVISOR] * numbers[COEF];
+        c(gsigma ? static_cast<double>(*gsigma) : 0),
+        quotient(has_gy ? dot / numbers[DIVISOR] : 0) {
+    if (has_gy && numbers[ABOVE] != 0) c -= quotient * numbers[COEF];
   }
-  // By one thread; ggamma = f <gY, W> / divisor.
+  // By one thread.
   __device__ void write(
-      double dot, double factor, const double* numbers, double* coefficients,
-      A* ggamma) const {
+      double factor, double* coefficients, A* ggamma) const {
     coefficients[GY] = a;
     coefficients[GSIGMA] = c;
-    if (ggamma) *ggamma = factor * dot / numbers[DIVISOR];
+    if (ggamma) *ggamma = factor * quotient;
   }
 };
 

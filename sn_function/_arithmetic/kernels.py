@@ -391,7 +391,7 @@ correct_bwd = Raw('sn_correct_bwd', """
   const double of_y = sums ? sum_of(sums + n_sums, n_sums, shared) : 0;
   const Coefficients of(numbers, dot, gy, gsigma);
   if (blockIdx.x == 0 && threadIdx.x == 0)
-    of.write(dot, factor, numbers, coefficients, ggamma);
+    of.write(factor, coefficients, ggamma);
   if (!gw) return;
   const Pairs pairs(State(numbers, W, K), Bars(coefficients, W, K), K, detach,
                     sums, of_y);
@@ -442,7 +442,7 @@ fused_bwd = Raw('sn_fused_bwd', """
       w, gy, W.size(), is_wide, threadIdx.x, blockDim.x), shared) : 0;
   if (threadIdx.x == 0)
     Coefficients(numbers, dot, gy, gsigma)
-        .write(dot, factor, numbers, coefficients, ggamma);
+        .write(factor, coefficients, ggamma);
   if (!detach && (gw || need_u)) go_back(W, state, bars, K, need_u, shared);
   __syncthreads();
   if (gw)

@@ -282,7 +282,10 @@ def races():
     """Let launches in a block fail where two threads race for memory.
 
     It finds two accesses, one of them a write, with no barrier between,
-    in whichever order the threads happen to run.  It is slow.
+    in whichever order the threads happen to run.  Between blocks nothing is
+    a barrier, but an atomic operation behind a __threadfence() shows what
+    was done before it to blocks that do one on the same place later.  It is
+    slow.
     """
     saved = _find_races[0]
     _find_races[0] = True

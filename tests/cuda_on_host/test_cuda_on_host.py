@@ -693,6 +693,13 @@ def test_packs(dtype, options, races):
     np.testing.assert_array_equal(y, 2 * x)
 
 
+def test_the_first_of_two_launch_bounds_counts():
+    x, y = np.ones(8, 'f'), np.zeros(8, 'f')
+    _twice('f')((1,), (256,), (x, y, np.int32(8)))
+    with pytest.raises(cuda.KernelFault, match='launch bounds of 256'):
+        _twice('f')((1,), (288,), (x, y, np.int32(8)))
+
+
 @pytest.mark.parametrize('races', [False, True])
 @pytest.mark.parametrize('off', ['x', 'y'])
 @pytest.mark.parametrize('dtype', 'efd')
@@ -848,6 +855,9 @@ def test_speed():
 # ----------------------------------------------------------------- races
 
 _RACES = {
+    'packs': ('float4* p = reinterpret_cast<float4*>(y);'
+              'if (t < 16) p[t] = make_float4(1, 1, 1, 1);'
+              'if (t == 40) y[7] = 2;', "byte 28 of argument 'y'"),
     'neighbours': ('s[t] = x[t]; y[t] = s[(t + 1) % 64];', 'shared'),
     'reuse': ('s[t] = x[t]; __syncthreads(); y[t] = s[63 - t]; s[t] = 0;',
               'shared'),

@@ -4,7 +4,8 @@ Every operator of every kernel, and of the functions that kernels share, is
 replaced by another, one at a time, and the tests of
 :mod:`tests.arithmetic.test_device` are run until one fails.  A mutant that no
 test notices is printed with its line; the exit status is the number of those
-that are not listed, with the reason, in :data:`EQUIVALENT`.
+that are not listed, with the reason, in :data:`EQUIVALENT`, and of those that
+are listed but do not exist.
 """
 from __future__ import annotations
 
@@ -28,20 +29,17 @@ from tests.cuda_on_host import array
 
 assert sn_function  # it is imported for what it does
 
-SHARED = ('_QUOTIENT', '_GRADIENT_OF_SIGMA', '_BLOCK')
 REPLACEMENTS = {
     '+': '-', '-': '+', '*': '/', '/': '*', '%': '/', '<': '>=', '>': '<=',
     '<=': '>', '>=': '<', '==': '!=', '!=': '==', '&&': '||', '||': '&&',
     '+=': '-=', '-=': '+=', '*=': '/=', '/=': '*=', '!': '', '>>': '<<',
     '__syncthreads();': ';',
 }
-# What is no operator: comments, casts, templates, pointers and references,
-# declarations, directives.
+# What is no operator: comments, casts, templates, pointers, declarations,
+# directives.  Only an operator has spaces around it.
 _SKIP = re.compile(r"""
-    //[^\n]* | \#[^\n]* | (?:static|reinterpret)_cast<[^>]*>
-    | template\s*<[^>]*> | \w+<A> | \b(?:A|T|U|X|double|bool)\*
-    | \b(?:Weight|InUnits|M)& | operator\[\]
-    | &(?=vectors|bars|e\b|ordinary|W\.)
+    //[^\n]* | \#[^\n]* | \w+_cast<[^>]*> | template\s*<[^>]*>
+    | \w+<\w+(?:,\s\w+)*> | \w[*](?=[\s>,)]) | operator\W+\(
     | \{[^{};]*\} (?=;) | enum[^;]*; | "C" | ->""", re.X)
 _OPERATOR = re.compile(
     r'__syncthreads\(\);|\+\+|--|&&|\|\||[-+*/<>=!]=|>>|[-+*/%<>!]')
@@ -79,17 +77,37 @@ def mutants_of(text):
                 text[:start] + REPLACEMENTS[operator] + text[end:])
 
 
+def code_of(kernel):
+    """The text of its own, with operators to replace."""
+    if isinstance(kernel, kernels.Raw):
+        return kernel.code
+    if isinstance(kernel, kernels.Elementwise):
+        return kernel.arguments[2]
+    return ' ; '.join(kernel.arguments[2:5])
+
+
+def source_of(kernel):
+    """All that is compiled for float32, but for what CuPy adds."""
+    if isinstance(kernel, kernels.Raw):
+        return kernel.source(np.dtype('f'), np.dtype('f'))
+    return getattr(kernel, 'preamble', '') + code_of(kernel)
+
+
+def shared():
+    """Functions that sources begin with: constants of the module, by name."""
+    sources = [source_of(kernel) for kernel in kernels.ALL]
+    codes = [code_of(kernel) for kernel in kernels.ALL]
+    return {
+        name: text for name, text in vars(kernels).items()
+        if isinstance(text, str) and '__device__' in text
+        and any(text in source for source in sources)
+        and not any(text in code for code in codes)}
+
+
 def parts():
     """Names of all sources, and their text."""
-    found = {name: getattr(kernels, name) for name in SHARED}
-    for kernel in kernels.ALL:
-        if isinstance(kernel, kernels.Raw):
-            found[kernel.name] = kernel.code
-        elif isinstance(kernel, kernels.Elementwise):
-            found[kernel.name] = kernel.arguments[2]
-        else:
-            found[kernel.name] = ' ; '.join(kernel.arguments[2:5])
-    return found
+    return {**shared(), **{
+        kernel.name: code_of(kernel) for kernel in kernels.ALL}}
 
 
 def replace(name, text):
@@ -98,11 +116,15 @@ def replace(name, text):
     for kernel in kernels.ALL:
         if isinstance(kernel, kernels.Raw):
             kernel._sources.clear()
-    if name in SHARED:
+    if name in shared():
         setattr(kernels, name, text)
+        # A kernel may have got it when it was made.
         for kernel in kernels.ALL:
-            if isinstance(kernel, kernels.Elementwise):
-                kernel.preamble = kernel.preamble.replace(old, text)
+            for key, value in vars(kernel).items():
+                if isinstance(value, str):
+                    setattr(kernel, key, value.replace(old, text))
+        if not any(text in source_of(kernel) for kernel in kernels.ALL):
+            raise RuntimeError(f'no kernel has another {name} now')
         return
     kernel, = [k for k in kernels.ALL if k.name == name]
     if isinstance(kernel, kernels.Raw):
@@ -254,7 +276,13 @@ def main(arguments=None):
               f'{count["equivalent"]:12}{count["compiler"]:10}')
         total.update(count)
     print(f'{len(todo)} mutants in {time.time() - start:.0f} s')
-    return len(survivors)
+    gone = set()
+    if not args.parts and args.every == 1:
+        gone = set(EQUIVALENT) - {
+            (name, operator, line) for name, line, operator, _ in todo}
+    for name, operator, line in sorted(gone):
+        print(f'no such mutant  {name}  {operator!r}  {line}')
+    return len(survivors) + len(gone)
 
 
 if __name__ == '__main__':
