@@ -1,5 +1,6 @@
 """What the tool reads from machine code is what the source says."""
 import math
+import re
 
 import pytest
 
@@ -19,16 +20,14 @@ def compiler():
 def loops_of(body, *, parameters='const T* w, const T* x, T* y, int n',
              helpers=''):
     """Returns the loops of a kernel of which this is the body."""
-    kernel = kernels.Raw('sn_trial', f"""
+    return sass.analyze_source('sn_trial', f"""
+typedef float T;
 {helpers}
 extern "C" __global__ void __launch_bounds__(512, 1) sn_trial(
     {parameters}) {{
 {body}
 }}
-""")
-    return sass.analyze(nvrtc.Case(
-        nvrtc.Signature(kernel, (('T', 'f'), ('U', 'f'))), None,
-        sass.ARCH)).loops
+""").loops
 
 
 def one_of(*args, **kwargs):
@@ -119,18 +118,46 @@ class TestLoops:
         assert loop.path.arrays == {'gy', 'x', 'z'}
 
     def test_slow_path_is_not_counted(self):
-        """Of two ways with as many entries, the shorter one."""
+        """A division of 64 bits is one of 32 where that is enough."""
         loop = one_of("""
-  T sum = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += 512)
+    y[i] = w[i] + x[start / (i + 1)];""", parameters=(
+            'const T* w, const T* x, T* y, int n, long long start'))
+        assert loop.path.loads == {('w', 4): 1, ('x', 4): 1}
+        assert not [i for i in loop.path.instructions if i.name == 'CALL']
+        assert len(loop.path.instructions) < 50
+
+    def test_what_is_loaded_is_used(self):
+        """Of two ways, the one that does something with the entry."""
+        loop = one_of("""
+  double sum = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += 512) {
+    const T a = w[i];
+    __syncthreads();
+    if (i % 8 != 5) {
+      sum = fma(sum, static_cast<double>(a), 2.0);
+      __syncthreads();
+    }
+  }
+  y[threadIdx.x] = sum;""")
+        assert loop.path.kinds['float64'] == 1
+        assert loop.path.kinds['convert'] == 1
+
+    def test_around(self, monkeypatch):
+        """A line that must not be passed, where there is another way."""
+        body = """
 #pragma unroll 1
   for (int i = threadIdx.x; i < n; i += 512) {
     T a = w[i];
-    if (a > 3e38f) a = pow(static_cast<double>(a), 1.25);
-    sum += a;
-  }
-  y[threadIdx.x] = sum;""")
-        assert len(loop.path.instructions) < 20
-        assert not loop.path.kinds['float64']
+    if (i % 8 == 5)
+      a = pow(a, x[i]);  // too long for a condition
+    y[i] = a;
+  }"""
+        assert one_of(body).path.loads == {('w', 4): 1, ('x', 4): 1}
+        monkeypatch.setitem(sass.AROUND, 'sn_trial', 'too long')
+        assert one_of(body).path.loads == {('w', 4): 1}
 
     def test_functions_and_lines(self):
         loop, = [loop for loop in loops_of(
@@ -149,18 +176,19 @@ __device__ T outer(const T* w, int n) { return inner(Pair{w}, n); }
 """) if loop.entries]
         assert loop.functions == ('Pair', 'inner', 'outer', 'sn_trial')
         assert loop.name == 'outer > inner'
-        assert loop.line.startswith('for (int i = threadIdx.x; i < n;')
+        assert loop.lines[0].startswith('for (int i = threadIdx.x; i < n;')
+        assert 'return inner(Pair{w}, n);' in loop.lines[1]
 
     def test_loop_within(self, monkeypatch):
         """It counts once, or not at all, in the loop around it."""
         body = """
 #pragma unroll 1
   for (int i = threadIdx.x; i < n; i += 512) {
-    T sum = gy[i];
+    T sum = 0;
 #pragma unroll 1
     for (int k = 0; k < i % 7; ++k)
       sum += x[k];
-    gw[i] = sum;
+    gw[i] = sum * gy[i];
   }"""
         parameters = 'const T* gy, const T* x, T* gw, int n'
         outer, inner = loops_of(body, parameters=parameters)
@@ -236,7 +264,7 @@ def made(n_integer, registers=32, loads=1):
         instruction('FADD', 'R9', 'R4', 'R4', waits=1),
         *[instruction('IADD3', 'R1', 'R2', 'R3')] * n_integer],
         ['w'] * loads + [''] * (n_integer + 1))
-    loop = sass.Loop('sn_trial', ('sn_trial',), 'y = w', path, loads, True,
+    loop = sass.Loop('sn_trial', ('sn_trial',), ['y = w'], path, loads, True,
                      False, list, registers)
     return {'sn_trial': sass.Code(
         'sn_trial', 'sn_trial', [], 0, registers, 0, [loop])}
@@ -311,7 +339,7 @@ class TestKernels:
         """Every load of a loop is of some argument of the kernel."""
         for code in codes:
             for loop in code.loops:
-                assert '?' not in loop.path.arrays, (code.label, loop.line)
+                assert '?' not in loop.path.arrays, (code.label, loop.lines)
 
     def test_estimates_are_above_the_floor(self, codes):
         by_kernel = sass.by_kernel(codes)
@@ -335,21 +363,18 @@ class TestKernels:
 
 
 @pytest.mark.usefixtures('compiler')
-@pytest.mark.parametrize('style', [
-    pytest.param([], id='text'), '--markdown', '--rst'])
+@pytest.mark.parametrize('style', ['text', 'markdown', 'rst'])
 def test_output(style, monkeypatch, capsys):
-    style = style if isinstance(style, list) else [style]
-    monkeypatch.setattr('sys.argv', ['sass', 'sn_scale_fwd', *style])
+    options = [] if style == 'text' else [f'--{style}']
+    monkeypatch.setattr('sys.argv', ['sass', 'sn_correct_bwd', *options])
     assert sass.main() == 0
     out = capsys.readouterr().out
-    assert 'numbers[COEF]' in out
-    assert 'w 1x32' in out
-    assert 'y 1x32' in out
-    if style == ['--markdown']:
+    assert re.search(r'\bgy \d+x(32|128)\b', out)
+    assert re.search(r'\bgw \d+x(32|128)\b', out)
+    if style == 'markdown':
         rows = [row for row in out.splitlines() if row.startswith('|')]
-        assert {row.count(' |') for row in rows} == {
-            len(sass.COLUMNS), 4}
-    if style == ['--rst']:
+        assert {row.count(' |') for row in rows} == {len(sass.COLUMNS), 4}
+    if style == 'rst':
         assert out.count('.. list-table:: ') == 2
 
 

@@ -9,11 +9,12 @@ here was measured: the estimate shows what bounds a kernel, not how fast it is.
 
 Loops
     A loop is a branch back, and what lies on a way from its target to it.
-    What counts is one way through it: of those that read and write the most
-    entries of the weight, the one with the fewest instructions.  So neither
+    What counts is one way through it: of those that load and store the most
+    and use what they load, the one with the fewest instructions.  So neither
     the slow divisions of 64 bits count, nor a loop within it that may be left
-    out, unless :data:`THROUGH` names a line of the source that must be passed.
-    A loop within it counts once.
+    out, unless :data:`THROUGH` names a line of the source that must be passed,
+    and :data:`AROUND` one that must not.  A loop within it counts once.
+    Instructions under a condition count.
 Arrays
     Which array a load reads is followed back from its address to the pointers
     among the arguments.  The entries of an iteration are the bytes that it
@@ -107,6 +108,8 @@ RARE_IN = {'sn_settle_fwd': {'iterate_anew'},
 # gradient takes for K=1.
 THROUGH = {'sn_correct_bwd': r'sum \+= u\[k \* m\]',
            'sn_fused_bwd': r'sum \+= u\[k \* m\]'}
+# One that must not be, if there is another way.
+AROUND: dict[str, str] = {}
 
 COLUMNS = ('kernel', 'functions', 'line', 'entries', 'instr.', 'per entry',
            'int', 'f32', 'f64, conv.', 'memory', 'other', 'loads', 'stores',
@@ -318,7 +321,7 @@ class Loop(NamedTuple):
 
     kernel: str
     functions: tuple[str, ...]  # inlined in each other, innermost first
-    line: str                   # of the source, where it accesses memory
+    lines: list[str]    # of the source, where it accesses memory, likewise
     path: Path
     entries: float              # of the weight, in an iteration
     is_of_weight: bool
@@ -351,22 +354,19 @@ class Code(NamedTuple):
     loops: list[Loop]
 
 
-def compile_to_cubin(case: nvrtc.Case) -> tuple[bytes, str, float]:
-    """Returns the machine code, its source, and the seconds it took."""
+def compile_to_cubin(source: str, has_headers: bool) -> tuple[bytes, float]:
+    """Returns the machine code, and the seconds it took."""
     cp = nvrtc.load()
-    source = nvrtc.source(case)
     start = time.perf_counter()
     with nvrtc._without_device():
         module = cp.core.compile_with_cache(
             # CuPy may put headers before it: count the lines from here.
             '#line 1 "sn_kernel"\n' + source,
             # Which changes nothing else in the machine code.
-            ('-lineinfo',), arch=case.arch[len('sm_'):],
-            prepend_cupy_headers=not isinstance(
-                case.signature.kernel, _kernels.Raw))
-    seconds = time.perf_counter() - start
+            ('-lineinfo',), arch=ARCH[len('sm_'):],
+            prepend_cupy_headers=not has_headers)
     # CuPy takes the last byte, which is 0, for the end of a text.
-    return module.cubin + b'\0', source, seconds
+    return module.cubin + b'\0', time.perf_counter() - start
 
 
 @functools.lru_cache(maxsize=None)
@@ -506,6 +506,23 @@ class Graph:
                     continue
             rest += self.previous[j]
         return frozenset(found)
+
+    def readers(self, i: int, body: set[int]) -> set[int]:
+        """Returns those in a loop that read what it writes."""
+        found, seen = set(), set()
+        rest = [(j, frozenset(self.writes[i])) for j in self.next[i]]
+        while rest:
+            j, registers = rest.pop()
+            if j not in body or not registers or (j, registers) in seen:
+                continue
+            seen.add((j, registers))
+            each = self.instructions[j]
+            if registers.intersection(each.sources()):
+                found.add(j)
+            if not each.predicate:
+                registers -= self.writes[j]
+            rest += [(k, registers) for k in self.next[j]]
+        return found
 
     def arrays(self, i: int, parameters: list[Parameter]) -> str:
         """Returns the names of those whose pointers reach its address."""
@@ -663,13 +680,21 @@ class _Functions:
 
 def analyze(case: nvrtc.Case) -> Code:
     """Compiles a kernel, and reads its loops from the machine code."""
-    cubin, source, seconds = compile_to_cubin(case)
-    kernel = case.signature.kernel.name
+    kernel, dtypes, _ = case.signature
+    return analyze_source(
+        kernel.name, nvrtc.source(case), str(case.signature),
+        isinstance(kernel, _kernels.Raw),
+        numpy.dtype(dict(dtypes).get('T', 'f')).itemsize)
+
+
+def analyze_source(
+        kernel: str, source: str, label: str = '', has_headers: bool = True,
+        itemsize: int = 4) -> Code:
+    cubin, seconds = compile_to_cubin(source, has_headers)
     parameters, registers, size = read_parameters(cubin, kernel, source)
     instructions, labels = read_code(disassemble(cubin))
-    itemsize = numpy.dtype(dict(case.signature.dtypes)['T']).itemsize
     return Code(
-        f'{kernel} {case.signature}', kernel, instructions, size, registers,
+        f'{kernel} {label}'.rstrip(), kernel, instructions, size, registers,
         seconds, find_loops(
             kernel, Graph(instructions, labels), parameters,
             _Functions(source), itemsize, registers))
@@ -685,31 +710,24 @@ def find_loops(
         inner = set().union(*[
             other for start, other in bodies.items()
             if start != head and start in body and other < body])
-        own = [i for i in sorted(body - inner)
-               if graph.instructions[i].is_load
-               or graph.instructions[i].is_store]
-        if not own:
-            continue
         arrays = {i: graph.arrays(i, parameters) for i in sorted(body)
                   if graph.instructions[i].is_load
                   or graph.instructions[i].is_store}
-
-        of_weight = [i for i in own
-                     if set(arrays[i].split('/')).intersection(WEIGHTS)]
-        counted = set(of_weight or own)
-
-        wanted = frozenset([i for i in body if kernel in THROUGH and re.search(
-            THROUGH[kernel], ' '.join(map(
-                functions.text, graph.instructions[i].lines)))])
-        way = best_way(graph, head, body, counted, wanted)
+        own = {i: array for i, array in arrays.items() if i not in inner}
+        if not own:
+            continue
+        wanted, unwanted = (
+            frozenset([i for i in body if kernel in lines and re.search(
+                lines[kernel], ' '.join(map(
+                    functions.text, graph.instructions[i].lines)))])
+            for lines in (THROUGH, AROUND))
+        way = best_way(graph, head, body, own, wanted, unwanted)
         path = Path([graph.instructions[i] for i in way],
                     [arrays.get(i, '') for i in way])
-        shown = next((i for i in own if i in counted
-                      and graph.instructions[i] in path.instructions), own[0])
-        lines = graph.instructions[shown].lines
+        of_weight = [i for i in own if _is_weight(own[i])]
+        lines = graph.instructions[next(
+            (i for i in of_weight or own if i in way), next(iter(own)))].lines
         names = list(dict.fromkeys(map(functions.of, lines)))
-        outside = [line for line in lines
-                   if not functions.of(line)[:1].isupper()]
         entries = next((path.moved(name) for name in WEIGHTS
                         if of_weight and path.moved(name)), 0)
         if not entries:     # of a vector, then
@@ -717,7 +735,8 @@ def find_loops(
                 n * size for (_, size), n in path.loads.items()] or [0])
         found.append(Loop(
             kernel, tuple(name for name in names if name),
-            functions.text(outside[0]) if outside else '', path,
+            [functions.text(line) for line in lines
+             if not functions.of(line)[:1].isupper()], path,
             entries / itemsize, bool(of_weight),
             not wanted.isdisjoint(way),
             functools.partial(surroundings, graph, head, frozenset(body)),
@@ -725,19 +744,30 @@ def find_loops(
     return found
 
 
-def best_way(graph: Graph, head: int, body: set[int], counted: set[int],
-             wanted: frozenset[int]) -> list[int]:
+def best_way(graph: Graph, head: int, body: set[int], arrays: dict[int, str],
+             wanted: frozenset[int], unwanted: frozenset[int]) -> list[int]:
     """Returns the way of an iteration that counts; see above."""
-
-    def value(i: int) -> float:
+    values = dict.fromkeys(body, -1.0)
+    for i, array in arrays.items():     # those that are its own
         each = graph.instructions[i]
-        return (1e6 * (i in counted) * each.bytes
-                - 1 - 50 * (each.name == 'CALL'))
+        values[i] += 1e4 * each.bytes * (100 if _is_weight(array) else 1)
+        if each.is_load:
+            for j in graph.readers(i, body):
+                values[j] += 100
+    for i in body:
+        if graph.instructions[i].name == 'CALL':    # what is slow, and rare
+            values[i] -= 1e3
+        if i in unwanted:
+            values[i] -= 1e6
 
-    ways = [graph.way(head, i, body, value, wanted)
+    ways = [graph.way(head, i, body, lambda i: values[i], wanted)
             for i in graph.previous[head] if i in body]
     return max(ways, key=lambda way: (
-        not wanted.isdisjoint(way), sum(map(value, way))))
+        not wanted.isdisjoint(way), sum([values[i] for i in way])))
+
+
+def _is_weight(array: str) -> bool:
+    return not set(array.split('/')).isdisjoint(WEIGHTS)
 
 
 def surroundings(
@@ -759,10 +789,11 @@ def surroundings(
 class Pass(NamedTuple):
     """One over an array, by a loop of a kernel."""
 
-    where: str          # in the function names or the source line of the loop
+    where: str  # in the names of functions or the lines of the loop
     entries: int
     read: tuple[tuple[str, int], ...] = ()      # arrays and their bytes
     written: int = 0
+    width: int = 0      # bits of a load of the weight, or any
 
 
 class Launch(NamedTuple):
@@ -881,8 +912,7 @@ def bounds_of(call: Launch, each: Pass, codes: dict[str, Code],
         quarters * CLOCK * UTILIZATION)
     # Vectors and numbers are small, and soon in L2.
     *_, waiting = loop.path.follow(lambda array: (
-        latency if set(array.split('/')).intersection(WEIGHTS)
-        else LATENCY['l2']))
+        latency if _is_weight(array) else LATENCY['l2']))
     bounds['latency'] = waves * max(math.ceil(iterations) * waiting, latency)
     return bounds
 
@@ -893,7 +923,11 @@ def choose(code: Code, each: Pass, threads: int) -> Loop:
     found = [loop for loop in code.loops
              if loop.entries and not loop.is_rare
              and loop.path.arrays.intersection(WEIGHTS) == wanted
-             and re.search(each.where, f'{loop.name} {loop.line}')]
+             and re.search(each.where, ' '.join(
+                 [*loop.functions, *loop.lines]))
+             and each.width in (0, *[
+                 8 * size for name, size in loop.path.loads
+                 if _is_weight(name)])]
     if not found:
         raise LookupError(
             f'{code.kernel} has no loop of {wanted} at {each.where!r}')
@@ -917,7 +951,7 @@ def loop_rows(codes: Iterable[Code], everything: bool) -> Iterator[list[str]]:
             path, kinds = loop.path, loop.path.kinds
             n = len(path.instructions)
             yield [
-                code.kernel, loop.name, loop.line,
+                code.kernel, loop.name, loop.lines[0] if loop.lines else '',
                 f'{loop.entries:g}', str(n),
                 f'{n / loop.entries:.1f}' if loop.entries else '',
                 str(kinds['integer'] + kinds['multiply']),
@@ -1028,7 +1062,7 @@ def main() -> int:
                  codes).values(), args.all), args.style)
         show('Machine code', ('kernel', 'KB', 'registers', 'NVRTC, s'),
              code_rows(codes), args.style)
-    if not args.kernels:
+    if not args.kernels:    # which has to follow launches()
         details = args.style == 'text'
         columns = ('weight', 'way', 'launches', 'floor, us',
                    'in a graph, us', 'launched, us')
