@@ -433,9 +433,16 @@ class Graph:
     """Which instruction may follow which."""
 
     def __init__(self, instructions: list[Instruction],
-                 labels: dict[str, int]) -> None:
+                 labels: dict[str, int], parameters: list[Parameter]) -> None:
         self.instructions = instructions
         self.writes = [set(each.destination()) for each in instructions]
+        self.reads = [each.sources() for each in instructions]
+        names = {p.offset: p.name for p in parameters if p.is_pointer}
+        self.pointers = [
+            {names[int(offset, 16)] for offset in re.findall(
+                r'c\[0x0\]\[(?:U?R\d+\+)?0x([0-9a-f]+)\]',
+                ' '.join(each.operands)) if int(offset, 16) in names}
+            for each in instructions]
         self.next: list[list[int]] = []
         self.previous: list[list[int]] = [[] for _ in instructions]
         ends: dict[str, int] = {}   # where a set of threads meets again
@@ -517,34 +524,30 @@ class Graph:
                 continue
             seen.add((j, registers))
             each = self.instructions[j]
-            if registers.intersection(each.sources()):
+            if registers.intersection(self.reads[j]):
                 found.add(j)
             if not each.predicate:
                 registers -= self.writes[j]
             rest += [(k, registers) for k in self.next[j]]
         return found
 
-    def arrays(self, i: int, parameters: list[Parameter]) -> str:
+    @functools.lru_cache(maxsize=None)  # noqa: B019
+    def arrays(self, i: int) -> str:
         """Returns the names of those whose pointers reach its address."""
-        names, seen = set(), set()
+        names: set[str] = set()
+        seen: set[int] = set()
         address = next(x for x in self.instructions[i].operands if '[' in x)
         inner = address[address.rindex('['):]   # without desc[...]
         rest = [(i, name) for name in re.findall(r'\bU?R\d+', inner)]
         while rest:
-            for j in self.definitions(*rest.pop()):
-                if j in seen:
-                    continue
+            for j in self.definitions(*rest.pop()) - seen:
                 seen.add(j)
                 each = self.instructions[j]
                 if each.is_load or each.name == 'CALL' or (
                         each.kind == 'convert'):
                     continue    # an index, or no address at all
-                rest += [(j, name) for name in each.sources()]
-                for offset in re.findall(
-                        r'c\[0x0\]\[(?:U?R\d+\+)?0x([0-9a-f]+)\]',
-                        ' '.join(each.operands)):
-                    names |= {p.name for p in parameters if p.is_pointer
-                              and p.offset == int(offset, 16)}
+                rest += [(j, name) for name in self.reads[j]]
+                names |= self.pointers[j]
         return '/'.join(sorted(names)) or '?'
 
     def way(self, start: int, end: int, within: set[int],
@@ -696,13 +699,13 @@ def analyze_source(
     return Code(
         f'{kernel} {label}'.rstrip(), kernel, instructions, size, registers,
         seconds, find_loops(
-            kernel, Graph(instructions, labels), parameters,
+            kernel, Graph(instructions, labels, parameters),
             _Functions(source), itemsize, registers))
 
 
 def find_loops(
-        kernel: str, graph: Graph, parameters: list[Parameter],
-        functions: _Functions, itemsize: int, registers: int) -> list[Loop]:
+        kernel: str, graph: Graph, functions: _Functions, itemsize: int,
+        registers: int) -> list[Loop]:
     """Returns those that access global memory themselves."""
     bodies = graph.loops()
     found = []
@@ -710,7 +713,7 @@ def find_loops(
         inner = set().union(*[
             other for start, other in bodies.items()
             if start != head and start in body and other < body])
-        arrays = {i: graph.arrays(i, parameters) for i in sorted(body)
+        arrays = {i: graph.arrays(i) for i in sorted(body)
                   if graph.instructions[i].is_load
                   or graph.instructions[i].is_store}
         own = {i: array for i, array in arrays.items() if i not in inner}
