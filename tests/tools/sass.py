@@ -70,15 +70,15 @@ INSTALL = '''\
 nvdisasm is needed, too.  With Python 3.10 or newer:
     pip install ".[nvrtc]"'''
 
-# An H100 SXM.  Processors, L2 and memory: NVIDIA's data sheet (132, 50 MB,
-# 3.35 TB/s, of which copies get about 3.0); clock: between base and boost.
+# An H100 SXM.  NVIDIA's data sheet has 132 multiprocessors, 50 MB of L2 and
+# 3.35 TB/s, of which kernels get about 3.0.  The clock is below the boost, of
+# 1.755 GHz on the PCIe card.  The rest is assumed.
 PROCESSORS = 132
 CLOCK = 1.7e9               # Hz
 HBM = 3.0e12                # bytes/s
 L2_SIZE = 50e6
-L2 = 5.5e12                 # bytes/s, as published microbenchmarks read it
-# Seconds from a load to its use while many others load.  Alone, a load takes
-# about 0.3 us from memory and 0.16 us from L2 in published microbenchmarks.
+L2 = 5.5e12                 # bytes/s
+# Seconds from a load to its use while many others load; alone, it takes half.
 LATENCY = {'hbm': 0.7e-6, 'l2': 0.3e-6}
 # The CUDA programming guide, on compute capability 9.0: threads, registers
 # and blocks of a multiprocessor, and results per cycle of its units: float32
@@ -89,8 +89,8 @@ CYCLES = {'float32': 1, 'multiply': 2, 'integer': 2, 'float64': 2,
           'convert': 8, 'memory': 4}
 UTILIZATION = 0.8           # a guess: no scheduler finds work in each cycle
 STEP = 0.5e-6               # a guess: barriers, shuffles and a square root
-LAUNCH = 3e-6               # from the host, one after the other
-GAP = 1.5e-6                # between kernels of a graph
+LAUNCH = 3e-6               # assumed: from the host, one after the other
+GAP = 1.5e-6                # assumed: between kernels of a graph
 
 # As the goals for speed name them; float32.
 SHAPES = ((64, 3, 3, 3), (128, 64, 4, 4), (256, 128, 4, 4), (512, 256, 3, 3),
