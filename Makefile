@@ -22,7 +22,7 @@ STAMP := $(VENV)/.made-$(shell { echo $(ENVIRONMENT) "$(PYTHON_PATH)"; \
 
 .PHONY: help setup check test test-all test-slow test-mpi test-nvrtc ci \
 	matrix extremes demo demo-short defects silent bench truth threads nvrtc \
-	mutants gpu gpu-bundle lint docs clean
+	sass mutants gpu gpu-bundle lint docs clean
 # All targets share the environment, and the cores.
 .NOTPARALLEL:
 
@@ -40,6 +40,7 @@ help:
 	@echo 'make truth    errors of sigma and Y on hard matrices'
 	@echo 'make threads  four threads that call one model (CPU, 20 minutes)'
 	@echo 'make nvrtc    compile every CUDA kernel, without a device'
+	@echo 'make sass     what the loops of the kernels do, and estimated times'
 	@echo 'make mutants  can the tests of the kernels fail?'
 	@echo 'make gpu      tests and benchmark on a CUDA device (10 minutes)'
 	@echo 'make gpu-bundle  what make gpu may lack there, into gpu-bundle/'
@@ -140,8 +141,12 @@ threads: setup
 nvrtc: $(STAMP)-nvrtc
 	$(PY) -m tests.tools.nvrtc
 
+# SASS=--rst prints tables for the documentation.
+sass: $(STAMP)-nvrtc
+	$(PY) -m tests.tools.sass $(SASS)
+
 test-nvrtc: $(STAMP)-nvrtc
-	$(PYTEST) tests/test_tools/test_nvrtc.py
+	$(PYTEST) tests/test_tools/test_nvrtc.py tests/test_tools/test_sass.py
 
 # Ten minutes on two cores.
 mutants: setup

@@ -27,9 +27,10 @@ setup(
     extras_require={
         'cuda12': ['cupy-cuda12x>=13.6,<14'],
         'cuda13': ['cupy-cuda13x>=14.2'],
-        # To compile the kernels where there is no device and no toolkit.
-        'nvrtc': ['cupy-cuda13x>=14.2', 'nvidia-cuda-nvrtc>=13,<14',
-                  'nvidia-cuda-runtime>=13,<14'],
+        # To compile the kernels where there is no device and no toolkit, and
+        # to read their machine code.
+        'nvrtc': ['cupy-cuda13x>=14.2', 'nvidia-cuda-nvdisasm>=13,<14',
+                  'nvidia-cuda-nvrtc>=13,<14', 'nvidia-cuda-runtime>=13,<14'],
         'cli': ['click>=8', 'rich'],
         'examples': ['matplotlib', 'rich', 'scikit-learn'],
         # Exactly these, so that all see the same complaints.  For Python 3.8
