@@ -63,6 +63,7 @@ from typing import Callable, Iterable, Iterator, NamedTuple
 import numpy
 
 from sn_function._arithmetic import kernels as _kernels
+from sn_function._arithmetic import workspace
 from tests.tools import nvrtc
 
 ARCH = 'sm_90'
@@ -100,16 +101,15 @@ SHAPES = ((64, 3, 3, 3), (128, 64, 4, 4), (256, 128, 4, 4), (512, 256, 3, 3),
 WEIGHTS = ('w', 'gy', 'gw')
 
 # Functions whose loops are for weights that hardly occur.
-RARE = {'rescue', 'start_from_largest_row', 'InUnits'}
-RARE_IN = {'sn_settle_fwd': {'iterate_anew'},
-           'sn_project_bwd': {'product', 'transposed_product'}}
-
+RARE = {'largest', 'start_from_largest_row', 'InUnits'}
+RARE_IN = {'sn_finish_fwd': {'estimate'}}
 # A line of the source that must be passed where it can be: what the exact
 # gradient takes for K=1.
-THROUGH = {'sn_correct_bwd': r'sum \+= u\[k \* m\]',
-           'sn_fused_bwd': r'sum \+= u\[k \* m\]'}
-# One that must not be, if there is another way.
-AROUND: dict[str, str] = {}
+THROUGH = dict.fromkeys(
+    ('sn_correct_bwd', 'sn_fused_bwd'), r'pairs\.p\(first, which, at\)')
+# One that must not be, if there is another way: that of weights (l, m).
+AROUND = dict.fromkeys(
+    ('sn_correct_bwd', 'sn_fused_bwd'), r'pairs\.q\(first, which, at\)')
 
 COLUMNS = ('kernel', 'functions', 'line', 'entries', 'instr.', 'per entry',
            'int', 'f32', 'f64, conv.', 'memory', 'other', 'loads', 'stores',
@@ -819,37 +819,48 @@ class Estimate(NamedTuple):
 
 def launches(shape: tuple[int, ...], is_backward: bool) -> list[Launch]:
     """Returns those of one call: K=1, exact gradient of W, float32."""
-    m, n = shape[0], math.prod(shape[1:])
-    size, A = m * n, 4
+    m, n, A = shape[0], math.prod(shape[1:]), 4
+    size = m * n
     w, gy = ('w', A * size), ('gy', A * size)
-    if size <= _kernels.FUSED_SIZE:
-        transposed = Pass(r'transposed_product', size, (w,))
+    width = 128 if n % 4 == 0 else 32   # bits that are read at once
+    is_small = size <= _kernels.FUSED_SIZE
+    plan = workspace.plan(
+        1, m, n, 1, A, True, is_small, _kernels.BLOCK_SIZE)
+    if is_small:
+        block = _kernels.FUSED_BLOCK_SIZE
+        transposed = Pass(r'\bgo_back\b' if is_backward else r'\biterate\b',
+                          size, (w,))
         if not is_backward:
-            return [Launch('sn_fused_fwd', 1, _kernels.BLOCK_SIZE, (
-                transposed, Pass(r'(?<!transposed_)\bproduct\b', size, (w,)),
-                Pass(r'coef', size, (w,), A * size)), steps=5)]
-        return [Launch('sn_fused_bwd', 1, _kernels.BLOCK_SIZE, (
-            Pass(r'dot \+=', size, (w, gy)), transposed,
-            Pass(r'const double g =', size, (gy,), A * size)), steps=4)]
-    elementwise = -(-size // 128), 128
+            return [Launch('sn_fused_fwd', 1, block, (
+                transposed, transposed, Pass(
+                    'multiply_all', size, (w,), A * size, 128)), steps=5)]
+        return [Launch('sn_fused_bwd', 1, block, (
+            Pass('inner_of_all', size, (w, gy), width=128), transposed,
+            Pass('correct_all', size, (gy,), A * size, width)), steps=4)]
+
+    def product(how: workspace.Product, is_transposed: bool, steps: int,
+                *read: tuple[str, int]) -> list[Launch]:
+        # The weight is (1, m, n), so W^T x is by columns.
+        _, parts, is_wide = how.arguments
+        where = 'product_by_' + ('columns' if is_transposed else 'rows')
+        found = [Launch('sn_product', int(how.blocks), _kernels.BLOCK_SIZE, (
+            Pass(where, size, read, width=128 if is_wide else 32),), steps)]
+        if how.is_gathered:
+            found.append(Launch(
+                'sn_gather', int(how.n_sums), _kernels.BLOCK_SIZE, (
+                    Pass('y_parts', how.n * int(parts)),), steps=2))
+        return found
+
     if not is_backward:
-        return [
-            Launch('', 0, 0, (Pass('', size, (w,)),)),
-            Launch('', 0, 0, (Pass('', size, (w,)),)),
-            Launch('sn_settle_fwd', 1, _kernels.BLOCK_SIZE, (
-                Pass(r'\bnormalize\b', n), Pass(r'\bnormalize\b', n),
-                Pass(r'\bnormalize\b', m), Pass(r'\bnormalize\b', m)),
-                steps=3),
-            Launch('sn_scale_fwd', *elementwise, (
-                Pass('', size, (w,), A * size),))]
-    return [
-        Launch('sn_dot_bwd', math.gcd(size, 1024), 512, (
-            Pass('', size, (w, gy)),)),
-        Launch('', 0, 0, (Pass('', size, (w,)),)),
-        Launch('sn_project_bwd', 1, _kernels.BLOCK_SIZE, (
-            Pass(r'\bproject\b', n), Pass(r'\bproject\b', n)), steps=3),
-        Launch('sn_correct_bwd', *elementwise, (
-            Pass('', size, (gy,), A * size),))]
+        return [*product(plan.s, True, 2, w), *product(plan.t, False, 3, w),
+                Launch('sn_finish_fwd', int(plan.blocks), _kernels.BLOCK_SIZE,
+                       (Pass('multiply_all', size, (w,), A * size, 128),),
+                       steps=2)]
+    *_, blocks = map(int, plan.correct)
+    return [*product(plan.s, True, 2, w, gy),
+            Launch('sn_correct_bwd', blocks, _kernels.BLOCK_SIZE,
+                   (Pass('correct_all', size, (gy,), A * size, width),),
+                   steps=2)]
 
 
 def floor(shape: tuple[int, ...], is_backward: bool) -> float:
