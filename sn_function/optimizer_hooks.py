@@ -120,7 +120,8 @@ WeightDecay`, a weight without a gradient is left alone, as is one whose
             # It is an array on a device, and a number on the host.
             if is_on_device(value):
                 value = optimizer.target.device.send(value)
-            penalty = penalty + value
+            with chainer.using_device(optimizer.target.device):
+                penalty = penalty + value
         _report(penalty, optimizer.target)
 
     def _add_gradients(self, links: list[chainer.Link]) -> Any:

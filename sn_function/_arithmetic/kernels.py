@@ -36,8 +36,11 @@ from sn_function._arithmetic.interface import (
 )
 from sn_function._arithmetic.matrix import accumulator_dtype
 
-# Weights of up to this many entries go through kernels of one block.
-FUSED_SIZE = 1 << 14
+# Weights of up to this many entries go through kernels of one block.  By the
+# estimates of tests/tools/sass.py both ways take a device as long at 2^14
+# entries, and one block 30 us at 2^15; but it saves the host three launches,
+# which is more than that.
+FUSED_SIZE = 1 << 15
 # Threads of a block: of the only one of a weight, and of one of many.  Powers
 # of two, as products deal out their threads by halving.
 FUSED_BLOCK_SIZE = 512

@@ -32,7 +32,8 @@ def find(
         setattr(link, name, u)
     elif u.dtype != W.dtype or type(u) is not type(W):
         # A snapshot loaded before the first call, or a new dtype of W.
-        u = link.device.send(u).astype(W.dtype, copy=False)
+        with chainer.using_device(link.device):
+            u = link.device.send(u).astype(W.dtype, copy=False)
         setattr(link, name, u)
     return u
 
