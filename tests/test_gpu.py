@@ -628,7 +628,7 @@ class TestCosts:
 
     @pytest.mark.parametrize('detach_uv', [False, True])
     @pytest.mark.parametrize('shape', [
-        (512, 512, 3, 3), (256, 128, 4, 4), (1536, 1000)])
+        (512, 512, 3, 3), (256, 128, 4, 4), (1024, 1000)])
     def test_launches(self, shape, detach_uv, monkeypatch):
         monkeypatch.setattr(kernels, 'FUSED_SIZE', 0)
         assert self.launches(

@@ -206,8 +206,8 @@ renew_gamma = Elementwise(
 
 # gu = c ubar / |u|, or 0 where u_0 was not u.
 gradient_of_u = Elementwise(
-    'sn_gradient_of_u', 'raw float64 numbers, raw float64 coefficients, A ubar',
-    'U gu', """
+    'sn_gradient_of_u',
+    'raw float64 numbers, raw float64 coefficients, A ubar', 'U gu', """
     const double c = coefficients[GSIGMA] / numbers[SCALE];
     gu = static_cast<U>(
         numbers[RESTARTED] != 0 ? 0.0 : ubar * c / numbers[U_NORM]);
@@ -430,8 +430,8 @@ fused_fwd = Raw('sn_fused_fwd', """
                  blockDim.x);
 }""", 'FUSED_BLOCK_SIZE', '512, 1')
 
-# The whole backward: the adjoint of K iterations, gW, ggamma, and ubar if it is
-# wanted; gY and gsigma may be missing.
+# The whole backward: the adjoint of K iterations, gW, ggamma, and ubar where it
+# is wanted; gY and gsigma may be missing.
 fused_bwd = Raw('sn_fused_bwd', """
     const T* w, const T* gy, const A* gsigma, double* numbers,
     double* coefficients, T* gw, A* ggamma, int l, int m, int r,

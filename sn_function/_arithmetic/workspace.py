@@ -5,7 +5,7 @@ Numbers only: nothing here knows of arrays.  Sizes and places are in bytes.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 
@@ -22,6 +22,8 @@ BATCH = 64
 LONG_SUM = 8
 
 DOUBLE = 8
+
+Int32 = Any  # numpy.int32, as raw kernels take it
 
 
 class Product(NamedTuple):
@@ -41,9 +43,9 @@ class Product(NamedTuple):
     n: int
     is_middle: bool
     is_gathered: bool
-    n_sums: numpy.int32
-    blocks: numpy.int32
-    arguments: tuple[numpy.int32, ...] = ()
+    n_sums: Int32
+    blocks: Int32
+    arguments: tuple[Int32, ...] = ()
 
 
 def _power_of_two_from(n: int) -> int:
@@ -62,8 +64,7 @@ def product(
     if is_transposed == (r == 1):  # by rows
         n_out, n_in = (l, m) if is_transposed else (m, l * r)
         if not is_transposed and l > 1:
-            blocks, = _int32(blocks_for(m, threads))
-            return Product(m, True, True, blocks, blocks)
+            return Product(m, True, True, *_int32(blocks_for(m, threads), 0))
         width = _width(n_in, 16 // itemsize, is_aligned)
         batch = _batch(width, itemsize)
         n_in //= width
@@ -87,7 +88,8 @@ def product(
         parts = min(-(-2 * FEW_BLOCKS // tiles), batches // 2)
     blocks = min(tiles * parts, MAX_BLOCKS)
     n_sums = blocks if parts == 1 else blocks_for(n_out, threads)
-    return Product(n_out, False, parts > 1, *_int32(n_sums, blocks),
+    n_sums, blocks = _int32(n_sums, blocks)
+    return Product(n_out, False, parts > 1, n_sums, blocks,
                    _int32(lanes, parts, width > 1))
 
 
@@ -138,31 +140,27 @@ class Plan:
             for is_transposed in (True, False)]
         self.sizes = _int32(l, m, r)
         self.of_n = _int32(n, blocks_for(n, threads))
-        self.is_wide = numpy.int32(is_aligned)
-        self.blocks, = _int32(blocks_for(m * n, threads * 4 * 16 // itemsize))
-        parts = a * max([0, *[p.n * int(p.arguments[1]) for p in (s, t)
-                              if not p.is_middle]])
+        self.is_wide, self.blocks = _int32(
+            is_aligned, blocks_for(m * n, threads * 4 * 16 // itemsize))
+        n_sums, n_parts = max(int(s.n_sums), int(t.n_sums)), max([0, *[
+            p.n * int(p.arguments[1]) for p in (s, t)
+            if p.is_gathered and not p.is_middle]])
         self.norms = _padded(vs(K, m, a) + a * K * n, 16)
         self.s_sums = self.norms + DOUBLE * 2 * K
         self.t_sums = self.s_sums + DOUBLE * 3 * int(s.n_sums)
         self.extras = self.t_sums + DOUBLE * 3 * int(t.n_sums)
         self.parts = self.extras + DOUBLE * int(s.blocks)
         self.size = _padded(
-            self.norms if is_small else self.parts + parts, 16)
+            self.norms if is_small else self.parts + a * n_parts, 16)
         self.bar_sums = _padded(sbars(K, m, a) + a * K * n, 16)
-        self.bar_extras = self.bar_sums + DOUBLE * 3 * max(int(s.n_sums), int(t.n_sums))
+        self.bar_extras = self.bar_sums + DOUBLE * 3 * n_sums
         self.bar_parts = self.bar_extras + DOUBLE * max(
             int(s.blocks), int(self.blocks))
         self.bar_size = _padded(
-            self.bar_sums if is_small else self.bar_parts + parts, 16)
-        self._plan_of_correct(l, m, r, itemsize, threads)
-
-    def _plan_of_correct(
-            self, l: int, m: int, r: int, itemsize: int,  # NOQA: E741
-            threads: int) -> None:
+            self.bar_sums if is_small else self.bar_parts + a * n_parts, 16)
+        # A job of sn_correct_bwd is a chunk of the rows of a strip of columns.
         matrices, rows, columns = (1, l, m) if r == 1 else (l, m, r)
-        width = _width(columns, 16 // itemsize, self.is_wide)
-        columns //= width
+        columns //= _width(columns, 16 // itemsize, is_aligned)
         strips = -(-columns // threads)
         lanes = -(-columns // strips)
         if strips > 1:
@@ -172,14 +170,13 @@ class Plan:
         chunk = _padded(
             -(-matrices * strips * rows // (4 * FEW_BLOCKS)), batch)
         jobs = matrices * strips * -(-rows // chunk)
-        self.correct = _int32(chunk, self.is_wide, min(jobs, MAX_BLOCKS))
+        self.correct = _int32(chunk, is_aligned, min(jobs, MAX_BLOCKS))
 
 
 plan = functools.lru_cache(maxsize=1024)(Plan)
 
 
-def _int32(*numbers: int) -> tuple[numpy.int32, ...]:
-    """As raw kernels take them."""
+def _int32(*numbers: int) -> tuple[Int32, ...]:
     return tuple([numpy.int32(x) for x in numbers])
 
 

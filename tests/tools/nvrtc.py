@@ -17,7 +17,6 @@ import functools
 import glob
 import importlib.util
 import io
-import itertools
 import multiprocessing
 import os
 import re
@@ -56,8 +55,6 @@ REGISTERS = 1 << 16     # of a multiprocessor, on all of these architectures
 
 # A weight and a vector that may go together.
 _PAIRS = ('ee', 'ef', 'ff', 'dd')
-# Of the parameters that are arrays, those that may be numbers instead.
-_NUMBERS: dict[str, tuple[str, ...]] = {}
 
 INSTALL = '''\
 CuPy, NVRTC and the headers of CUDA are needed, but no device.  With Python
@@ -96,12 +93,11 @@ class Signature(NamedTuple):
 
     kernel: Any
     dtypes: tuple[tuple[str, str], ...]     # ('T', 'e'), ...
-    numbers: tuple[str, ...] = ()   # get no array; or for that many weights
+    is_for_many: bool = False   # weights
 
     def __str__(self) -> str:
         return ' '.join([f'{name}={char}' for name, char in self.dtypes]
-                        + [f'{name}=0' if name != 'MAX_WEIGHTS' else name
-                           for name in self.numbers])
+                        + ['MAX_WEIGHTS'] * self.is_for_many)
 
 
 class Case(NamedTuple):
@@ -153,8 +149,8 @@ def signatures(kernel: Any) -> list[Signature]:
     if isinstance(kernel, _kernels.Raw):
         # For one weight, and for many.  Without u, its type is that of sums.
         has_u = any(text.startswith(('U*', 'const U*')) for text in kernel.own)
-        return [Signature(kernel, tuple(zip('TU', pair)), each)
-                for pair in _PAIRS for each in ((), ('MAX_WEIGHTS',))
+        return [Signature(kernel, tuple(zip('TU', pair)), is_for_many)
+                for pair in _PAIRS for is_for_many in (False, True)
                 if has_u or pair[1] == accumulator_dtype(
                     numpy.dtype(pair[0])).char]
     names = {kind for kind, _ in parameters(kernel) if len(kind) == 1}
@@ -164,9 +160,7 @@ def signatures(kernel: Any) -> list[Signature]:
         for X in U, A:
             dtypes = dict(T=T, U=U, A=A, X=X)
             found[tuple([(name, dtypes[name]) for name in sorted(names)])] = 1
-    choices = [(), *[(name,) for name in _NUMBERS.get(kernel.name, ())]]
-    return [Signature(kernel, *each)
-            for each in itertools.product(found, choices)]
+    return [Signature(kernel, dtypes) for dtypes in found]
 
 
 def parameters(kernel: Any) -> list[tuple[str, str]]:
@@ -184,7 +178,7 @@ def cases(kernels: Iterable[Any] = _kernels.ALL,
         for signature in signatures(kernel):
             usual = usual_layout(kernel)
             found += [Case(signature, usual, arch) for arch in archs]
-            if usual is None or signature.numbers:
+            if usual is None:
                 continue
             one = ONE_ARCH if ONE_ARCH in archs else archs[0]
             found += [Case(signature, layout, one)
@@ -308,11 +302,12 @@ def _read_log(case: Case, log: str) -> Result:
 def source(case: Case) -> str:
     """Returns what CuPy would compile, short of its headers."""
     cp = load()
-    (kernel, _, numbers), layout, _ = case
+    (kernel, _, is_for_many), layout, _ = case
     dtypes = {name: numpy.dtype(char) for name, char in case.signature.dtypes}
     if isinstance(kernel, _kernels.Raw):
         return kernel.source(
-            dtypes['T'], dtypes['U'], _kernels.MAX_WEIGHTS if numbers else 1)
+            dtypes['T'], dtypes['U'],
+            _kernels.MAX_WEIGHTS if is_for_many else 1)
     assert layout is not None
     is_reduction = isinstance(kernel, _kernels.Reduction)
     if is_reduction:
@@ -323,24 +318,19 @@ def source(case: Case) -> str:
             *kernel.arguments, kernel.name, preamble=_kernels._LAYOUT)
         params = made.params
 
-    # As the __call__ of the two does.  CuPy resolves the types by the arrays
-    # alone, so a number can have a type of its own only if it is spelled out.
+    # As the __call__ of the two does; all arguments are arrays.
     n_in = len(made.in_params)
     arrays = [
-        None if p.name in numbers or (p.dtype and not (p.raw or i >= n_in))
-        else numpy.dtype(p.dtype) if p.dtype else dtypes[p.ctype]
-        for i, p in enumerate((*made.in_params, *made.out_params))]
+        numpy.dtype(p.dtype) if p.dtype else dtypes[p.ctype]
+        for p in (*made.in_params, *made.out_params)]
     in_types, out_types, type_map = cp.reduction._decide_params_type(
         made.in_params, made.out_params,
         tuple(arrays[:n_in]), tuple(arrays[n_in:]))
 
     index_32_bits = not layout.is_wide
     infos = []
-    for i, (p, dtype, array) in enumerate(zip(
-            params, (*in_types, *out_types), arrays)):
-        if array is None:
-            infos.append(_number(dtype))
-        elif p.raw:
+    for i, (p, dtype) in enumerate(zip(params, (*in_types, *out_types))):
+        if p.raw:
             infos.append(_array(dtype, 1, True, index_32_bits))
         elif i < n_in:
             infos.append(_array(
