@@ -430,7 +430,7 @@ fused_fwd = Raw('sn_fused_fwd', """
                  blockDim.x);
 }""", 'FUSED_BLOCK_SIZE', '512, 1')
 
-# The whole backward: the adjoint of K iterations, gW, ggamma, and ubar where it
+# The whole backward: the adjoint of K iterations, gW, ggamma, and ubar if that
 # is wanted; gY and gsigma may be missing.
 fused_bwd = Raw('sn_fused_bwd', """
     const T* w, const T* gy, const A* gsigma, double* numbers,

@@ -91,7 +91,7 @@ class TestProof:
         assert 'bytes of spills' in problem
 
     def test_registers(self):
-        problem, = problems_of(hungry(60))
+        problem, = problems_of(hungry(60), '32')
         assert 'registers, of 512 threads' in problem
 
     def test_clean(self):

@@ -59,6 +59,7 @@ import tempfile
 import time
 from importlib import util
 from typing import Callable, Iterable, Iterator, NamedTuple
+from unittest import mock
 
 import numpy
 
@@ -90,7 +91,6 @@ CYCLES = {'float32': 1, 'multiply': 2, 'integer': 2, 'float64': 2,
           'convert': 8, 'memory': 4}
 UTILIZATION = 0.8           # a guess: no scheduler finds work in each cycle
 STEP = 0.5e-6               # a guess: barriers, shuffles and a square root
-LAUNCH = 3e-6               # assumed: from the host, one after the other
 GAP = 1.5e-6                # assumed: between kernels of a graph
 
 # As the goals for speed name them; float32.
@@ -989,23 +989,42 @@ def code_rows(codes: Iterable[Code]) -> Iterator[list[str]]:
                f'{code.seconds:.2f}']
 
 
+def time_of(calls: Iterable[Estimate]) -> float:
+    """Seconds of launches in a graph."""
+    return sum([each.seconds + GAP for each in calls])
+
+
 def estimate_rows(codes: dict[str, Code], details: bool,
                   ) -> Iterator[list[str]]:
     for shape in SHAPES:
-        for is_backward in (False, True):
-            found = estimate(shape, is_backward, codes)
-            device = sum(each.seconds for each in found) + GAP * len(found)
-            host = max(device, LAUNCH * len(found))
-            row = ['x'.join(map(str, shape)),
-                   'backward' if is_backward else 'forward', str(len(found)),
-                   *[f'{1e6 * seconds:.1f}' for seconds in (
-                       floor(shape, is_backward), device, host)]]
-            if details:
-                row.append(', '.join([
-                    f'{each.launch.kernel or "cuBLAS"} '
-                    f'{1e6 * each.seconds:.1f} ({each.bound})'
-                    for each in found]))
-            yield row
+        ways = [estimate(shape, is_backward, codes)
+                for is_backward in (False, True)]
+        floors = [floor(shape, is_backward) for is_backward in (False, True)]
+        times = [time_of(calls) for calls in ways]
+        ratio = sum(times) / sum(floors)
+        row = ['x'.join(map(str, shape)),
+               ' + '.join([str(len(calls)) for calls in ways]),
+               *[f'{1e6 * seconds:.1f}' for seconds in (
+                   floors[0], times[0], floors[1], times[1])],
+               f'{ratio:.2f}' if ratio < 10 else '']
+        if details:
+            row += [', '.join([
+                f'{each.launch.kernel} {1e6 * each.seconds:.1f} '
+                f'({each.bound})' for each in calls]) for calls in ways]
+        yield row
+
+
+def path_rows(codes: dict[str, Code]) -> Iterator[list[str]]:
+    """Forward and backward by one block, and by many."""
+    for k in range(10, 18):
+        shape = (1 << k // 2, 1 << k - k // 2)
+        row = [f'{1 << k}']
+        for size in (1 << k, 0):
+            with mock.patch.object(_kernels, 'FUSED_SIZE', size):
+                row.append('{:.1f}'.format(1e6 * sum([
+                    time_of(estimate(shape, is_backward, codes))
+                    for is_backward in (False, True)])))
+        yield row
 
 
 def show(title: str, columns: tuple[str, ...], rows: Iterable[list[str]],
@@ -1078,11 +1097,15 @@ def main() -> int:
              code_rows(codes), args.style)
     if not args.kernels:    # which has to follow launches()
         details = args.style == 'text'
-        columns = ('weight', 'way', 'launches', 'floor, us',
-                   'in a graph, us', 'launched, us')
-        show('Estimated, not measured: one weight on an H100, float32, K=1',
-             (*columns, 'launches: us (bound by)') if details else columns,
+        columns = ('weight', 'launches', 'floor', 'forward', 'floor ',
+                   'backward', 'of the floors')
+        show('Estimated, not measured: one weight on an H100 in a graph, us, '
+             'float32, K=1', (*columns, 'forward: us (bound by)',
+                              'backward') if details else columns,
              estimate_rows(by_kernel(codes), details), args.style)
+        show('Estimated, not measured: forward and backward, us',
+             ('entries', 'one block', 'many blocks'),
+             path_rows(by_kernel(codes)), args.style)
     return 0
 
 
