@@ -32,7 +32,7 @@ from sn_function._arithmetic.kernels import COEFFICIENTS, NULL, NUMBERS
 from sn_function._arithmetic.matrix import accumulator_dtype
 
 _FLOAT64 = numpy.dtype(numpy.float64)
-_ZERO, _ONE = numpy.int32(0), numpy.int32(1)
+_INT32 = _ZERO, _ONE = numpy.int32(0), numpy.int32(1)
 # Of sn_correct_bwd, where it only makes coefficients.
 _ONE_BLOCK = _ONE, _ZERO, _ONE
 
@@ -41,17 +41,22 @@ class Iterations:
     """What a forward computed, for its backward; it stays on the device.
 
     Args:
-        W: Weight with 2 or more dimensions.
+        W: Weight with 2 or more dimensions, C-contiguous.
         axis: Its output axis.
         K: Number of iterations.
+        u: Start vector, C-contiguous.
 
     Attributes:
-        state: Memory of all weights of a call, float64.
-        offset: The first byte of this weight's.
+        plan: The plan of its forward.
+        at: The place of all that is kept.
+        bars: The place for what a backward keeps, if there is one already.
 
     """
 
-    def __init__(self, W: Array, axis: int, K: int) -> None:
+    at: Any
+    bars: Any = None
+
+    def __init__(self, W: Array, axis: int, K: int, u: Array) -> None:
         shape = W.shape
         l = math.prod(shape[:axis]) if axis else 1  # NOQA: E741
         m = shape[axis]
@@ -59,60 +64,42 @@ class Iterations:
         self.K, self.l, self.m, self.r, self.n = K, l, m, r, l * r
         self.dtype = accumulator_dtype(W.dtype)
         self.is_small = W.size <= kernels.FUSED_SIZE
-        self.state: Any = None
-        self.offset = 0
+        # u is read in packs as well where the first product is by rows.
+        self.plan = self.plan_for(W, u if r == 1 else W)
 
-    def plan(self, *arrays: Array) -> workspace.Plan:
-        """Returns the plan for arrays of the weight's dtype."""
-        is_aligned = True
-        for x in arrays:
-            is_aligned = is_aligned and x.data.ptr % 16 == 0
+    def plan_for(self, W: Array, other: Array) -> workspace.Plan:
+        """Returns the plan, for another array of the shape of the weight."""
         return workspace.plan(
-            self.l, self.m, self.r, self.K, arrays[0].dtype.itemsize,
-            is_aligned, self.is_small, kernels.BLOCK_SIZE)
-
-    def array(self, at: int, n: int, dtype: Any) -> Array:
-        """Returns ``n`` entries of the state, from a byte of it on."""
-        first = (self.offset + at) // _FLOAT64.itemsize
-        length = -(-n * dtype.itemsize // _FLOAT64.itemsize)
-        return self.state[first:first + length].view(dtype)[:n]
-
-    @property
-    def numbers(self) -> Array:
-        """Those of :data:`.kernels.NUMBERS`, and norms."""
-        return self.array(0, len(NUMBERS) + 2 * self.K, _FLOAT64)
-
-    def us(self, k: int) -> Array:
-        """Returns ``u_k``, ``0 <= k <= K``."""
-        return self._vector(workspace.us(self.K), k, self.m)
-
-    def vs(self, k: int) -> Array:
-        """Returns ``v_k``, ``1 <= k <= K``."""
-        return self._vector(
-            workspace.vs(self.K, self.m, self.dtype.itemsize), k - 1, self.n)
-
-    def _vector(self, at: int, k: int, n: int) -> Array:
-        return self.array(at, (k + 1) * n, self.dtype)[k * n:]
-
-    @property
-    def at(self) -> Any:
-        """The place of all that is kept."""
-        return self.state.data + self.offset
+            self.l, self.m, self.r, self.K, W.dtype.itemsize,
+            W.data.ptr % 16 == 0 and other.data.ptr % 16 == 0, self.is_small,
+            kernels.BLOCK_SIZE)
 
     def place_of_u(self, k: int) -> Any:
         """Returns the place of ``u_k``, ``0 <= k <= K``."""
-        return self.at + (
-            workspace.us(self.K) + self.dtype.itemsize * k * self.m)
+        plan = self.plan
+        return self.at + (plan.us + k * plan.m_step)
 
     def place_of_v(self, k: int) -> Any:
         """Returns the place of ``v_{k+1}``, ``0 <= k < K``."""
-        itemsize = self.dtype.itemsize
-        return self.at + (
-            workspace.vs(self.K, self.m, itemsize) + itemsize * k * self.n)
+        plan = self.plan
+        return self.at + (plan.vs + k * plan.n_step)
 
     def place_of_norm(self, k: int) -> Any:
         """Returns the place of a norm: those of s come first, then of t."""
         return self.at + 8 * (len(NUMBERS) + k)
+
+    @property
+    def numbers(self) -> Array:
+        """Those of :data:`.kernels.NUMBERS`, and norms."""
+        return array_at(self.at, len(NUMBERS) + 2 * self.K, _FLOAT64)
+
+    def us(self, k: int) -> Array:
+        """Returns ``u_k``, ``0 <= k <= K``."""
+        return array_at(self.place_of_u(k), self.m, self.dtype)
+
+    def vs(self, k: int) -> Array:
+        """Returns ``v_k``, ``1 <= k <= K``."""
+        return array_at(self.place_of_v(k - 1), self.n, self.dtype)
 
     def number(self, name: str) -> Array:
         """Returns one of :data:`.kernels.NUMBERS`, shape ``()``."""
@@ -174,46 +161,38 @@ def _by_kind(parts: Sequence[Any]) -> Iterable[tuple[Any, list[Any]]]:
     return kinds.items()
 
 
-def _allocate(parts: Sequence[Any]) -> Array:
-    """Returns memory for all; each part knows the size and gets its place."""
+def array_at(place: Any, n: int, dtype: Any) -> Array:
+    """Returns ``n`` entries of a device's memory, from a place on."""
+    return cuda.cupy.ndarray((n,), dtype, place)
+
+
+def _allocate(parts: Sequence[Any]) -> None:
+    """Gives each part ``at``, the place of as much memory as its ``size``.
+
+    It is one piece for all.
+    """
     size = 0
     for part in parts:
-        part.offset = size
+        part.at = size
         size += part.size
-    return cuda.cupy.empty(size // _FLOAT64.itemsize, _FLOAT64)
-
-
-class _Memory:
-    """What all weights of a call keep, in one array.
-
-    A part has the ``size`` of its own, and gets ``at``, where that starts.
-    """
-
-    def __init__(self, parts: Sequence[Any]) -> None:
-        size = 0
-        for part in parts:
-            part.offset = size
-            size += part.size
-        self.array = cuda.cupy.empty(size // _FLOAT64.itemsize, _FLOAT64)
-        start = self.array.data
-        for part in parts:
-            part.at = start + part.offset
+    start = cuda.cupy.empty(size // _FLOAT64.itemsize, _FLOAT64).data
+    for part in parts:
+        part.at = start + part.at
 
 
 def _forward(calls: Sequence[Forward]) -> list[tuple[Arrays, Iterations]]:
     parts = [_Forward(call) for call in calls]
-    state = _Memory(parts).array
+    _allocate(parts)
     for part in parts:
-        part.it.state, part.it.offset = state, part.offset
+        part.it.at = part.at
     for (is_small, T, U, K, *common), group in _by_kind(parts):
         if is_small:
             kernels.fused_fwd(
                 T, U, [part.fused() for part in group], K, *common)
             continue
         for k in range(int(K)):
-            for is_transposed in (True, False):
-                _multiply(T, U, [
-                    part.product(k, is_transposed) for part in group])
+            _multiply(T, U, [part.first_product(k) for part in group])
+            _multiply(T, U, [part.second_product(k) for part in group])
         kernels.finish_fwd(
             T, U, [part.finish() for part in group], K, *common)
         for part in group:
@@ -225,7 +204,9 @@ def _forward(calls: Sequence[Forward]) -> list[tuple[Arrays, Iterations]]:
 
 def _backward(calls: Sequence[Backward]) -> list[Arrays]:
     parts = [_Backward(call) for call in calls]
-    scratch = _Memory(parts).array
+    without = [part for part in parts if part.at is None]
+    if without:
+        _allocate(without)
     for (is_small, T, A, *common), group in _by_kind(parts):
         if is_small:
             kernels.fused_bwd(
@@ -243,7 +224,7 @@ def _backward(calls: Sequence[Backward]) -> list[Arrays]:
             kernels.dot_bwd(T, A, dots)
         kernels.correct_bwd(
             T, A, [part.correct() for part in group], *common)
-    return [part.result(scratch) for part in parts]
+    return [part.result() for part in parts]
 
 
 class _Product(NamedTuple):
@@ -281,7 +262,7 @@ class _Part:
         it: What its forward computed.
         plan: Its plan.
         W: Weight.
-        size, offset, at: Of its memory.
+        size, at: How much memory it keeps, and where.
 
     """
 
@@ -289,8 +270,7 @@ class _Part:
     plan: workspace.Plan
     W: Array
     size: int
-    offset: int
-    at: Any
+    at: Any = None
 
     def multiply(
             self, is_transposed: bool, x: Any, y: Any, e: Any, sums: Any,
@@ -302,11 +282,11 @@ class _Part:
         how = plan.s if is_transposed else plan.t
         numbers = self.it.at
         n_x_sums = (plan.t if is_transposed else plan.s).n_sums
-        of_x = x_sums, norm, divisor, numbers, n_x_sums, numpy.int32(is_raw)
+        of_x = x_sums, norm, divisor, numbers, n_x_sums, _INT32[is_raw]
         if not how.is_gathered:
             return _Product((
                 self.W, gY, u, x, start, y, e, sums, extras, *of_x,
-                numpy.int32(is_transposed), *how.arguments, *plan.sizes,
+                _INT32[is_transposed], *how.arguments, *plan.sizes,
                 how.blocks), None, None)
         if how.is_middle:
             raw, middle = None, self._in_the_middle(x, y)
@@ -314,7 +294,7 @@ class _Part:
         else:
             raw, middle = (
                 self.W, gY, u, x, start, parts, NULL, NULL, extras, NULL,
-                NULL, NULL, numbers, _ZERO, _ZERO, numpy.int32(is_transposed),
+                NULL, NULL, numbers, _ZERO, _ZERO, _INT32[is_transposed],
                 *how.arguments, *plan.sizes, how.blocks), None
             n_parts = how.arguments[1]
         return _Product(raw, middle, (
@@ -323,9 +303,8 @@ class _Part:
 
     def _in_the_middle(self, x: Any, y: Any) -> tuple[Any, ...]:
         it = self.it
-        of_x, of_y = (
-            cuda.cupy.ndarray((n,), it.dtype, memptr)
-            for n, memptr in ((it.n, x), (it.m, y)))
+        of_x, of_y = (array_at(place, n, it.dtype)
+                      for place, n in ((x, it.n), (y, it.m)))
         return (self.W.reshape(it.l, it.m, it.r), of_x.reshape(it.l, 1, it.r),
                 it.number('SCALE'), of_y)
 
@@ -338,9 +317,10 @@ class _Forward(_Part):
         self.W = W = _contiguous(call.W)
         self.u = u = _contiguous(call.u)
         self.it = it = Iterations(
-            W, settings.axis, settings.n_power_iteration)
-        self.plan = plan = it.plan(W, u) if it.r == 1 else it.plan(W)
-        self.size = plan.size
+            W, settings.axis, settings.n_power_iteration, u)
+        self.plan = plan = it.plan
+        # There will be a backward where a graph is made.
+        self.size = plan.size + (plan.bar_size if call.reuse else 0)
         self.factor = settings.factor
         if isinstance(call.gamma, float):
             self.factor *= call.gamma
@@ -370,23 +350,26 @@ class _Forward(_Part):
                 self.initial_gamma, self.Y, *plan.sizes, self.factor,
                 plan.is_wide, _ONE)
 
-    def product(self, k: int, is_transposed: bool) -> _Product:
-        """Returns the first or second product of iteration k, from 0 on."""
+    def first_product(self, k: int) -> _Product:
+        """Returns that of iteration k, from 0 on."""
         it, plan, at = self.it, self.plan, self.at
-        u, v = it.place_of_u, it.place_of_v
-        s_sums, t_sums = at + plan.s_sums, at + plan.t_sums
-        norms, parts = at + plan.norms, at + plan.parts
-        if not is_transposed:
-            return self.multiply(
-                False, v(k), u(k + 1), u(0), t_sums, parts, x_sums=s_sums,
-                norm=norms + 8 * k)
+        y, sums, parts = it.place_of_v(k), at + plan.s_sums, at + plan.parts
         if k == 0:
             return self.multiply(
-                True, NULL, v(0), NULL, s_sums, parts, u=self.u, start=u(0),
-                extras=at + plan.extras)
+                True, NULL, y, NULL, sums, parts, u=self.u,
+                start=it.place_of_u(0), extras=at + plan.extras)
         return self.multiply(
-            True, u(k), v(k), NULL, s_sums, parts, x_sums=t_sums, is_raw=True,
-            norm=norms + 8 * (it.K + k - 1))
+            True, it.place_of_u(k), y, NULL, sums, parts,
+            x_sums=at + plan.t_sums, is_raw=True,
+            norm=at + (plan.norms + 8 * (it.K + k - 1)))
+
+    def second_product(self, k: int) -> _Product:
+        """Returns that of iteration k, from 0 on."""
+        it, plan, at = self.it, self.plan, self.at
+        return self.multiply(
+            False, it.place_of_v(k), it.place_of_u(k + 1), it.place_of_u(0),
+            at + plan.t_sums, at + plan.parts, x_sums=at + plan.s_sums,
+            norm=at + (plan.norms + 8 * k))
 
     def finish(self) -> tuple[Any, ...]:
         plan, at = self.plan, self.at
@@ -396,11 +379,13 @@ class _Forward(_Part):
                 self.factor, plan.is_wide, plan.blocks)
 
     def result(self) -> tuple[Arrays, Iterations]:
-        call = self.call
+        call, it, plan = self.call, self.it, self.plan
         if call.update_u and self.u is not call.u:
             call.u[...] = self.u
+        if call.reuse:
+            it.bars = self.at + plan.size
         outputs = {'Y': self.Y, 'sigma': self.sigma}
-        return tuple([outputs[name] for name in call.output_names]), self.it
+        return tuple([outputs[name] for name in call.output_names]), it
 
 
 class _Backward(_Part):
@@ -415,9 +400,11 @@ class _Backward(_Part):
         self.gY: Any = NULL
         if call.gY is not None:
             self.gY = _contiguous(call.gY.astype(W.dtype, copy=False))
-        self.plan = plan = (
-            it.plan(W) if self.gY is NULL else it.plan(W, self.gY))
+        self.plan = plan = it.plan_for(
+            W, W if self.gY is NULL else self.gY)
         self.size = plan.bar_size
+        # Once: another backward may run at the same time, on another stream.
+        self.at, it.bars = it.bars if plan is it.plan else None, None
         wanted = call.wanted
         empty = cuda.cupy.empty
         self.gW = empty(W.shape, W.dtype) if 'W' in wanted else NULL
@@ -442,14 +429,10 @@ class _Backward(_Part):
                 numpy.int32(self.needs_u), plan.is_wide, _ONE)
 
     def _tbar(self, k: int) -> Any:
-        it = self.it
-        return self.at + (workspace.tbars() + it.dtype.itemsize * k * it.m)
+        return self.at + (self.plan.tbars + k * self.plan.m_step)
 
     def _sbar(self, k: int) -> Any:
-        it = self.it
-        itemsize = it.dtype.itemsize
-        return self.at + (workspace.sbars(it.K, it.m, itemsize)
-                          + itemsize * k * it.n)
+        return self.at + (self.plan.sbars + k * self.plan.n_step)
 
     def product(self, step: int) -> _Product:
         it, plan = self.it, self.plan
@@ -492,24 +475,21 @@ class _Backward(_Part):
                 self.ggamma, *plan.sizes, self.call.settings.factor,
                 *(plan.correct if self.gW is not NULL else _ONE_BLOCK))
 
-    def result(self, scratch: Array) -> Arrays:
+    def result(self) -> Arrays:
         call = self.call
         grads = {'W': self.gW}
         if 'gamma' in call.wanted:
             grads['gamma'] = self.ggamma.astype(call.gamma.dtype, copy=False)
         if self.needs_u:
-            grads['u'] = self._gradient_of_u(scratch)
+            grads['u'] = self._gradient_of_u()
         return tuple([grads[name] for name in call.wanted])
 
-    def _gradient_of_u(self, scratch: Array) -> Array:
+    def _gradient_of_u(self) -> Array:
         it = self.it
-        kept = scratch[self.offset // _FLOAT64.itemsize:]
-        first = len(COEFFICIENTS)
-        n = -(-it.K * it.m * it.dtype.itemsize // _FLOAT64.itemsize)
-        ubar = kept[first:first + n].view(it.dtype)[
-            (it.K - 1) * it.m:it.K * it.m]
         gu = cuda.cupy.empty(it.m, self.call.u.dtype)
-        kernels.gradient_of_u(it.numbers, kept, ubar, gu)
+        kernels.gradient_of_u(
+            it.numbers, array_at(self.at, len(COEFFICIENTS), _FLOAT64),
+            array_at(self._tbar(it.K - 1), it.m, it.dtype), gu)
         return gu
 
 

@@ -115,11 +115,14 @@ class Plan:
 
     Attributes:
         s, t (Product): How ``W^T x`` and ``W x`` are computed.
-        norms, s_sums, t_sums, extras, parts (int): Places in what a forward
-            keeps, after its vectors.
+        m_step, n_step (int): From a vector of length m, or n, to the next.
+        us, vs, norms, s_sums, t_sums, extras, parts (int): Places in what a
+            forward keeps: of ``u_0 .. u_K`` and ``v_1 .. v_K``, and of what is
+            only for its own launches.
         size (int): Of all that.
-        bar_sums, bar_extras, bar_parts (int): Places in what a backward keeps,
-            after its vectors.
+        tbars, sbars, bar_sums, bar_extras, bar_parts (int): Places in what a
+            backward keeps: of ``tbar_1 .. tbar_{K-1}`` and ubar, of
+            ``sbar_1 .. sbar_K``, and of what is only for its own launches.
         bar_size (int): Of all that.
         sizes (tuple of int): ``l``, ``m`` and ``r``.
         of_n (tuple of int): ``n``, and blocks for so many entries.
@@ -145,14 +148,19 @@ class Plan:
         n_sums, n_parts = max(int(s.n_sums), int(t.n_sums)), max([0, *[
             p.n * int(p.arguments[1]) for p in (s, t)
             if p.is_gathered and not p.is_middle]])
-        self.norms = _padded(vs(K, m, a) + a * K * n, 16)
+        self.m_step, self.n_step = a * m, a * n
+        self.us = DOUBLE * (len(kernels.NUMBERS) + 2 * K)
+        self.vs = self.us + _padded((K + 1) * a * m, 4 * a)
+        self.norms = _padded(self.vs + K * a * n, 16)
         self.s_sums = self.norms + DOUBLE * 2 * K
         self.t_sums = self.s_sums + DOUBLE * 3 * int(s.n_sums)
         self.extras = self.t_sums + DOUBLE * 3 * int(t.n_sums)
         self.parts = self.extras + DOUBLE * int(s.blocks)
         self.size = _padded(
             self.norms if is_small else self.parts + a * n_parts, 16)
-        self.bar_sums = _padded(sbars(K, m, a) + a * K * n, 16)
+        self.tbars = DOUBLE * len(kernels.COEFFICIENTS)
+        self.sbars = self.tbars + _padded(K * a * m, 4 * a)
+        self.bar_sums = _padded(self.sbars + K * a * n, 16)
         self.bar_extras = self.bar_sums + DOUBLE * 3 * n_sums
         self.bar_parts = self.bar_extras + DOUBLE * max(
             int(s.blocks), int(self.blocks))
@@ -178,26 +186,6 @@ plan = functools.lru_cache(maxsize=1024)(Plan)
 
 def _int32(*numbers: int) -> tuple[Int32, ...]:
     return tuple([numpy.int32(x) for x in numbers])
-
-
-def us(K: int) -> int:
-    """Returns the place of ``u_0 .. u_K``."""
-    return DOUBLE * (len(kernels.NUMBERS) + 2 * K)
-
-
-def vs(K: int, m: int, itemsize: int) -> int:
-    """Returns the place of ``v_1 .. v_K``."""
-    return us(K) + _padded(itemsize * (K + 1) * m, 4 * itemsize)
-
-
-def tbars() -> int:
-    """Returns the place of ``tbar_1 .. tbar_{K-1}``, and ubar."""
-    return DOUBLE * len(kernels.COEFFICIENTS)
-
-
-def sbars(K: int, m: int, itemsize: int) -> int:
-    """Returns the place of ``sbar_1 .. sbar_K``."""
-    return tbars() + _padded(itemsize * K * m, 4 * itemsize)
 
 
 def _padded(size: int, unit: int) -> int:
