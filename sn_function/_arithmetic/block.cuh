@@ -191,10 +191,14 @@ __device__ double estimate(
     Weight W, const U* u, const State& state, int K, int n_warmup,
     double limit, int attempt, double* shared) {
   double w_largest = 0, u_norm = 1, sigma = 0;
+  const int first = attempt;
   for (;; ++attempt) {
     if (attempt == 1) {
       w_largest = largest(W.w, W.size(), shared);
       const double u_largest = largest(u, W.m, shared);
+      const bool is_u_good = u_largest > 0 && u_largest < infinity();
+      // All is zero, as it should be.
+      if (w_largest == 0 && is_u_good && first == 0) break;
       if (isinf(w_largest)) {
         sigma = infinity() - infinity();
         // u_0 stays: it may be good.
@@ -207,7 +211,7 @@ __device__ double estimate(
         break;
       }
       W.scale = 1 / unit_of(w_largest);
-      if (u_largest > 0 && u_largest < infinity()) {
+      if (is_u_good) {
         for (int i = threadIdx.x; i < W.m; i += blockDim.x)
           state.u(0)[i] =
               static_cast<A>(static_cast<double>(u[i]) / u_largest);
