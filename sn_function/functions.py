@@ -328,7 +328,8 @@ def spectral_normalize_all(
         Ws (list of :class:`~chainer.Variable` or :ref:`ndarray`): Weights, on
             one device.  Shapes and dtypes may differ.
         us (list of :class:`~chainer.Variable` or :ref:`ndarray`): Start
-            vector of each, of shape ``(W.shape[axis],)``.
+            vector of each, of shape ``(W.shape[axis],)``.  With ``update_u``
+            no array may be there twice.
         n_power_iteration (int): Number of iterations, 1 or more.
         gammas (list or None): Scale of each, of shape ``()``; ``None`` is 1.
         factor (float): A constant factor above 0.

@@ -3,7 +3,7 @@
 // call these functions together, and each gets what they return.  Products
 // begin and end with a barrier, so what they read may have just been written.
 
-// Vectors in memory start at multiples of 16 bytes.
+// The first of several vectors starts at a multiple of 16 bytes.
 __device__ Size padded(Size n) { return (n + 3) / 4 * 4; }
 
 // What a forward keeps, see kernels.py.  k counts from 0, and u(0) is u_0.
@@ -186,10 +186,11 @@ __device__ double unit_of(double x) {
 // attempt takes them as they are.  The second is for extreme ones: W in units
 // of about its largest entry, and u divided by its norm where that is extreme.
 // The third is for a u that is zero, not finite, or made zero by W^T: it starts
-// from another vector.  u_0 is there already.
+// from another vector.  u_0 is there already.  The first attempt may go on
+// where n_done iterations have turned it.
 __device__ double estimate(
     Weight W, const U* u, const State& state, int K, int n_warmup,
-    double limit, int attempt, double* shared) {
+    double limit, int attempt, int n_done, double* shared) {
   double w_largest = 0, u_norm = 1, sigma = 0;
   const int first = attempt;
   for (;; ++attempt) {
@@ -227,8 +228,10 @@ __device__ double estimate(
     }
     if (attempt == 2) start_from_largest_row(W, state.u(0), shared);
     bool ordinary;
-    sigma = iterate_anew(W, state, K, n_warmup, limit, attempt == 0,
-                         &ordinary, shared);
+    const bool goes_on = attempt == 0 && n_done > 0;
+    sigma = iterate_anew(
+        W, state, K, goes_on ? n_warmup - n_done : n_warmup,
+        goes_on ? SETTLED : limit, attempt == 0, &ordinary, shared);
     if (attempt == 0 ? ordinary
                      : attempt == 2 || sigma != 0 || w_largest == 0)
       break;

@@ -102,8 +102,9 @@ class Forward(NamedTuple):
         output_names: ``'Y'``, ``'sigma'``, both or none.
         update_u: Whether to overwrite ``u`` with ``u_K``, unless that is zero
             or not finite.
-        reuse: Whether to make ``Y`` in memory that this weight has needed
-            before; a device has a pool of memory anyway.
+        reuse: Whether a backward will follow.  Then the host makes ``Y`` in
+            memory that this weight has needed before, and a device, which has
+            a pool of memory anyway, allocates for the backward, too.
         renewal: When u and gamma are made anew.
 
     """

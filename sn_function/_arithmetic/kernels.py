@@ -308,9 +308,11 @@ finish_fwd = Raw('sn_finish_fwd', """
     const double s = norms[k], t = k == K - 1 ? last : norms[K + k];
     sigma = s == 0 ? 0 : t / s;
     if (k == 0) t_1 = sigma;
-    // t is s sigma, and its square must have all digits, too.
+    // t is s sigma, and its square must have all digits, too; W^T t, before it
+    // is divided by t, those of A.
     is_alone = is_alone || !is_ordinary(s) || !is_ordinary(sigma)
-        || t <= (sizeof(A) == 4 ? 1e-30 : 1e-140);
+        || t <= (sizeof(A) == 4 ? 1e-30 : 1e-140)
+        || (sizeof(A) == 4 && k < K - 1 && t * sigma <= 1e-30);
   }
   if (last == 0 && largest_of(extras, n_extras, shared) == 0) is_alone = false;
   double turned = turn_of(sigma, norms[0], t_1, u_0);
@@ -322,8 +324,8 @@ finish_fwd = Raw('sn_finish_fwd', """
       for (int i = threadIdx.x; i < m; i += blockDim.x)
         state.u(0)[i] = state.u(K)[i] / static_cast<A>(last);
     sigma = estimate(
-        W, u, state, K, is_stale ? n_warmup - K : n_warmup,
-        is_stale ? SETTLED : limit, is_stale ? 0 : 1, shared);
+        W, u, state, K, n_warmup, limit, is_stale ? 0 : 1, is_stale ? K : 0,
+        shared);
     turned = turn(sigma, state, shared);
   }
   const Outcome outcome(sigma, turned, gamma, initial_gamma, eps, at_zero);
@@ -414,7 +416,7 @@ fused_fwd = Raw('sn_fused_fwd', """
   for (int i = threadIdx.x; i < m; i += blockDim.x)
     state.u(0)[i] = static_cast<A>(u[i]);
   const double sigma = estimate(
-      W, u, state, K, n_warmup, limit, 0, shared);
+      W, u, state, K, n_warmup, limit, 0, 0, shared);
   const double turned = initial_gamma ? turn(sigma, state, shared) : 0;
   const Outcome outcome(sigma, turned, gamma, initial_gamma, eps, at_zero);
   __syncthreads();  // all have read gamma

@@ -14,7 +14,8 @@ import pytest
 from chainer.backends import cuda
 
 from sn_function import SpectralNormalization, errors, functions
-from sn_function._arithmetic import kernels, workspace
+from sn_function._arithmetic import device, host, kernels, workspace
+from sn_function._arithmetic.interface import Forward, Renewal, Settings
 from tests import cuda_on_host, reference, test_functions
 from tests.cuda_on_host import array as on_host
 from tests.test_functions import (  # NOQA: F401  run here as well
@@ -594,6 +595,36 @@ class TestManyWeights:
             expected = functions.spectral_normalize(W, u)
             np.testing.assert_array_equal(
                 cuda.to_cpu(Y.array), cuda.to_cpu(expected.array))
+
+
+@pytest.mark.parametrize('sigma', [1e-11, 3e-12, 1e-12])
+def test_no_digit_is_lost_near_the_end_of_the_ordinary(sigma):
+    """Where several iterations multiply norms before they divide by them."""
+    W, u = random(31, 40), random(31).astype('f')
+    W = (W / reference.true_norm(W) * sigma).astype('f')
+    u /= np.linalg.norm(u)
+    results = []
+    for convert in (lambda x: x, send):
+        vector = convert(u.copy())
+        found = functions.spectral_normalize(
+            convert(W), vector, 3, eps=0, update_u=True, return_sigma=True)[1]
+        results.append([cuda.to_cpu(found.array), cuda.to_cpu(vector)])
+    for actual, expected in zip(*results):
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('n_warmup', [1, 2, 15])
+def test_a_stale_u_of_an_extreme_weight(n_warmup, path):
+    """The first iteration shows only that u is stale."""
+    W, u = np.diag([1e13, 1e10]).astype('f'), np.array([5e-5, 1], 'f')
+    sigmas = []
+    for convert, arithmetic in ((lambda x: x, host), (send, device)):
+        ((sigma,), _), = arithmetic.normalize_all([Forward(
+            Settings(1, 0, True), convert(W), convert(u.copy()), 1.0,
+            ('sigma',), renewal=Renewal(n_warmup, 0.02))])
+        sigmas.append(float(cuda.to_cpu(sigma)))
+    assert sigmas[0] == pytest.approx(1e13, rel=1e-3)
+    assert sigmas[1] == pytest.approx(sigmas[0], rel=1e-6)
 
 
 @pytest.mark.parametrize('constants', [
