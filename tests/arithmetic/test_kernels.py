@@ -238,7 +238,9 @@ PRODUCTS = [
     (12, 1000, 64, 2, 0, 4),
     (130, 9, 16, 1, 0, 20),
 ]
-ROLES = ['first', 'of a raw x', 'with the norm of x', 'with gY', 'divided']
+ROLES = ['first', 'of a raw x', 'of a raw zero', 'with the norm of x',
+         'with gY', 'divided']
+NORMS = {'of a raw x': 3.0, 'of a raw zero': 0.0, 'with the norm of x': 3.0}
 
 
 def product_case(
@@ -246,11 +248,13 @@ def product_case(
         scale=0.25):
     is_transposed, shape = WAYS[way](n_out, n_in)
     A = A_of(T)
-    is_first, is_raw = role == 'first', role == 'of a raw x'
+    is_first, is_raw = role == 'first', 'raw' in role
     W, w = random(shape, T, is_wide)
     # u of the caller may be misaligned where it is read one by one.
     x, device_x = (random(n_in, U, is_wide and shape[2] == 1) if is_first
                    else random(n_in, A))
+    if role == 'of a raw zero':
+        x, device_x = 0 * x, 0 * device_x
     e, device_e = random(n_out, A)
     y = empty((parts, n_out), A)
     if is_first:
@@ -266,11 +270,12 @@ def product_case(
         extras = empty(blocks, 'd')
     if role == 'with gY':
         gY, gy = random(shape, T, is_wide)
-    if is_raw or role == 'with the norm of x':
+    if role in NORMS:
         n_x_sums = THREADS + 7
-        x_sums, norm = send(divided(9.0, n_x_sums)), empty(1, 'd')
+        x_sums = send(divided(NORMS[role] ** 2, n_x_sums))
+        norm = empty(1, 'd')
     if is_raw:
-        factor = 1 / 3
+        factor = 1 / (NORMS[role] or 1)
     elif role == 'divided':
         divisor, factor = send(np.array([5.0])), 1 / (5 * scale)
     e_or_not = NULL if is_first or parts > 1 else device_e
@@ -288,8 +293,8 @@ def product_case(
             assert get(extras).max() == abs(W).max()
             np.testing.assert_array_equal(get(start), x)
             assert get(numbers)[:3].tolist() == [1, 1, 0]
-        if x_sums is not NULL:
-            check(norm, [3], 1e-15)
+        if role in NORMS:
+            check(norm, [NORMS[role]], 1e-15)
 
     of_x = (x_sums, norm, divisor, numbers, *integers(n_x_sums, is_raw))
     return Case((
@@ -335,10 +340,12 @@ def gather_case(T, n, n_parts, blocks, role='plain', in_place=False):
     sums = empty((3, blocks), 'd')
     x_sums = norm = divisor = NULL
     factor, has_e = 1.0, role != 'first'
-    if role in ('of a raw x', 'with the norm of x'):
-        x_sums, norm = send(divided(9.0, 70)), empty(1, 'd')
-    if role == 'of a raw x':
-        factor = 1 / 3
+    is_raw = 'raw' in role
+    if role in NORMS:
+        x_sums = send(divided(NORMS[role] ** 2, 70))
+        norm = empty(1, 'd')
+    if is_raw:
+        factor = 1 / (NORMS[role] or 1)
     elif role == 'divided':
         divisor, factor = send(np.array([5.0])), 1 / (5 * 0.25)
 
@@ -347,13 +354,13 @@ def gather_case(T, n, n_parts, blocks, role='plain', in_place=False):
         check(result, factor * parts.sum(axis=0), TOLERANCE[A],
               factor * abs(parts).sum(axis=0).max())
         check_sums(sums, result, e if has_e else 0 * e)
-        if x_sums is not NULL:
-            check(norm, [3], 1e-15)
+        if role in NORMS:
+            check(norm, [NORMS[role]], 1e-15)
 
     return Case((
         y_parts, np.int32(n_parts), y, device_e if has_e else NULL, sums,
         x_sums, norm, divisor, kept_numbers(SCALE=0.25),
-        *integers(70, role == 'of a raw x', n, blocks)), check_gather)
+        *integers(70, is_raw, n, blocks)), check_gather)
 
 
 @gpu
@@ -1079,7 +1086,8 @@ def test_numbers_of_blocks():
             assert 1 <= p.n_sums <= most
             assert p.is_middle == (p is plan.t and s.l > 1 and s.r > 1)
             if p.is_middle:
-                assert p.blocks == 0 and p.is_gathered
+                assert p.is_gathered
+                assert p.blocks == 0
                 continue
             lanes, parts, is_wide = map(int, p.arguments)
             assert 1 <= p.blocks <= most
