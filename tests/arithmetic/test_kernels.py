@@ -1052,10 +1052,11 @@ def test_places_do_not_overlap():
     for s, plan in random_plans(2000, 1 << 26):
         a, n = max(4, s.itemsize), s.l * s.r
         numbers = 8 * (len(kernels.NUMBERS) + 2 * s.K)
-        us, vs = workspace.us(s.K), workspace.vs(s.K, s.m, a)
+        us, vs = plan.us, plan.vs
         assert us == numbers  # where the kernels look for them
         assert vs == us + a * (-(-(s.K + 1) * s.m // 4) * 4)
-        tbars, sbars = workspace.tbars(), workspace.sbars(s.K, s.m, a)
+        tbars, sbars = plan.tbars, plan.sbars
+        assert (plan.m_step, plan.n_step) == (a * s.m, a * n)
         assert tbars == 8 * len(kernels.COEFFICIENTS)
         assert sbars == tbars + a * (-(-s.K * s.m // 4) * 4)
         kept = [(us, a * (s.K + 1) * s.m, 16), (vs, a * s.K * n, 16)]
