@@ -584,12 +584,20 @@ def without_first_row(W, u):
     return W, u
 
 
+def with_equal_rows(W):
+    W = W.copy()
+    W[:, 1] = W[:, 4] = 3 * W[:, 2]
+    return W
+
+
 RARE = {
     'W is zero': lambda W, u, big: (0 * W, u),
     'W and u are zero': lambda W, u, big: (0 * W, 0 * u),
     'NaN in W': lambda W, u, big: (with_entry(W, np.nan), u),
     'infinity in W': lambda W, u, big: (with_entry(W, np.inf), u),
     'u is zero': lambda W, u, big: (W, 0 * u),
+    'u is zero, and two rows are the largest': lambda W, u, big: (
+        with_equal_rows(W), 0 * u),
     'NaN in u': lambda W, u, big: (W, with_entry(u, np.nan)),
     'W^T makes u zero': lambda W, u, big: without_first_row(W, u),
 }
@@ -602,7 +610,7 @@ EXTREME = {
     'u is small, W large': lambda W, u, big: (W * big, u / big),
 }
 # Norms that are ordinary, but their product is not.
-SMALL_PRODUCT = {'W W^T u is small': lambda W, u, big: (W / 1e85, u)}
+SMALL_PRODUCT = {'W W^T u is small': lambda W, u, big: (W / 1e80, u)}
 
 
 @gpu
@@ -620,6 +628,10 @@ def test_forward_of_what_is_rare(kernel, types, name, K):
         kernel, types, (3, 9, 8), K, edit, eps=0.0))
 
 
+def converged(W, u, big):
+    return W, 2.5 * np.linalg.svd(matrix(W))[0][:, 0]
+
+
 @gpu
 @pytest.mark.parametrize('types', TYPES)
 @pytest.mark.parametrize('K', [1, 2])
@@ -628,8 +640,10 @@ def test_forward_of_what_is_rare(kernel, types, name, K):
 def test_forward_with_the_u_of_another_weight(kernel, n_warmup, K, types):
     for shape in ((1, 9, 20), (20, 9, 1)):
         for limit in (1e-2, 2.0):  # the second is never exceeded
-            run(kernel, *types, forward_case(
-                kernel, types, shape, K, n_warmup=n_warmup, limit=limit))
+            for edit in (None, converged):
+                run(kernel, *types, forward_case(
+                    kernel, types, shape, K, edit, n_warmup=n_warmup,
+                    limit=limit))
 
 
 # From sigma: gamma, and the value that it was initialized with.
@@ -639,10 +653,6 @@ GAMMAS = {
     'far above': (lambda sigma: sigma * 2, lambda sigma: sigma * 2),
     'trained': (lambda sigma: sigma / 2, lambda sigma: sigma / 3),
 }
-
-
-def converged(W, u, big):
-    return W, np.linalg.svd(matrix(W))[0][:, 0]
 
 
 @gpu
@@ -969,10 +979,11 @@ def test_blocks_of_the_size_that_is_used(name, types, monkeypatch):
 @gpu
 @pytest.mark.parametrize('T', 'efd')
 @pytest.mark.parametrize('way', WAYS)
-def test_product_of_all_threads_of_a_block(way, T, monkeypatch):
+def test_product_of_many_threads_of_a_block(way, T, monkeypatch):
     size = BLOCK_SIZES['BLOCK_SIZE']
     monkeypatch.setattr(kernels, 'BLOCK_SIZE', size)
-    for sizes in ((4, 8000, size, 1, 1, 3), (1040, 16, size, 1, 1, 3)):
+    for sizes in ((4, 8000, size, 1, 1, 3), (1040, 16, size, 1, 1, 3),
+                  (8, 4000, size // 4, 1, 1, 2)):
         run(kernels.product, T, A_of(T), product_case(
             T, A_of(T), way, *sizes, 'with gY'))
 
