@@ -633,6 +633,17 @@ def converged(W, u, big):
 
 
 @gpu
+@pytest.mark.parametrize(('size', 'gamma'), [(3e38, 0.7), (2e-38, 1e4)])
+@of_forwards
+def test_forward_at_the_ends_of_the_range(kernel, size, gamma):
+    for is_wide in (0, 1):
+        run(kernel, 'f', 'f', forward_case(
+            kernel, 'ff', (3, 9, 8), 1, lambda W, u, big: (
+                size * np.sign(W), u), gamma, eps=0.0, outputs='Y',
+            is_wide=is_wide))
+
+
+@gpu
 @pytest.mark.parametrize('types', TYPES)
 @pytest.mark.parametrize('K', [1, 2])
 @pytest.mark.parametrize('n_warmup', [1, 3, 30])
@@ -803,24 +814,26 @@ def test_correct_bwd_for_coefficients_alone(T):
 
 
 @gpu
-@pytest.mark.parametrize('given', ['gY', 'gsigma'])
-@pytest.mark.parametrize('size', [1e-37, 1e37])
-def test_coefficients_between_the_ends_of_the_range(size, given):
-    """The product with an entry is in the range, with a vector it is not."""
-    K, shape = 1, (1, 2, 3)
-    state = Kept('f', kernels.NUMBERS, {
-        'SCALE': 1, 'COEF': size, 'DIVISOR': 1, 'ABOVE': 0}, [1, 1],
-        np.ones((2, 2)), np.full((1, 3), 1 / (4 * size)))
-    bars = Kept('f', kernels.COEFFICIENTS, {}, [], np.ones((1, 2)),
-                np.zeros((1, 3)))
-    gW = empty(shape, 'f')
-    gY, gsigma = np.full(shape, 1 / (4 * size), 'f'), np.array(size, 'f')
-    kernels.correct_bwd(np.dtype('f'), np.dtype('f'), [(
-        send(gY) if given == 'gY' else NULL,
-        send(gsigma) if given == 'gsigma' else NULL, state.array, bars.array,
-        NULL, np.int32(0), send(np.zeros(1)), np.int32(1), gW, NULL,
-        *integers(*shape), 1.0, *integers(1, 0, 1))], *integers(K, 1))
-    check(gW, np.full(shape, 0.25), 1e-6)
+@pytest.mark.parametrize(('coefficient', 'entry'), [
+    (1e-42, 1e38), (1e40, 1e-37)])
+def test_a_coefficient_that_float32_does_not_hold(coefficient, entry):
+    """Its product with an entry is in the range."""
+    shape = 1, 2, 3
+    for of_gY in (False, True):
+        state = Kept('f', kernels.NUMBERS, {
+            'SCALE': 1, 'COEF': coefficient, 'DIVISOR': 1,
+            'ABOVE': not of_gY}, [1, 1], np.ones((2, 2)),
+            np.full((1, 3), entry))
+        bars = Kept('f', kernels.COEFFICIENTS, {}, [], np.ones((1, 2)),
+                    np.zeros((1, 3)))
+        gW, gY = empty(shape, 'f'), np.full(shape, of_gY * entry, 'f')
+        kernels.correct_bwd(np.dtype('f'), np.dtype('f'), [(
+            send(gY), NULL, state.array, bars.array, NULL, np.int32(0),
+            send(np.ones(1)), np.int32(1), gW, NULL, *integers(*shape), 1.0,
+            *integers(1, 0, 1))], *integers(1, 1))
+        sign = 1 if of_gY else -1  # c = -COEF <gY, W> / DIVISOR
+        check(gW, np.full(shape, sign * coefficient * entry), 1e-6)
+
 
 
 # Backward in one block.
@@ -922,8 +935,11 @@ def edit_of(k):
 
 # The case k, 0 to 3; those of a kernel differ in all that can.
 CASES = {
-    'sn_product': lambda T, U, k: product_case(
-        T, U, list(WAYS)[k + 1], *PRODUCTS[k + 1], ROLES[k + 1]),
+    'sn_product': lambda T, U, k: product_case(T, U, *[
+        ('W^T by rows', *PRODUCTS[3], 'first'),
+        ('W by rows', *PRODUCTS[1], 'of a raw x'),
+        ('W^T by columns of two', *PRODUCTS[2], 'with gY'),
+        ('W by columns', *PRODUCTS[4], 'divided')][k]),
     'sn_gather': lambda T, U, k: gather_case(
         T, [37, 300, 1, 70][k], k + 1, k + 1, ROLES[k + 1]),
     'sn_finish_fwd': lambda T, U, k: forward_case(
