@@ -531,7 +531,7 @@ def left_by_products(W, u, K, A, blocks):
             np.full(2 * K, np.nan), us, vs)
         norms = np.concatenate([s_norms, t_norms[:-1], [np.nan]])
         t, u = us[K], us[0]
-        extras = np.fmax(np.random.uniform(size=n_extras), 0)
+        extras = np.random.uniform(size=n_extras)
         extras *= np.nanmax(abs(W)) / extras.max()
         return kept, (
             send(norms), sums_of(t, u, n_sums), np.int32(n_sums),
