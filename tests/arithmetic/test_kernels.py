@@ -531,7 +531,7 @@ def left_by_products(W, u, K, A, blocks):
             np.full(2 * K, np.nan), us, vs)
         norms = np.concatenate([s_norms, t_norms[:-1], [np.nan]])
         t, u = us[K], us[0]
-        extras = np.fmax(np.random.uniform(size=n_extras), 0)
+        extras = np.random.uniform(size=n_extras)
         extras *= np.nanmax(abs(W)) / extras.max()
         return kept, (
             send(norms), sums_of(t, u, n_sums), np.int32(n_sums),
@@ -584,12 +584,20 @@ def without_first_row(W, u):
     return W, u
 
 
+def with_equal_rows(W):
+    W = W.copy()
+    W[:, 1] = W[:, 4] = 3 * W[:, 2]
+    return W
+
+
 RARE = {
     'W is zero': lambda W, u, big: (0 * W, u),
     'W and u are zero': lambda W, u, big: (0 * W, 0 * u),
     'NaN in W': lambda W, u, big: (with_entry(W, np.nan), u),
     'infinity in W': lambda W, u, big: (with_entry(W, np.inf), u),
     'u is zero': lambda W, u, big: (W, 0 * u),
+    'u is zero, and two rows are the largest': lambda W, u, big: (
+        with_equal_rows(W), 0 * u),
     'NaN in u': lambda W, u, big: (W, with_entry(u, np.nan)),
     'W^T makes u zero': lambda W, u, big: without_first_row(W, u),
 }
@@ -602,7 +610,7 @@ EXTREME = {
     'u is small, W large': lambda W, u, big: (W * big, u / big),
 }
 # Norms that are ordinary, but their product is not.
-SMALL_PRODUCT = {'W W^T u is small': lambda W, u, big: (W / 1e85, u)}
+SMALL_PRODUCT = {'W W^T u is small': lambda W, u, big: (W / 1e80, u)}
 
 
 @gpu
@@ -620,6 +628,21 @@ def test_forward_of_what_is_rare(kernel, types, name, K):
         kernel, types, (3, 9, 8), K, edit, eps=0.0))
 
 
+def converged(W, u, big):
+    return W, 2.5 * np.linalg.svd(matrix(W))[0][:, 0]
+
+
+@gpu
+@pytest.mark.parametrize(('size', 'gamma'), [(3e38, 0.7), (2e-38, 1e4)])
+@of_forwards
+def test_forward_at_the_ends_of_the_range(kernel, size, gamma):
+    for is_wide in (0, 1):
+        run(kernel, 'f', 'f', forward_case(
+            kernel, 'ff', (3, 9, 8), 1, lambda W, u, big: (
+                size * np.sign(W), u), gamma, eps=0.0, outputs='Y',
+            is_wide=is_wide))
+
+
 @gpu
 @pytest.mark.parametrize('types', TYPES)
 @pytest.mark.parametrize('K', [1, 2])
@@ -628,8 +651,10 @@ def test_forward_of_what_is_rare(kernel, types, name, K):
 def test_forward_with_the_u_of_another_weight(kernel, n_warmup, K, types):
     for shape in ((1, 9, 20), (20, 9, 1)):
         for limit in (1e-2, 2.0):  # the second is never exceeded
-            run(kernel, *types, forward_case(
-                kernel, types, shape, K, n_warmup=n_warmup, limit=limit))
+            for edit in (None, converged):
+                run(kernel, *types, forward_case(
+                    kernel, types, shape, K, edit, n_warmup=n_warmup,
+                    limit=limit))
 
 
 # From sigma: gamma, and the value that it was initialized with.
@@ -639,10 +664,6 @@ GAMMAS = {
     'far above': (lambda sigma: sigma * 2, lambda sigma: sigma * 2),
     'trained': (lambda sigma: sigma / 2, lambda sigma: sigma / 3),
 }
-
-
-def converged(W, u, big):
-    return W, np.linalg.svd(matrix(W))[0][:, 0]
 
 
 @gpu
@@ -793,24 +814,26 @@ def test_correct_bwd_for_coefficients_alone(T):
 
 
 @gpu
-@pytest.mark.parametrize('given', ['gY', 'gsigma'])
-@pytest.mark.parametrize('size', [1e-37, 1e37])
-def test_coefficients_between_the_ends_of_the_range(size, given):
-    """The product with an entry is in the range, with a vector it is not."""
-    K, shape = 1, (1, 2, 3)
-    state = Kept('f', kernels.NUMBERS, {
-        'SCALE': 1, 'COEF': size, 'DIVISOR': 1, 'ABOVE': 0}, [1, 1],
-        np.ones((2, 2)), np.full((1, 3), 1 / (4 * size)))
-    bars = Kept('f', kernels.COEFFICIENTS, {}, [], np.ones((1, 2)),
-                np.zeros((1, 3)))
-    gW = empty(shape, 'f')
-    gY, gsigma = np.full(shape, 1 / (4 * size), 'f'), np.array(size, 'f')
-    kernels.correct_bwd(np.dtype('f'), np.dtype('f'), [(
-        send(gY) if given == 'gY' else NULL,
-        send(gsigma) if given == 'gsigma' else NULL, state.array, bars.array,
-        NULL, np.int32(0), send(np.zeros(1)), np.int32(1), gW, NULL,
-        *integers(*shape), 1.0, *integers(1, 0, 1))], *integers(K, 1))
-    check(gW, np.full(shape, 0.25), 1e-6)
+@pytest.mark.parametrize(('coefficient', 'entry'), [
+    (1e-42, 1e38), (1e40, 1e-37)])
+def test_a_coefficient_that_float32_does_not_hold(coefficient, entry):
+    """Its product with an entry is in the range."""
+    shape = 1, 2, 3
+    for of_gY in (False, True):
+        state = Kept('f', kernels.NUMBERS, {
+            'SCALE': 1, 'COEF': coefficient, 'DIVISOR': 1,
+            'ABOVE': not of_gY}, [1, 1], np.ones((2, 2)),
+            np.full((1, 3), entry))
+        bars = Kept('f', kernels.COEFFICIENTS, {}, [], np.ones((1, 2)),
+                    np.zeros((1, 3)))
+        gW, gY = empty(shape, 'f'), np.full(shape, of_gY * entry, 'f')
+        kernels.correct_bwd(np.dtype('f'), np.dtype('f'), [(
+            send(gY), NULL, state.array, bars.array, NULL, np.int32(0),
+            send(np.ones(1)), np.int32(1), gW, NULL, *integers(*shape), 1.0,
+            *integers(1, 0, 1))], *integers(1, 1))
+        sign = 1 if of_gY else -1  # c = -COEF <gY, W> / DIVISOR
+        check(gW, np.full(shape, sign * coefficient * entry), 1e-6)
+
 
 
 # Backward in one block.
@@ -912,8 +935,11 @@ def edit_of(k):
 
 # The case k, 0 to 3; those of a kernel differ in all that can.
 CASES = {
-    'sn_product': lambda T, U, k: product_case(
-        T, U, list(WAYS)[k + 1], *PRODUCTS[k + 1], ROLES[k + 1]),
+    'sn_product': lambda T, U, k: product_case(T, U, *[
+        ('W^T by rows', *PRODUCTS[3], 'first'),
+        ('W by rows', *PRODUCTS[1], 'of a raw x'),
+        ('W^T by columns of two', *PRODUCTS[2], 'with gY'),
+        ('W by columns', *PRODUCTS[4], 'divided')][k]),
     'sn_gather': lambda T, U, k: gather_case(
         T, [37, 300, 1, 70][k], k + 1, k + 1, ROLES[k + 1]),
     'sn_finish_fwd': lambda T, U, k: forward_case(
@@ -969,10 +995,11 @@ def test_blocks_of_the_size_that_is_used(name, types, monkeypatch):
 @gpu
 @pytest.mark.parametrize('T', 'efd')
 @pytest.mark.parametrize('way', WAYS)
-def test_product_of_all_threads_of_a_block(way, T, monkeypatch):
+def test_product_of_many_threads_of_a_block(way, T, monkeypatch):
     size = BLOCK_SIZES['BLOCK_SIZE']
     monkeypatch.setattr(kernels, 'BLOCK_SIZE', size)
-    for sizes in ((4, 8000, size, 1, 1, 3), (1040, 16, size, 1, 1, 3)):
+    for sizes in ((4, 8000, size, 1, 1, 3), (1040, 16, size, 1, 1, 3),
+                  (8, 4000, size // 4, 1, 1, 2)):
         run(kernels.product, T, A_of(T), product_case(
             T, A_of(T), way, *sizes, 'with gY'))
 
