@@ -308,11 +308,10 @@ finish_fwd = Raw('sn_finish_fwd', """
     const double s = norms[k], t = k == K - 1 ? last : norms[K + k];
     sigma = s == 0 ? 0 : t / s;
     if (k == 0) t_1 = sigma;
-    // t is s sigma, and its square must have all digits, too; W^T t, before it
-    // is divided by t, those of A.
+    // t is s sigma, and the next s is divided by it.  Of float32 that must not
+    // be too small before, of float64 the square of t.
     is_alone = is_alone || !is_ordinary(s) || !is_ordinary(sigma)
-        || t <= (sizeof(A) == 4 ? 1e-30 : 1e-140)
-        || (sizeof(A) == 4 && k < K - 1 && t * sigma <= 1e-30);
+        || (sizeof(A) == 4 ? k < K - 1 && t * sigma <= 1e-30 : t <= 1e-140);
   }
   if (last == 0 && largest_of(extras, n_extras, shared) == 0) is_alone = false;
   double turned = turn_of(sigma, norms[0], t_1, u_0);
