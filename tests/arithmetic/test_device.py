@@ -14,7 +14,14 @@ import pytest
 from chainer.backends import cuda
 
 from sn_function import SpectralNormalization, errors, functions
-from sn_function._arithmetic import kernels, workspace
+from sn_function._arithmetic import device, host, kernels, workspace
+from sn_function._arithmetic.interface import (
+    GAMMA_LIMIT,
+    GAMMA_TURN,
+    Forward,
+    Renewal,
+    Settings,
+)
 from tests import cuda_on_host, reference, test_functions
 from tests.cuda_on_host import array as on_host
 from tests.test_functions import (  # NOQA: F401  run here as well
@@ -355,6 +362,28 @@ def test_an_extreme_weight_below_the_floor():
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
+EXTREME = (((40, 70), 0), ((70, 40), 1), ((3, 40, 5), 1), ((3, 2, 40), 2))
+
+
+@pytest.mark.parametrize('scale', [1e-28, 1e28])
+@pytest.mark.parametrize('K', [1, 3])
+@pytest.mark.parametrize(('shape', 'axis'), EXTREME)
+def test_an_extreme_weight(shape, axis, K, scale):
+    """Its unit goes through all products, of all kinds."""
+    W, gY = scale * random(*shape), random(*shape)
+    u, gsigma = random(40), np.array(scale)
+    results = []
+    for convert in (lambda x: x, send):
+        x = [chainer.Variable(convert(np.asarray(x, 'f'))) for x in (W, u, .7)]
+        outputs = functions.spectral_normalize(
+            *x[:2], K, x[2], axis=axis, return_sigma=True, eps=0)
+        grads = chainer.grad(outputs, x, [
+            chainer.Variable(convert(y.astype('f'))) for y in (gY, gsigma)])
+        results.append([cuda.to_cpu(y.array) for y in (*outputs, *grads)])
+    for a, b in zip(*results):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * abs(a).max())
+
+
 @pytest.mark.parametrize('scale', [2e-38, 1e-30, 1e27])
 def test_a_far_u_is_normalized(scale):
     W, gY = random(4, 3).astype('f'), random(4, 3).astype('f')
@@ -596,13 +625,17 @@ class TestManyWeights:
                 cuda.to_cpu(Y.array), cuda.to_cpu(expected.array))
 
 
-@pytest.mark.parametrize('constants', [
-    {'FEW_BLOCKS': 1 << 30, 'LONG_SUM': 1, 'BATCH': 8}, {'MAX_BLOCKS': 2}],
-    ids=['sums in parts', 'few blocks'])
+DEALT_OUT_OTHERWISE = {
+    'sums in parts': {'FEW_BLOCKS': 1 << 30, 'LONG_SUM': 1, 'BATCH': 8},
+    'few blocks': {'MAX_BLOCKS': 2}}
+LARGE = [((300, 40), 0), ((7, 900), 0), ((900, 7), 1), ((40, 302), 1),
+         ((64, 24, 3, 3), 0), ((6, 70, 12), 1), ((70, 9, 3, 3), 1)]
+
+
+@pytest.mark.parametrize(
+    'constants', DEALT_OUT_OTHERWISE.values(), ids=DEALT_OUT_OTHERWISE)
 @pytest.mark.parametrize('dtype', 'efd')
-@pytest.mark.parametrize(('shape', 'axis'), [
-    ((300, 40), 0), ((7, 900), 0), ((900, 7), 1), ((40, 302), 1),
-    ((64, 24, 3, 3), 0), ((6, 70, 12), 1), ((70, 9, 3, 3), 1)])
+@pytest.mark.parametrize(('shape', 'axis'), LARGE)
 def test_dealt_out_otherwise(shape, axis, dtype, constants, monkeypatch):
     """A large weight, without its size."""
     monkeypatch.setattr(kernels, 'FUSED_SIZE', 0)
@@ -657,6 +690,105 @@ def test_arrays_that_start_anywhere(dtype, K, path):
             tolerance = {'e': 4e-3, 'f': 1e-5, 'd': 1e-12}[dtype]
             np.testing.assert_allclose(
                 actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def normalized(
+        W, u, axis=0, K=1, n_warmup=0, limit=2., gamma=None, initial=None):
+    """What the host and a device make of a weight, its vector and gamma."""
+    found = []
+    for arithmetic, convert in ((host, np.copy), (device, send)):
+        W_, u_ = convert(W), convert(u)
+        gammas = [None if x is None else convert(np.array(x, W.dtype))
+                  for x in (gamma, initial)]
+        (outputs, it), = arithmetic.normalize_all([Forward(
+            Settings(K, axis, False),
+            W_, u_, 1.0 if gamma is None else gammas[0], ('Y', 'sigma'), True,
+            renewal=Renewal(n_warmup, limit, gammas[1]))])
+        found.append([cuda.to_cpu(x) for x in (
+            *outputs, u_, it.start, it.u, it.v, *gammas) if x is not None])
+    return found
+
+
+def turn_of(W, u, axis, K):
+    A = reference.as_matrix(W, axis).astype('d')
+    t = A @ (A.T @ u.astype('d'))
+    return 1 - u @ t / np.linalg.norm(u) / np.linalg.norm(t)
+
+
+class TestRenewal:
+    """As on the host; tests/links/test_renewal.py has what it is for."""
+
+    SHAPES = (((70, 90), 0), ((90, 70), 1), ((3, 70, 30), 1))
+
+    @pytest.mark.parametrize('scale', [1, 1e-28, 1e28])
+    @pytest.mark.parametrize('n_warmup', [1, 5, 300])
+    @pytest.mark.parametrize('K', [1, 2])
+    @pytest.mark.parametrize(('shape', 'axis'), SHAPES)
+    def test_a_stale_u(self, shape, axis, K, n_warmup, scale):
+        dtype, tolerance = ('d', 1e-7) if scale == 1 else ('f', 1e-3)
+        W = (scale * random(*shape)).astype(dtype)
+        u = random(shape[axis]).astype(dtype)
+        for factor in (1 - 1e-3, 1 + 1e-3):  # just stale, and just not
+            limit = factor * turn_of(W, u, axis, K)
+            expected, found = normalized(W, u, axis, K, n_warmup, limit)
+            assert np.array_equal(expected[3], u) == (factor > 1)
+            for a, b in zip(expected, found):
+                np.testing.assert_allclose(
+                    b, a, rtol=tolerance, atol=tolerance * abs(a).max())
+
+    def test_no_warm_up(self):
+        W, u = random(70, 90), random(70)
+        for limit in (0., 2.):
+            expected, found = normalized(W, u, limit=limit)
+            for a, b in zip(expected, found):
+                np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-12)
+
+    # gamma and initial_gamma, in units of sigma; how much u turns; whether
+    # gamma is made anew.
+    GAMMAS = (
+        (.5, .5, 0, True), (.5, .5, .1, True), (.5, .6, 0, False),
+        (1 / (1 + GAMMA_LIMIT) - 1e-3, None, .1, True),
+        (1 / (1 + GAMMA_LIMIT) + 1e-3, None, .1, False),
+        (1 / (1 - GAMMA_LIMIT) + 1e-3, None, 0, True),
+        (1 / (1 - GAMMA_LIMIT) - 1e-3, None, 0, False),
+        (2, 2, .9 * GAMMA_TURN, True), (2, 2, 1.1 * GAMMA_TURN, False),
+        (1, 1, 0, False))
+
+    @pytest.mark.parametrize(('gamma', 'initial', 'turn', 'is_new'), GAMMAS)
+    @pytest.mark.parametrize('dtype', 'fd')
+    def test_gamma(self, dtype, gamma, initial, turn, is_new):
+        # Singular values 1 and 2: an iteration turns (x, 1) to (x, 4).
+        W, u = np.zeros((70, 80), dtype), np.zeros(70, dtype)
+        W[[0, 1], [3, 2]] = 1, 2
+        u[:2] = self.lean(turn), 1
+        sigma = reference.power_iteration(W.astype('d'), u.astype('d'), 1)[2]
+        initial = gamma if initial is None else initial
+        expected, found = normalized(
+            W, u, gamma=gamma * sigma, initial=initial * sigma)
+        assert expected[-2] == pytest.approx(
+            sigma * (1 if is_new else gamma), rel=1e-5)
+        for a, b in zip(expected, found):
+            np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
+
+    @staticmethod
+    def lean(turn):
+        """The x with which (x, 1) turns so much."""
+        least, most = 0., 1.
+        for _ in range(60):
+            x = (least + most) / 2
+            found = 1 - (x * x + 4) / np.sqrt((x * x + 1) * (x * x + 16))
+            least, most = (x, most) if found < turn else (least, x)
+        return x
+
+    BAD_SIGMAS = (0, 3, 1), (np.nan, 3, 3), (np.inf, 3, 3), (3e38, 3, 3)
+
+    @pytest.mark.parametrize(('value', 'gamma', 'expected'), BAD_SIGMAS)
+    def test_gamma_of_no_sigma(self, value, gamma, expected):
+        """Of zero it is 1, and of what is not finite it stays."""
+        W = np.full((70, 80), value, 'f')
+        for found in normalized(
+                W, np.ones(70, 'f'), gamma=gamma, initial=gamma):
+            assert found[-2] == found[-1] == expected
 
 
 def test_every_kernel_is_run_here(monkeypatch):
