@@ -384,6 +384,14 @@ def test_an_extreme_weight(shape, axis, K, scale):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * abs(a).max())
 
 
+def test_a_coefficient_above_the_range():
+    """Y has a place in float32, and factor / sigma has none."""
+    W, u = np.full((4, 3), 1.2e-38, 'f'), np.ones(4, 'f')
+    Y = functions.spectral_normalize(send(W), send(u), factor=1e4, eps=0)
+    np.testing.assert_allclose(
+        cuda.to_cpu(Y.array), 1e4 * 12 ** -.5, rtol=1e-5)
+
+
 @pytest.mark.parametrize('scale', [2e-38, 1e-30, 1e27])
 def test_a_far_u_is_normalized(scale):
     W, gY = random(4, 3).astype('f'), random(4, 3).astype('f')
@@ -629,7 +637,8 @@ DEALT_OUT_OTHERWISE = {
     'sums in parts': {'FEW_BLOCKS': 1 << 30, 'LONG_SUM': 1, 'BATCH': 8},
     'few blocks': {'MAX_BLOCKS': 2}}
 LARGE = [((300, 40), 0), ((7, 900), 0), ((900, 7), 1), ((40, 302), 1),
-         ((64, 24, 3, 3), 0), ((6, 70, 12), 1), ((70, 9, 3, 3), 1)]
+         ((64, 24, 3, 3), 0), ((6, 70, 12), 1), ((70, 9, 3, 3), 1),
+         ((3, 4200), 0), ((3, 4200), 1)]
 
 
 @pytest.mark.parametrize(
@@ -650,6 +659,22 @@ def test_dealt_out_otherwise(shape, axis, dtype, constants, monkeypatch):
                 'Y sigma', 'W u gamma')
     finally:
         workspace.plan.cache_clear()
+
+
+@pytest.mark.parametrize('dtype', 'efd')
+@pytest.mark.parametrize('axis', [0, 1])
+def test_several_rows_in_a_block(axis, dtype, monkeypatch):
+    """Each of more than one warp."""
+    monkeypatch.setattr(kernels, 'FUSED_SIZE', 0)
+    monkeypatch.setattr(kernels, 'BLOCK_SIZE', 256)
+    product = workspace.product(
+        *((9, 600, 1) if axis else (1, 9, 600)), bool(axis),
+        np.dtype(dtype).itemsize, True, 256)
+    assert 32 < product.arguments[0] < 256
+    test_as_on_the_host(
+        (9, 600), axis, 2, dtype, dtype,
+        {'e': 4e-3, 'f': 3e-5, 'd': 1e-12}[dtype], False, 'Y sigma',
+        'W u gamma')
 
 
 def test_the_plan_cuts_long_sums_in_parts():
