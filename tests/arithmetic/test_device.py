@@ -185,6 +185,15 @@ def test_the_largest_row_takes_its_place(shape, axis):
     np.testing.assert_array_equal(cuda.to_cpu(it.start), expected)
 
 
+@pytest.mark.parametrize('scale', [1e-30, 1e30])
+def test_the_largest_row_of_an_extreme_weight(scale):
+    W = random(40, 70)
+    W[7] *= 2
+    it = iterations(
+        send((scale * W).astype('f')), send(np.zeros(40, 'f')), 2)
+    np.testing.assert_array_equal(cuda.to_cpu(it.start), np.arange(40) == 7)
+
+
 @pytest.mark.parametrize('K', [1, 3])
 def test_all_vectors_of_a_bad_weight_are_nan(K):
     W = random(3, 4, 5)
@@ -247,6 +256,11 @@ def test_the_unit_of_an_extreme_weight(dtype, size):
     assert float(it.sigma) == pytest.approx(sigma * size, rel=1e-5)
     norms = cuda.to_cpu(it.numbers)[len(kernels.NUMBERS):]
     assert norms[1] == pytest.approx(sigma * size, rel=1e-5)
+
+
+def test_the_unit_of_a_subnormal_weight():
+    it = iterations(send(1e-310 * np.ones((4, 3))), send(np.ones(4)), 1)
+    assert float(it.number('SCALE')) == 2.0 ** 1022
 
 
 @pytest.mark.parametrize('scale', [1e-60, 1e-79, 1e-81, 1e-90])

@@ -93,6 +93,19 @@ batch_of: return (sizeof(T) == 2 ? 16 : 64 / sizeof(T)) * V;
 """,
         'block': """
 product: const int N = 32 * sizeof(A);
+product: while (width <= 32 && width / 2 >= columns.n_out) width /= 2;
+product: while (width > 32 || width / 2 >= columns.n_out) width /= 2;
+product: while (width > 32 && width * 2 >= columns.n_out) width /= 2;
+product: while (width > 32 && width / 2 < columns.n_out) width /= 2;
+"""},
+    'there are several threads for an o only where start is 0': {'block': """
+product: for (int j = o + start + width; j < static_cast<int>(blockDim.x);
+"""},
+    'what a thread reads next, it has written': {'block': """
+product: ; }
+"""},
+    'the only kernel that calls it has a barrier next': {'block': """
+go_back: ; }
 """},
     'what is computed is not used': {'sn_fused_bwd': """
 if (!detach || (gw || need_u)) go_back(W, state, bars, K, need_u, shared);
@@ -189,7 +202,10 @@ def line_of(text, position):
     start = text.rfind('\n', 0, position) + 1
     functions = re.findall(
         r'__device__[^(]*?(\w+|operator\W*)\(', text[:position])
-    line = ' '.join(text[start:].split('\n')[0].split())
+    lines = text[start:].split('\n')
+    line = ' '.join(lines[0].split())
+    if line == ';':  # a barrier that is gone: before what?
+        line = f'; {lines[1].strip()}'
     return f'{functions[-1]}: {line}' if functions else line
 
 
@@ -215,6 +231,7 @@ def tests():
         yield both, not bad, t.test_a_bad_u_is_replaced, (bad, 'f')
     yield both, False, t.test_the_largest_row_takes_its_place, ((3, 40, 5), 1)
     yield both, True, t.test_the_largest_row_takes_its_place, ((70, 40), 1)
+    yield both, False, t.test_the_largest_row_of_an_extreme_weight, (1e30,)
     yield both, False, t.test_all_vectors_of_a_bad_weight_are_nan, (1,)
     yield both, True, t.test_all_vectors_of_a_bad_weight_are_nan, (3,)
     yield both, False, t.test_no_gradient_of_a_u_that_was_replaced, ()
@@ -223,6 +240,7 @@ def tests():
     yield both, False, t.test_the_unit_of_an_ordinary_weight_is_one, ()
     for dtype, size in (('f', 1e-36), ('f', 1e30), ('d', 1e150)):
         yield both, False, t.test_the_unit_of_an_extreme_weight, (dtype, size)
+    yield both, False, t.test_the_unit_of_a_subnormal_weight, ()
     yield both, False, extremes.test_zero_weight, (0, 2)
     yield both, False, extremes.test_zero_weight, (1e-6, 2)
     yield both, False, extremes.test_u_in_the_left_null_space_is_no_trap, ()
