@@ -754,6 +754,25 @@ def turn_of(W, u, axis, K):
     return 1 - u @ t / np.linalg.norm(u) / np.linalg.norm(t)
 
 
+@pytest.mark.parametrize(('scale', 'u_scale'), [
+    (1, 1e14), (1, 1e-14), (1e14, 1e-14), (1e-14, 1e14), (1e14, 1e-4)])
+def test_one_of_two_norms_is_extreme(scale, u_scale):
+    """Of W^T u and of W v: the vector to start from is as on the host."""
+    W = (scale * random(70, 90)).astype('f')
+    u = (u_scale * random(70)).astype('f')
+    expected, found = normalized(W, u)
+    for a, b in zip(expected, found):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6 * abs(a).max())
+
+
+def test_a_norm_in_between_may_be_extreme():
+    """Those of W s_1 and W s_3 are not, here: they are 1e-130 and 1e-120."""
+    it = iterations(
+        send(np.diag([1e-60, 1e-80])), send(np.array([1e-50, 1e30])), 3)
+    np.testing.assert_allclose(
+        cuda.to_cpu(it.us(2)), [.5 ** .5, .5 ** .5], rtol=1e-12)
+
+
 class TestRenewal:
     """As on the host; tests/links/test_renewal.py has what it is for."""
 

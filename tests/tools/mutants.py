@@ -107,6 +107,10 @@ product: ; }
     'the only kernel that calls it has a barrier next': {'block': """
 go_back: ; }
 """},
+    'one block alone finds the same of a weight that is zero': {
+        'sn_finish_fwd': """
+if (last != 0 && largest_of(extras, n_extras, shared) == 0) is_alone = false;
+"""},
     'what is computed is not used': {'sn_fused_bwd': """
 if (!detach || (gw || need_u)) go_back(W, state, bars, K, need_u, shared);
 """},
@@ -251,6 +255,9 @@ def tests():
         test = extremes.test_gradients_at_the_ends_of_the_range
         yield both, scales == (1, 1e33), test, ('f', *scales, 3, False)
     yield both, False, t.test_a_coefficient_above_the_range, ()
+    for scales in ((1, 1e14), (1e14, 1e-14)):
+        yield both, False, t.test_one_of_two_norms_is_extreme, scales
+    yield both, False, t.test_a_norm_in_between_may_be_extreme, ()
     for shape, axis in t.EXTREME:
         yield both, False, t.test_an_extreme_weight, (shape, axis, 3, 1e28)
     for value in ('largest', 'tiny'):
