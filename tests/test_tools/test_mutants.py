@@ -77,3 +77,11 @@ __device__ int unused(int x) {
     _, _, mutant = list(mutants.mutants_of(text))[-1]
     launches = dict.fromkeys(mutants.jobs(), ALL)
     assert mutants.run_mutant('grid', mutant, launches) == (None, None)
+
+
+def test_what_is_equivalent_is_one_mutant_each():
+    lines = [(name, mutants.line_of(mutant, position))
+             for name, text in mutants.parts().items()
+             for position, _, mutant in mutants.mutants_of(text)]
+    assert {key: lines.count(key) for key in mutants.EQUIVALENT} == (
+        dict.fromkeys(mutants.EQUIVALENT, 1))
