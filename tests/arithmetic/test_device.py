@@ -15,7 +15,13 @@ from chainer.backends import cuda
 
 from sn_function import SpectralNormalization, errors, functions
 from sn_function._arithmetic import device, host, kernels, workspace
-from sn_function._arithmetic.interface import Forward, Renewal, Settings
+from sn_function._arithmetic.interface import (
+    GAMMA_LIMIT,
+    GAMMA_TURN,
+    Forward,
+    Renewal,
+    Settings,
+)
 from tests import cuda_on_host, reference, test_functions
 from tests.cuda_on_host import array as on_host
 from tests.test_functions import (  # NOQA: F401  run here as well
@@ -179,6 +185,15 @@ def test_the_largest_row_takes_its_place(shape, axis):
     np.testing.assert_array_equal(cuda.to_cpu(it.start), expected)
 
 
+@pytest.mark.parametrize('scale', [1e-30, 1e30])
+def test_the_largest_row_of_an_extreme_weight(scale):
+    W = random(40, 70)
+    W[7] *= 2
+    it = iterations(
+        send((scale * W).astype('f')), send(np.zeros(40, 'f')), 2)
+    np.testing.assert_array_equal(cuda.to_cpu(it.start), np.arange(40) == 7)
+
+
 @pytest.mark.parametrize('K', [1, 3])
 def test_all_vectors_of_a_bad_weight_are_nan(K):
     W = random(3, 4, 5)
@@ -241,6 +256,11 @@ def test_the_unit_of_an_extreme_weight(dtype, size):
     assert float(it.sigma) == pytest.approx(sigma * size, rel=1e-5)
     norms = cuda.to_cpu(it.numbers)[len(kernels.NUMBERS):]
     assert norms[1] == pytest.approx(sigma * size, rel=1e-5)
+
+
+def test_the_unit_of_a_subnormal_weight():
+    it = iterations(send(1e-310 * np.ones((4, 3))), send(np.ones(4)), 1)
+    assert float(it.number('SCALE')) == 2.0 ** 1022
 
 
 @pytest.mark.parametrize('scale', [1e-60, 1e-79, 1e-81, 1e-90])
@@ -354,6 +374,36 @@ def test_an_extreme_weight_below_the_floor():
         results.append([cuda.to_cpu(Y.array), cuda.to_cpu(gamma.grad)])
     for actual, expected in zip(*results):
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+EXTREME = (((40, 70), 0), ((70, 40), 1), ((3, 40, 5), 1), ((3, 2, 40), 2))
+
+
+@pytest.mark.parametrize('scale', [1e-28, 1e28])
+@pytest.mark.parametrize('K', [1, 3])
+@pytest.mark.parametrize(('shape', 'axis'), EXTREME)
+def test_an_extreme_weight(shape, axis, K, scale):
+    """Its unit goes through all products, of all kinds."""
+    W, gY = scale * random(*shape), random(*shape)
+    u, gsigma = random(40), np.array(scale)
+    results = []
+    for convert in (lambda x: x, send):
+        x = [chainer.Variable(convert(np.asarray(x, 'f'))) for x in (W, u, .7)]
+        outputs = functions.spectral_normalize(
+            *x[:2], K, x[2], axis=axis, return_sigma=True, eps=0)
+        grads = chainer.grad(outputs, x, [
+            chainer.Variable(convert(y.astype('f'))) for y in (gY, gsigma)])
+        results.append([cuda.to_cpu(y.array) for y in (*outputs, *grads)])
+    for a, b in zip(*results):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * abs(a).max())
+
+
+def test_a_coefficient_above_the_range():
+    """Y has a place in float32, and factor / sigma has none."""
+    W, u = np.full((4, 3), 1.2e-38, 'f'), np.ones(4, 'f')
+    Y = functions.spectral_normalize(send(W), send(u), factor=1e4, eps=0)
+    np.testing.assert_allclose(
+        cuda.to_cpu(Y.array), 1e4 * 12 ** -.5, rtol=1e-5)
 
 
 @pytest.mark.parametrize('scale', [2e-38, 1e-30, 1e27])
@@ -627,13 +677,18 @@ def test_a_stale_u_of_an_extreme_weight(n_warmup, path):
     assert sigmas[1] == pytest.approx(sigmas[0], rel=1e-6)
 
 
-@pytest.mark.parametrize('constants', [
-    {'FEW_BLOCKS': 1 << 30, 'LONG_SUM': 1, 'BATCH': 8}, {'MAX_BLOCKS': 2}],
-    ids=['sums in parts', 'few blocks'])
+DEALT_OUT_OTHERWISE = {
+    'sums in parts': {'FEW_BLOCKS': 1 << 30, 'LONG_SUM': 1, 'BATCH': 8},
+    'few blocks': {'MAX_BLOCKS': 2}}
+LARGE = [((300, 40), 0), ((7, 900), 0), ((900, 7), 1), ((40, 302), 1),
+         ((64, 24, 3, 3), 0), ((6, 70, 12), 1), ((70, 9, 3, 3), 1),
+         ((3, 4200), 0), ((3, 4200), 1)]
+
+
+@pytest.mark.parametrize(
+    'constants', DEALT_OUT_OTHERWISE.values(), ids=DEALT_OUT_OTHERWISE)
 @pytest.mark.parametrize('dtype', 'efd')
-@pytest.mark.parametrize(('shape', 'axis'), [
-    ((300, 40), 0), ((7, 900), 0), ((900, 7), 1), ((40, 302), 1),
-    ((64, 24, 3, 3), 0), ((6, 70, 12), 1), ((70, 9, 3, 3), 1)])
+@pytest.mark.parametrize(('shape', 'axis'), LARGE)
 def test_dealt_out_otherwise(shape, axis, dtype, constants, monkeypatch):
     """A large weight, without its size."""
     monkeypatch.setattr(kernels, 'FUSED_SIZE', 0)
@@ -648,6 +703,22 @@ def test_dealt_out_otherwise(shape, axis, dtype, constants, monkeypatch):
                 'Y sigma', 'W u gamma')
     finally:
         workspace.plan.cache_clear()
+
+
+@pytest.mark.parametrize('dtype', 'efd')
+@pytest.mark.parametrize('axis', [0, 1])
+def test_several_rows_in_a_block(axis, dtype, monkeypatch):
+    """Each of more than one warp."""
+    monkeypatch.setattr(kernels, 'FUSED_SIZE', 0)
+    monkeypatch.setattr(kernels, 'BLOCK_SIZE', 256)
+    product = workspace.product(
+        *((9, 600, 1) if axis else (1, 9, 600)), bool(axis),
+        np.dtype(dtype).itemsize, True, 256)
+    assert 32 < product.arguments[0] < 256
+    test_as_on_the_host(
+        (9, 600), axis, 2, dtype, dtype,
+        {'e': 4e-3, 'f': 3e-5, 'd': 1e-12}[dtype], False, 'Y sigma',
+        'W u gamma')
 
 
 def test_the_plan_cuts_long_sums_in_parts():
@@ -688,6 +759,124 @@ def test_arrays_that_start_anywhere(dtype, K, path):
             tolerance = {'e': 4e-3, 'f': 1e-5, 'd': 1e-12}[dtype]
             np.testing.assert_allclose(
                 actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def normalized(
+        W, u, axis=0, K=1, n_warmup=0, limit=2., gamma=None, initial=None):
+    """What the host and a device make of a weight, its vector and gamma."""
+    found = []
+    for arithmetic, convert in ((host, np.copy), (device, send)):
+        W_, u_ = convert(W), convert(u)
+        gammas = [None if x is None else convert(np.array(x, W.dtype))
+                  for x in (gamma, initial)]
+        (outputs, it), = arithmetic.normalize_all([Forward(
+            Settings(K, axis, False),
+            W_, u_, 1.0 if gamma is None else gammas[0], ('Y', 'sigma'), True,
+            renewal=Renewal(n_warmup, limit, gammas[1]))])
+        found.append([cuda.to_cpu(x) for x in (
+            *outputs, u_, it.start, it.u, it.v, *gammas) if x is not None])
+    return found
+
+
+def turn_of(W, u, axis, K):
+    A = reference.as_matrix(W, axis).astype('d')
+    t = A @ (A.T @ u.astype('d'))
+    return 1 - u @ t / np.linalg.norm(u) / np.linalg.norm(t)
+
+
+@pytest.mark.parametrize(('scale', 'u_scale'), [
+    (1, 1e14), (1, 1e-14), (1e14, 1e-14), (1e-14, 1e14), (1e14, 1e-4)])
+def test_one_of_two_norms_is_extreme(scale, u_scale):
+    """Of W^T u and of W v: the vector to start from is as on the host."""
+    W = (scale * random(70, 90)).astype('f')
+    u = (u_scale * random(70)).astype('f')
+    expected, found = normalized(W, u)
+    for a, b in zip(expected, found):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6 * abs(a).max())
+
+
+def test_a_norm_in_between_may_be_extreme():
+    """Those of W s_1 and W s_3 are not, here: they are 1e-130 and 1e-120."""
+    it = iterations(
+        send(np.diag([1e-60, 1e-80])), send(np.array([1e-50, 1e30])), 3)
+    np.testing.assert_allclose(
+        cuda.to_cpu(it.us(2)), [.5 ** .5, .5 ** .5], rtol=1e-12)
+
+
+class TestRenewal:
+    """As on the host; tests/links/test_renewal.py has what it is for."""
+
+    SHAPES = (((70, 90), 0), ((90, 70), 1), ((3, 70, 30), 1))
+
+    @pytest.mark.parametrize('scale', [1, 1e-28, 1e28])
+    @pytest.mark.parametrize('n_warmup', [1, 5, 300])
+    @pytest.mark.parametrize('K', [1, 2])
+    @pytest.mark.parametrize(('shape', 'axis'), SHAPES)
+    def test_a_stale_u(self, shape, axis, K, n_warmup, scale):
+        dtype, tolerance = ('d', 1e-7) if scale == 1 else ('f', 1e-3)
+        W = (scale * random(*shape)).astype(dtype)
+        u = random(shape[axis]).astype(dtype)
+        for factor in (1 - 1e-3, 1 + 1e-3):  # just stale, and just not
+            limit = factor * turn_of(W, u, axis, K)
+            expected, found = normalized(W, u, axis, K, n_warmup, limit)
+            assert np.array_equal(expected[3], u) == (factor > 1)
+            for a, b in zip(expected, found):
+                np.testing.assert_allclose(
+                    b, a, rtol=tolerance, atol=tolerance * abs(a).max())
+
+    def test_no_warm_up(self):
+        W, u = random(70, 90), random(70)
+        for limit in (0., 2.):
+            expected, found = normalized(W, u, limit=limit)
+            for a, b in zip(expected, found):
+                np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-12)
+
+    # gamma and initial_gamma, in units of sigma; how much u turns; whether
+    # gamma is made anew.
+    GAMMAS = (
+        (.5, .5, 0, True), (.5, .5, .1, True), (.5, .6, 0, False),
+        (1 / (1 + GAMMA_LIMIT) - 1e-3, None, .1, True),
+        (1 / (1 + GAMMA_LIMIT) + 1e-3, None, .1, False),
+        (1 / (1 - GAMMA_LIMIT) + 1e-3, None, 0, True),
+        (1 / (1 - GAMMA_LIMIT) - 1e-3, None, 0, False),
+        (2, 2, .9 * GAMMA_TURN, True), (2, 2, 1.1 * GAMMA_TURN, False),
+        (1, 1, 0, False))
+
+    @pytest.mark.parametrize(('gamma', 'initial', 'turn', 'is_new'), GAMMAS)
+    @pytest.mark.parametrize('dtype', 'fd')
+    def test_gamma(self, dtype, gamma, initial, turn, is_new):
+        # Singular values 1 and 2: an iteration turns (x, 1) to (x, 4).
+        W, u = np.zeros((70, 80), dtype), np.zeros(70, dtype)
+        W[[0, 1], [3, 2]] = 1, 2
+        u[:2] = self.lean(turn), 1
+        sigma = reference.power_iteration(W.astype('d'), u.astype('d'), 1)[2]
+        initial = gamma if initial is None else initial
+        expected, found = normalized(
+            W, u, gamma=gamma * sigma, initial=initial * sigma)
+        assert expected[-2] == pytest.approx(
+            sigma * (1 if is_new else gamma), rel=1e-5)
+        for a, b in zip(expected, found):
+            np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
+
+    @staticmethod
+    def lean(turn):
+        """The x with which (x, 1) turns so much."""
+        least, most = 0., 1.
+        for _ in range(60):
+            x = (least + most) / 2
+            found = 1 - (x * x + 4) / np.sqrt((x * x + 1) * (x * x + 16))
+            least, most = (x, most) if found < turn else (least, x)
+        return x
+
+    BAD_SIGMAS = (0, 3, 1), (np.nan, 3, 3), (np.inf, 3, 3), (3e38, 3, 3)
+
+    @pytest.mark.parametrize(('value', 'gamma', 'expected'), BAD_SIGMAS)
+    def test_gamma_of_no_sigma(self, value, gamma, expected):
+        """Of zero it is 1, and of what is not finite it stays."""
+        W = np.full((70, 80), value, 'f')
+        for found in normalized(
+                W, np.ones(70, 'f'), gamma=gamma, initial=gamma):
+            assert found[-2] == found[-1] == expected
 
 
 def test_every_kernel_is_run_here(monkeypatch):

@@ -12,10 +12,14 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import contextlib
+import importlib
+import inspect
 import multiprocessing
 import os
 import re
 import sys
+import tempfile
 import time
 import warnings
 
@@ -25,9 +29,10 @@ import pytest
 
 from sn_function._arithmetic import kernels
 from tests import cuda_on_host
-from tests.cuda_on_host import array
+from tests.cuda_on_host import array, compiler
 
 assert sn_function  # it is imported for what it does
+RAW = importlib.import_module('tests.cuda_on_host.raw')  # also a function
 
 REPLACEMENTS = {
     '+': '-', '-': '+', '*': '/', '/': '*', '%': '/', '<': '>=', '>': '<=',
@@ -36,32 +41,83 @@ REPLACEMENTS = {
     '__syncthreads();': ';',
 }
 # What is no operator: comments, casts, templates, pointers, declarations,
-# directives.  Only an operator has spaces around it.
+# directives.
 _SKIP = re.compile(r"""
-    //[^\n]* | \#[^\n]* | \w+_cast<[^>]*> | template\s*<[^>]*>
-    | \w+<\w+(?:,\s\w+)*> | \w[*](?=[\s>,)]) | operator\W+\(
-    | \{[^{};]*\} (?=;) | enum[^;]*; | "C" | ->""", re.X)
+    //[^\n]* | ^\#(?!define)[^\n]* | \w+_cast<(?:[^<>]|<[^<>]*>)*>
+    | template\s*<[^>]*> | \w+<(?:\w+(?:<\w+>\(\))?(?:,\s)?)+>
+    | (?<=[\w>])[*](?=[\s>,)]) | [*](?=\w) | operator\W+\( | "C" | ->
+    """, re.X | re.M)
 _OPERATOR = re.compile(
     r'__syncthreads\(\);|\+\+|--|&&|\|\||[-+*/<>=!]=|>>|[-+*/%<>!]')
-TIMEOUT = 60  # seconds: a loop that does not end counts as noticed
+# Seconds: of the processor for a launch, and of all for a test.  What does not
+# end counts as noticed.
+LAUNCH_TIMEOUT = 4
+TIMEOUT = 120
 
-# (part, operator, line) -> why no result can depend on it.
-_TUNING = 'both ways are right, and one is faster'
-EQUIVALENT = {
-    ('_BLOCK', '__syncthreads();', 'strided_product: __syncthreads();'):
-        'who reads an entry next is the thread that wrote it, so far',
-    ('_BLOCK', '>=', 'contiguous_product: if (r >= 32) {'): _TUNING,
-    ('sn_fused_bwd', '&&', 'sn_fused_bwd_of: if (!detach && (gw || gu)) {'):
-        'what is computed is not used',
+# Why no result can depend on it: the parts, and changed lines.
+_REASONS = {
+    'what is past the end is skipped: it only takes time': {
+        'grid': """
+product_by_columns: const int n = columns.n_out * V, \
+lane = threadIdx.x % lanes;
+product_by_columns: const int tiles = (n + lanes + 1) / lanes;
+product_by_columns: const int tiles = (n + lanes - 1) * lanes;
+product_by_rows: const int tiles = (rows.n_out + height + 1) / height;
+product_by_rows: const int tiles = (rows.n_out + height - 1) * height;
+""",
+        'entries': """
+correct: const int n_matrices = is_flat ? 1 : W.l, n = n_columns * V;
+correct: const int strips = (n + blockDim.x + 1) / blockDim.x;
+correct: const int strips = (n + blockDim.x - 1) * blockDim.x;
+correct: const int chunks = (n_rows + chunk + 1) / chunk;
+correct: const int chunks = (n_rows + chunk - 1) * chunk;
+"""},
+    'in parts of any length each entry is in one': {'grid': """
+product_by_columns: const int chunk = (columns.n_in + parts + 1) / parts;
+product_by_columns: const int chunk = (columns.n_in + parts - 1) * parts;
+product_by_rows: const int n = rows.n_in / V, chunk = (n + parts + 1) / parts;
+product_by_rows: const int n = rows.n_in / V, chunk = (n + parts - 1) * parts;
+"""},
+    'both ways are right, and one is faster': {
+        'grid': """
+product_of: } else if (narrow == 1 && is_wide) {
+""",
+        'entries': """
+correct: if (strips <= 1) lanes = (lanes + 31) / 32 * 32;
+""",
+        'products': """
+size: struct __align__(sizeof(X) * V > 16 ? 16 : sizeof(X) / V) Pack {
+batch_of: return (sizeof(T) != 2 ? 16 : 64 / sizeof(T)) / V;
+batch_of: return (sizeof(T) == 2 ? 16 : 64 * sizeof(T)) / V;
+batch_of: return (sizeof(T) == 2 ? 16 : 64 / sizeof(T)) * V;
+""",
+        'block': """
+product: const int N = 32 * sizeof(A);
+product: while (width <= 32 && width / 2 >= columns.n_out) width /= 2;
+product: while (width > 32 || width / 2 >= columns.n_out) width /= 2;
+product: while (width > 32 && width * 2 >= columns.n_out) width /= 2;
+product: while (width > 32 && width / 2 < columns.n_out) width /= 2;
+"""},
+    'there are several threads for an o only where start is 0': {'block': """
+product: for (int j = o + start + width; j < static_cast<int>(blockDim.x);
+"""},
+    'what a thread reads next, it has written': {'block': """
+product: ; }
+"""},
+    'the only kernel that calls it has a barrier next': {'block': """
+go_back: ; }
+"""},
+    'one block alone finds the same of a weight that is zero': {
+        'sn_finish_fwd': """
+if (last != 0 && largest_of(extras, n_extras, shared) == 0) is_alone = false;
+"""},
+    'what is computed is not used': {'sn_fused_bwd': """
+if (!detach || (gw || need_u)) go_back(W, state, bars, K, need_u, shared);
+"""},
 }
-for _operator in '-/':
-    EQUIVALENT['sn_fused_bwd', _operator, (
-        'sn_fused_bwd_of: const Size rows = (W.size() + width - 1) / width;'
-    )] = 'the loop also ends where the weight does'
-for _operator in ('>', '&&', '/', '>='):
-    EQUIVALENT['_BLOCK', _operator, (
-        'strided_product: while (width > 32 && width / 2 >= n_out) '
-        'width /= 2;')] = _TUNING
+EQUIVALENT = {
+    (part, line): reason for reason, parts_ in _REASONS.items()
+    for part, lines in parts_.items() for line in lines.strip().split('\n')}
 
 
 def mutants_of(text):
@@ -86,159 +142,269 @@ def code_of(kernel):
     return ' ; '.join(kernel.arguments[2:5])
 
 
-def source_of(kernel):
-    """All that is compiled for float32, but for what CuPy adds."""
-    if isinstance(kernel, kernels.Raw):
-        return kernel.source(np.dtype('f'), np.dtype('f'))
-    return getattr(kernel, 'preamble', '') + code_of(kernel)
-
-
-def shared():
-    """Functions that sources begin with: constants of the module, by name."""
-    sources = [source_of(kernel) for kernel in kernels.ALL]
-    codes = [code_of(kernel) for kernel in kernels.ALL]
-    return {
-        name: text for name, text in vars(kernels).items()
-        if isinstance(text, str) and '__device__' in text
-        and any(text in source for source in sources)
-        and not any(text in code for code in codes)}
-
-
 def parts():
     """Names of all sources, and their text."""
-    return {**shared(), **{
+    return {**kernels.SHARED, **{
         kernel.name: code_of(kernel) for kernel in kernels.ALL}}
 
 
+def _pieces(text):
+    """Top-level definitions, with what stands before each."""
+    return re.findall(r'.*?^\};?$', text, re.S | re.M)
+
+
+def _defined(piece):
+    """Names of functions, types and macros."""
+    return set(re.findall(
+        r'^(?:struct .*?(?=\w+ {)|#define |__device__ [^(]*?(?=\w+\())(\w+)',
+        piece, re.M))
+
+
+def _used(code):
+    """Names of such, and some others."""
+    code = re.sub('//.*', '', code)
+    return set(re.findall(r'(?<![.\w])\w+(?=[(<])|[A-Z]\w*', code))
+
+
+def users_of(piece):
+    """Kernels that use what a shared piece defines, or what uses it."""
+    rest = {p for text in kernels.SHARED.values() for p in _pieces(text)}
+    names, found = set(), {piece}
+    while found:
+        names = names.union(*map(_defined, found))
+        rest -= found
+        found = {p for p in rest if names & _used(p)}
+    return [kernel for kernel in kernels.ALL
+            if isinstance(kernel, kernels.Raw) and names & _used(kernel.code)]
+
+
 def replace(name, text):
-    """Replaces the text of a part of the sources, in this process."""
-    old = parts()[name]
-    for kernel in kernels.ALL:
+    """Replaces the text of a part; returns the names of changed kernels."""
+    if name in kernels.SHARED:
+        piece, = [a for a, b in zip(
+            _pieces(kernels.SHARED[name]), _pieces(text)) if a != b]
+        changed = users_of(piece)
+        kernels.SHARED[name] = text
+    else:
+        kernel, = changed = [k for k in kernels.ALL if k.name == name]
+        if isinstance(kernel, kernels.Raw):
+            kernel.code = text
+        elif isinstance(kernel, kernels.Elementwise):
+            kernel.arguments = (*kernel.arguments[:2], text)
+        else:
+            kernel.arguments = (
+                *kernel.arguments[:2], *text.split(' ; '),
+                kernel.arguments[5])
+    for kernel in changed:
         if isinstance(kernel, kernels.Raw):
             kernel._sources.clear()
-    if name in shared():
-        setattr(kernels, name, text)
-        # A kernel may have got it when it was made.
-        for kernel in kernels.ALL:
-            for key, value in vars(kernel).items():
-                if isinstance(value, str):
-                    setattr(kernel, key, value.replace(old, text))
-        if not any(text in source_of(kernel) for kernel in kernels.ALL):
-            raise RuntimeError(f'no kernel has another {name} now')
-        return
-    kernel, = [k for k in kernels.ALL if k.name == name]
-    if isinstance(kernel, kernels.Raw):
-        kernel.code = text
-    elif isinstance(kernel, kernels.Elementwise):
-        kernel.arguments = (*kernel.arguments[:2], text)
-    else:
-        kernel.arguments = (
-            *kernel.arguments[:2], *text.split(' ; '), kernel.arguments[5])
+    return {kernel.name for kernel in changed}
 
 
 def line_of(text, position):
     """The function that a position is in, and its line there."""
     start = text.rfind('\n', 0, position) + 1
     functions = re.findall(
-        r'^(?:__device__|extern.*\d\)).*?(\w+)\(', text[:position], re.M)
-    line = ' '.join(text[start:].split('\n')[0].split())
+        r'__device__[^(]*?(\w+|operator\W*)\(', text[:position])
+    lines = text[start:].split('\n')
+    line = ' '.join(lines[0].split())
+    if line == ';':  # a barrier that is gone: before what?
+        line = f'; {lines[1].strip()}'
     return f'{functions[-1]}: {line}' if functions else line
 
 
 def tests():
-    """Tests of tests/arithmetic/test_device.py, the quickest first."""
+    """Yields tests with arguments, on which paths, and whether in all modes.
+
+    The quickest come first.
+    """
     from tests.arithmetic import test_device as t
-    f = ('f', 'f', 1e-4)
+    both, products = tuple(t.PATHS), ('products',)
     everything = 'Y sigma', 'W u gamma'
     for detach_uv, names in ((False, everything), (True, everything),
-                             (False, ('sigma', 'W')), (False, ('Y', 'W'))):
+                             (False, ('sigma', 'W')), (False, ('Y', 'W')),
+                             (False, ('sigma', 'u')), (True, ('Y', 'gamma'))):
         for shape, axis, K in (
                 ((40, 3, 3, 3), 0, 1), ((3, 40, 4, 4), 1, 3),
                 ((70, 50), 1, 2), ((33, 100), 0, 1), ((1, 70), 0, 1),
                 ((70, 1), 0, 2), ((2, 3, 35), 1, 3)):
-            yield t.test_as_on_the_host, (
-                shape, axis, K, *f, detach_uv, *names)
-    yield t.test_quotient_of_large_numbers, ()
-    yield t.test_the_unit_of_an_ordinary_weight_is_one, ()
-    for dtype, size in (('f', 1e-36), ('f', 1e30), ('d', 1e150)):
-        yield t.test_the_unit_of_an_extreme_weight, (dtype, size)
-    for bad in (0, np.nan, np.inf):
-        yield t.test_a_bad_u_is_replaced, (bad, 'f')
-    yield t.test_the_largest_row_takes_its_place, ((3, 40, 5), 1)
-    yield t.test_the_largest_row_takes_its_place, ((70, 40), 1)
-    yield t.test_all_vectors_of_a_bad_weight_are_nan, (1,)
-    yield t.test_all_vectors_of_a_bad_weight_are_nan, (3,)
-    yield t.test_no_gradient_of_a_u_that_was_replaced, ()
-    yield t.test_the_product_of_two_norms_may_be_extreme, (1e-81,)
-    yield t.test_no_gradient_of_gamma_from_sigma, (np.nan,)
+            yield both, names is everything, t.test_as_on_the_host, (
+                shape, axis, K, 'f', 'f', 1e-4, detach_uv, *names)
     extremes, update = t.TestExtremes(), t.TestUpdate()
-    yield extremes.test_zero_weight, (0, 2)
-    yield extremes.test_zero_weight, (1e-6, 2)
-    yield extremes.test_u_in_the_left_null_space_is_no_trap, ()
-    yield extremes.test_below_the_floor_Y_is_W_over_eps, ()
-    yield t.test_an_extreme_weight_below_the_floor, ()
+    for bad in (0, np.nan, np.inf):
+        yield both, not bad, t.test_a_bad_u_is_replaced, (bad, 'f')
+    yield both, False, t.test_the_largest_row_takes_its_place, ((3, 40, 5), 1)
+    yield both, True, t.test_the_largest_row_takes_its_place, ((70, 40), 1)
+    yield both, False, t.test_the_largest_row_of_an_extreme_weight, (1e30,)
+    yield both, False, t.test_all_vectors_of_a_bad_weight_are_nan, (1,)
+    yield both, True, t.test_all_vectors_of_a_bad_weight_are_nan, (3,)
+    yield both, False, t.test_no_gradient_of_a_u_that_was_replaced, ()
+    yield both, False, t.test_the_product_of_two_norms_may_be_extreme, (1e-81,)
+    yield both, False, t.test_no_gradient_of_gamma_from_sigma, (np.nan,)
+    yield both, False, t.test_the_unit_of_an_ordinary_weight_is_one, ()
+    for dtype, size in (('f', 1e-36), ('f', 1e30), ('d', 1e150)):
+        yield both, False, t.test_the_unit_of_an_extreme_weight, (dtype, size)
+    yield both, False, t.test_the_unit_of_a_subnormal_weight, ()
+    yield both, False, extremes.test_zero_weight, (0, 2)
+    yield both, False, extremes.test_zero_weight, (1e-6, 2)
+    yield both, False, extremes.test_u_in_the_left_null_space_is_no_trap, ()
+    yield both, False, extremes.test_below_the_floor_Y_is_W_over_eps, ()
+    yield both, False, t.test_an_extreme_weight_below_the_floor, ()
     for scales in ((1e-30, 1), (1e30, 1), (1, 1e-35), (1, 1e33),
                    (1e-9, 1e18)):
-        yield extremes.test_gradients_at_the_ends_of_the_range, (
-            'f', *scales, 3, False)
+        test = extremes.test_gradients_at_the_ends_of_the_range
+        yield both, scales == (1, 1e33), test, ('f', *scales, 3, False)
+    yield both, False, t.test_a_coefficient_above_the_range, ()
+    for scales in ((1, 1e14), (1e14, 1e-14)):
+        yield both, False, t.test_one_of_two_norms_is_extreme, scales
+    yield both, False, t.test_a_norm_in_between_may_be_extreme, ()
+    for shape, axis in t.EXTREME:
+        yield both, False, t.test_an_extreme_weight, (shape, axis, 3, 1e28)
     for value in ('largest', 'tiny'):
-        yield extremes.test_at_the_limits_of_a_dtype, ('f', value)
-        yield extremes.test_at_the_limits_of_a_dtype, ('d', value)
-    yield extremes.test_the_norm_is_never_hidden_nan, ()
+        yield both, False, extremes.test_at_the_limits_of_a_dtype, ('f', value)
+        yield both, False, extremes.test_at_the_limits_of_a_dtype, ('d', value)
+    yield both, False, extremes.test_the_norm_is_never_hidden_nan, ()
     for value in (0, np.nan, np.inf):
         for where in (slice(None), (0, 0)):
-            yield update.test_a_bad_weight_does_not_reach_u, (value, where)
-    yield update.test_a_live_graph_is_not_changed, (False,)
+            yield both, False, update.test_a_bad_weight_does_not_reach_u, (
+                value, where)
+    yield both, False, update.test_a_live_graph_is_not_changed, (False,)
     for scale in (2e-38, 1e27):
-        yield t.test_a_far_u_is_normalized, (scale,)
-    yield extremes.test_the_norm_is_one_at_any_scale, ('f',)
+        yield both, False, t.test_a_far_u_is_normalized, (scale,)
+    for dtype, K in (('f', 1), ('e', 3)):
+        yield both, False, t.test_arrays_that_start_anywhere, (dtype, K)
+    renewal = t.TestRenewal()
+    for (shape, axis), K, n_warmup in zip(
+            renewal.SHAPES, (2, 1, 1), (5, 300, 1)):
+        for scale in (1, 1e28):
+            yield both, K == 2 and scale == 1, renewal.test_a_stale_u, (
+                shape, axis, K, n_warmup, scale)
+    yield both, False, renewal.test_no_warm_up, ()
+    for is_first, case in enumerate(renewal.GAMMAS):
+        yield both, not is_first, renewal.test_gamma, ('d', *case)
+    for case in renewal.BAD_SIGMAS:
+        yield both, False, renewal.test_gamma_of_no_sigma, case
+    for dtype in 'ed':
+        yield both, False, t.test_as_on_the_host, (
+            (3, 40, 4, 4), 1, 2, dtype, dtype, 3e-3, False, *everything)
+    in_parts, few_blocks = t.DEALT_OUT_OTHERWISE.values()
+    for constants in (in_parts, few_blocks):
+        for shape, axis in t.LARGE:
+            yield products, constants is in_parts and shape[0] < 50, (
+                t.test_dealt_out_otherwise), (shape, axis, 'f', constants)
+    for shape, axis in t.LARGE:
+        yield products, False, t.test_dealt_out_otherwise, (
+            shape, axis, 'e', in_parts)
+    for axis in (0, 1):
+        yield products, not axis, t.test_several_rows_in_a_block, (axis, 'f')
+    many = t.TestManyWeights()
+    yield both, False, many.test_as_on_the_host, (16, 20, False)
 
 
-def run_tests():
-    """Runs the tests on both paths; returns the name of the first to fail."""
+MODES = {
+    'ascending': lambda: cuda_on_host.schedule('ascending'),
+    'descending': lambda: cuda_on_host.schedule('descending'),
+    'races': cuda_on_host.races,
+}
+
+
+def jobs():
+    """Tests on a path in a mode: the keys of what is known of them."""
+    return [(mode, path, at) for mode in MODES
+            for at, (paths, is_for_all, *_) in enumerate(tests())
+            if is_for_all or mode == 'ascending' for path in paths]
+
+
+def run(job):
+    """Runs a test; returns what failed, or None."""
     from tests.arithmetic import test_device
-    for mode in (lambda: cuda_on_host.schedule('ascending'),
-                 lambda: cuda_on_host.schedule('descending'),
-                 cuda_on_host.races):
-        for size in test_device.PATHS.values():
-            kernels.FUSED_SIZE, kernels.BLOCK_SIZE = size, 64
-            for test, arguments in tests():
-                np.random.seed(0)
-                with array.installed(), mode(), \
-                        pytest.MonkeyPatch.context() as patch:
-                    if hasattr(test, '__self__'):
-                        test_device.patch_functions(patch)
-                    try:
-                        test(*arguments)
-                    except cuda_on_host.CompileError:
-                        return 'compiler'
-                    except Exception as error:
-                        return f'{test.__name__}: {type(error).__name__}'
+    mode, path, at = job
+    *_, test, arguments = list(tests())[at]
+    takes = inspect.signature(test).parameters
+    np.random.seed(0)
+    with array.installed(), MODES[mode](), \
+            pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, 'FUSED_SIZE', test_device.PATHS[path])
+        patch.setattr(kernels, 'BLOCK_SIZE', 64)
+        patch.setattr(kernels, 'FUSED_BLOCK_SIZE', 64)
+        if test.__module__ != test_device.__name__:
+            test_device.patch_functions(patch)
+        fixtures = {'monkeypatch': patch, 'path': path}
+        try:
+            test(*arguments, **{
+                name: fixtures[name] for name in takes if name in fixtures})
+        except cuda_on_host.CompileError:
+            return 'compiler'
+        except Exception as error:
+            return f'{test.__name__}: {type(error).__name__}'
     return None
 
 
-def run_mutant(name, text):
-    """Returns the test that failed, in a process of its own, or None."""
+def find_launches():
+    """Returns the kernels that each test launches; none may fail."""
+    launches = {}
+    for job in jobs():
+        with array.counted() as names:
+            failed = run(job)
+        assert failed is None, f'without any change, {failed} in {job}'
+        launches[job] = {kernel.name for kernel in kernels.ALL} & set(names)
+    return launches
+
+
+@contextlib.contextmanager
+def quick_compilation():
+    """A mutant runs for a moment, so what counts is how soon it does."""
+    flags, limit = compiler._FLAGS, RAW.time_limit
+    compiler._FLAGS = ('-O0', *flags[1:])
+    RAW.time_limit = LAUNCH_TIMEOUT
+    try:
+        yield
+    finally:
+        compiler._FLAGS, RAW.time_limit = flags, limit
+
+
+def run_mutant(name, text, launches):
+    """Runs tests of the kernels that a mutant changes, until one fails.
+
+    Args:
+        name: Its part.
+        text: The changed text.
+        launches: The kernels that each test launches, the tests in order.
+
+    Returns: The test that failed and why, or ``(None, None)``.
+
+    """
     receiver, sender = multiprocessing.Pipe(duplex=False)
+    # Not into the cache: nobody asks for it again.
+    folder = tempfile.TemporaryDirectory()
 
     def child():
         warnings.simplefilter('ignore')
         sys.stdout = sys.stderr = open(os.devnull, 'w')  # NOQA: SIM115
-        replace(name, text)
-        sender.send(run_tests())
+        compiler.CACHE = folder.name
+        changed = replace(name, text)
+        for job, names in launches.items():
+            if names & changed:
+                sender.send((job, 'crash or time-out'))
+                failed = run(job)
+                if failed:
+                    sender.send((job, failed))
+                    os._exit(0)
+        sender.send((None, None))
+        os._exit(0)
 
     process = multiprocessing.get_context('fork').Process(target=child)
     process.start()
     sender.close()
-    try:
-        if not receiver.poll(TIMEOUT):
-            return 'time-out'
-        return receiver.recv()
-    except EOFError:
-        return 'crash'
-    finally:
-        process.kill()
-        process.join()
+    result = None
+    with folder, contextlib.suppress(EOFError):
+        try:
+            while receiver.poll(TIMEOUT):
+                result = receiver.recv()
+        finally:
+            process.kill()
+            process.join()
+    return result
 
 
 def main(arguments=None):
@@ -246,28 +412,34 @@ def main(arguments=None):
     parser.add_argument('parts', nargs='*', help='only these, e.g. sn_product')
     parser.add_argument('--every', type=int, default=1,
                         help='only each so manieth operator of a part')
+    parser.add_argument('--verbose', action='store_true',
+                        help='print what became of each')
     args = parser.parse_args(arguments)
     start = time.time()
-    failed = run_tests()
-    assert failed is None, f'without any change, {failed}'
     todo = [
-        (name, line_of(text, position), operator, mutant)
+        (name, line_of(mutant, position), operator, mutant)
         for name, text in parts().items()
         if not args.parts or name in args.parts
         for position, operator, mutant in list(mutants_of(text))[::args.every]]
     counts = {name: collections.Counter() for name, *_ in todo}
     survivors = []
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda m: run_mutant(m[0], m[3]), todo)
-        for (name, line, operator, _), result in zip(todo, results):
-            if result is None and (name, operator, line) in EQUIVALENT:
-                result = 'equivalent'
-            kind = result if result in ('compiler', 'equivalent') else (
-                'caught' if result else 'survived')
-            counts[name][kind] += 1
-            if result is None:
-                survivors.append((name, line, operator))
-                print(f'survived  {name}  {operator!r}  {line}', flush=True)
+    with quick_compilation():
+        launches = find_launches()
+        print(f'{len(todo)} mutants, after {time.time() - start:.0f} s',
+              flush=True)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = pool.map(Runner(launches), todo)
+            for (name, line, operator, _), failed in zip(todo, results):
+                if failed is None and (name, line) in EQUIVALENT:
+                    failed = 'equivalent'
+                kind = failed if failed in ('compiler', 'equivalent') else (
+                    'caught' if failed else 'survived')
+                counts[name][kind] += 1
+                if args.verbose or failed is None:
+                    print(f'{failed or "survived"}  {name}  {operator!r}  '
+                          f'{line}', flush=True)
+                if failed is None:
+                    survivors.append((name, line))
     print(f'{"":24}{"caught":>10}{"survived":>10}{"equivalent":>12}'
           f'{"not C++":>10}')
     total = collections.Counter()
@@ -278,11 +450,28 @@ def main(arguments=None):
     print(f'{len(todo)} mutants in {time.time() - start:.0f} s')
     gone = set()
     if not args.parts and args.every == 1:
-        gone = set(EQUIVALENT) - {
-            (name, operator, line) for name, line, operator, _ in todo}
-    for name, operator, line in sorted(gone):
-        print(f'no such mutant  {name}  {operator!r}  {line}')
+        gone = set(EQUIVALENT) - {(name, line) for name, line, *_ in todo}
+    for name, line in sorted(gone):
+        print(f'no such mutant  {name}  {line}')
     return len(survivors) + len(gone)
+
+
+class Runner:
+    """Runs a mutant; what found others like it is tried first."""
+
+    def __init__(self, launches):
+        self.launches = launches
+        self.found = collections.defaultdict(collections.Counter)
+
+    def __call__(self, mutant):
+        name, _, operator, text = mutant
+        found = self.found[name, operator == '__syncthreads();']
+        job, failed = run_mutant(name, text, {
+            job: self.launches[job]
+            for job in sorted(self.launches, key=lambda job: -found[job])})
+        if job:
+            found[job] += 1
+        return failed
 
 
 if __name__ == '__main__':
