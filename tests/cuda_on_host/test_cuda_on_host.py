@@ -981,6 +981,21 @@ def test_no_races_of_blocks_are_found_where_there_are_none(order):
         test_grid_and_atomics(order)
 
 
+@pytest.mark.parametrize('at', [-1, 8, 100])
+def test_reads_of_no_argument(at):
+    """What is there is not a number; whoever makes no use of it is found."""
+    x, y = np.ones(8, 'float32'), np.zeros(8, 'float32')
+    kernel = cuda.raw("""
+        extern "C" __global__ void beyond(const float* x, float* y, int at) {
+          y[0] = x[at] > 0;
+        }""", 'beyond')
+    kernel((1,), (1,), (x, y, np.int32(at)))
+    with cuda.races():
+        kernel((1,), (1,), (x, y, np.int32(7)))
+        with pytest.raises(cuda.KernelFault, match='reads memory of no arg'):
+            kernel((1,), (1,), (x, y, np.int32(at)))
+
+
 def test_what_the_next_launch_does_is_no_race():
     x, y = np.ones(8, 'float32'), np.zeros(8, 'float32')
     kernel = cuda.raw("""

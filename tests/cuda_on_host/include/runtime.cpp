@@ -329,6 +329,7 @@ bool is_apart(const Access& a, int thread) {
 }
 
 void describe_place(uintptr_t address, char* text, size_t size);
+bool is_of_an_argument(uintptr_t address, size_t size);
 
 void access(uintptr_t address, size_t size, bool write, bool atomic) {
   if (!running || !current) return;
@@ -336,6 +337,9 @@ void access(uintptr_t address, size_t size, bool write, bool atomic) {
   if (address - pool < kStack * kMaxThreads) return;  // its own
   const int thread = static_cast<int>(current - threads), warp = thread / 32;
   const bool global = address - reinterpret_cast<uintptr_t>(arena) < arena_size;
+  if (global && !is_of_an_argument(address, size)) {
+    fail("it %s memory of no argument", write ? "writes" : "reads");
+  }
   if (atomic) remember_atomic(address, thread);
   for (uintptr_t p = address; p < address + size; ++p) {
     Cell* c = cell_of(p);
@@ -753,6 +757,16 @@ int copy_out(Request* q) {
 }
 
 const Request* request;
+
+bool is_of_an_argument(uintptr_t address, size_t size) {
+  const Range* ranges = at<Range>(request->ranges);
+  for (int64_t i = 0; i < request->n_ranges; ++i) {
+    const size_t offset = address - reinterpret_cast<uintptr_t>(places[i]);
+    const size_t n = ranges[i].size;
+    if (offset < n && size <= n - offset) return true;
+  }
+  return false;
+}
 
 void describe_place(uintptr_t address, char* text, size_t size) {
   const Range* ranges = at<Range>(request->ranges);
