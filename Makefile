@@ -148,7 +148,7 @@ sass: $(STAMP)-nvrtc
 test-nvrtc: $(STAMP)-nvrtc
 	$(PYTEST) tests/test_tools/test_nvrtc.py tests/test_tools/test_sass.py
 
-# Ten minutes on two cores.
+# A quarter of an hour on two cores.
 mutants: setup
 	$(PY) -m tests.tools.mutants
 

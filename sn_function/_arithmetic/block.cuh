@@ -64,7 +64,7 @@ __device__ void product(
     part[threadIdx.x] = sum;
     __syncthreads();
     if (group == 0 && o < columns.n_out) {
-      for (int j = o - start + width; j < static_cast<int>(blockDim.x);
+      for (int j = threadIdx.x + width; j < static_cast<int>(blockDim.x);
            j += width)
         sum += part[j];
       y[o] = sum;
@@ -345,5 +345,4 @@ __device__ void go_back(
               state.s_norm(is_s ? k : K + k - 1) * W.scale,
               shared);
   }
-  __syncthreads();
 }

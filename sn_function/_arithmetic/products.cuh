@@ -81,7 +81,7 @@ struct Factor {
   A a, b;
   __device__ explicit Factor(double x) : b(1) {
     if (sizeof(A) == 4 && fabs(x) < 1e-36 && x != 0) b = 1e-30f;
-    if (sizeof(A) == 4 && fabs(x) > 1e36 && fabs(x) < infinity()) b = 1e30f;
+    if (sizeof(A) == 4 && fabs(x) > 1e36) b = 1e30f;
     a = static_cast<A>(x / b);
   }
   __device__ A operator*(A x) const { return x * b * a; }

@@ -664,7 +664,7 @@ def test_no_digit_is_lost_near_the_end_of_the_ordinary(sigma):
 
 
 @pytest.mark.parametrize('n_warmup', [1, 2, 15])
-def test_a_stale_u_of_an_extreme_weight(n_warmup, path):
+def test_a_stale_u_of_an_extreme_weight(n_warmup):
     """The first iteration shows only that u is stale."""
     W, u = np.diag([1e13, 1e10]).astype('f'), np.array([5e-5, 1], 'f')
     sigmas = []

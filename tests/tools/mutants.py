@@ -98,16 +98,13 @@ product: while (width > 32 || width / 2 >= columns.n_out) width /= 2;
 product: while (width > 32 && width * 2 >= columns.n_out) width /= 2;
 product: while (width > 32 && width / 2 < columns.n_out) width /= 2;
 """},
-    'there are several threads for an o only where start is 0': {'block': """
-product: for (int j = o + start + width; j < static_cast<int>(blockDim.x);
-"""},
     'what a thread reads next, it has written': {'block': """
 product: ; }
 """},
-    'the only kernel that calls it has a barrier next': {'block': """
-go_back: ; }
-"""},
-    'one block alone finds the same of a weight that is zero': {
+    'all that follows is the same for a weight that is zero': {
+        'block': """
+estimate: if (w_largest == 0 && is_u_good && first != 0) break;
+""",
         'sn_finish_fwd': """
 if (last != 0 && largest_of(extras, n_extras, shared) == 0) is_alone = false;
 """},
@@ -280,6 +277,10 @@ def tests():
             yield both, K == 2 and scale == 1, renewal.test_a_stale_u, (
                 shape, axis, K, n_warmup, scale)
     yield both, False, renewal.test_no_warm_up, ()
+    yield both, False, t.test_no_digit_is_lost_near_the_end_of_the_ordinary, (
+        1e-11,)
+    for n_warmup in (1, 15):
+        yield both, False, t.test_a_stale_u_of_an_extreme_weight, (n_warmup,)
     for is_first, case in enumerate(renewal.GAMMAS):
         yield both, not is_first, renewal.test_gamma, ('d', *case)
     for case in renewal.BAD_SIGMAS:
