@@ -308,10 +308,10 @@ finish_fwd = Raw('sn_finish_fwd', """
     const double s = norms[k], t = k == K - 1 ? last : norms[K + k];
     sigma = s == 0 ? 0 : t / s;
     if (k == 0) t_1 = sigma;
-    // t is s sigma, and the next s is divided by it.  Of float32 that must not
-    // be too small before, of float64 the square of t.
+    // t is s sigma, and so the next s t sigma, before it is divided by t.  That
+    // must have all digits in float32, as the square of t in float64.
     is_alone = is_alone || !is_ordinary(s) || !is_ordinary(sigma)
-        || (sizeof(A) == 4 ? k < K - 1 && t * sigma <= 1e-30 : t <= 1e-140);
+        || (sizeof(A) == 4 ? K > 1 && t * sigma <= 1e-30 : t <= 1e-140);
   }
   if (last == 0 && largest_of(extras, n_extras, shared) == 0) is_alone = false;
   double turned = turn_of(sigma, norms[0], t_1, u_0);
