@@ -308,8 +308,8 @@ finish_fwd = Raw('sn_finish_fwd', """
     const double s = norms[k], t = k == K - 1 ? last : norms[K + k];
     sigma = s == 0 ? 0 : t / s;
     if (k == 0) t_1 = sigma;
-    // t is s sigma, and so the next s t sigma, before it is divided by t.  That
-    // must have all digits in float32, as the square of t in float64.
+    // t is s sigma, so the next s is t sigma, before it is divided by t.  That
+    // must have all digits in float32, and the square of t in float64.
     is_alone = is_alone || !is_ordinary(s) || !is_ordinary(sigma)
         || (sizeof(A) == 4 ? K > 1 && t * sigma <= 1e-30 : t <= 1e-140);
   }
