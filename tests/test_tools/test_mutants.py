@@ -15,8 +15,10 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize('name', mutants.parts())
 def test_a_changed_operator_is_noticed(name):
     text = mutants.parts()[name]
-    _, operator, mutant = next(
-        m for m in mutants.mutants_of(text) if m[1] in '+*-/!=')
+    candidates = list(mutants.mutants_of(text))
+    # A kernel may do no arithmetic of its own.
+    _, operator, mutant = (
+        [m for m in candidates if m[1] in '+*-/!='] or candidates)[0]
     assert mutant != text, operator
     # As if each test launched everything.
     launches = dict.fromkeys(mutants.jobs(), ALL)
