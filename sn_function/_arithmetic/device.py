@@ -64,6 +64,7 @@ class Iterations:
         r = math.prod(shape[axis + 1:])
         self.K, self.l, self.m, self.r, self.n = K, l, m, r, l * r
         self.dtype = accumulator_dtype(W.dtype)
+        self._ndarray = cuda.cupy.ndarray
         self.is_small = W.size <= kernels.FUSED_SIZE
         # u is read in packs as well where the first product is by rows.
         self.plan = self.plan_for(W, u if r == 1 else W)
@@ -89,18 +90,22 @@ class Iterations:
         """Returns the place of a norm: those of s come first, then of t."""
         return self.at + 8 * (len(NUMBERS) + k)
 
+    def array(self, place: Any, n: int, dtype: Any) -> Array:
+        """Returns ``n`` entries of the device's memory, from a place on."""
+        return self._ndarray((n,), dtype, place)
+
     @property
     def numbers(self) -> Array:
         """Those of :data:`.kernels.NUMBERS`, and norms."""
-        return array_at(self.at, len(NUMBERS) + 2 * self.K, _FLOAT64)
+        return self.array(self.at, len(NUMBERS) + 2 * self.K, _FLOAT64)
 
     def us(self, k: int) -> Array:
         """Returns ``u_k``, ``0 <= k <= K``."""
-        return array_at(self.place_of_u(k), self.m, self.dtype)
+        return self.array(self.place_of_u(k), self.m, self.dtype)
 
     def vs(self, k: int) -> Array:
         """Returns ``v_k``, ``1 <= k <= K``."""
-        return array_at(self.place_of_v(k - 1), self.n, self.dtype)
+        return self.array(self.place_of_v(k - 1), self.n, self.dtype)
 
     def number(self, name: str) -> Array:
         """Returns one of :data:`.kernels.NUMBERS`, shape ``()``."""
@@ -160,11 +165,6 @@ def _by_kind(parts: Sequence[Any]) -> Iterable[tuple[Any, list[Any]]]:
     for part in parts:
         kinds.setdefault(part.kind, []).append(part)
     return kinds.items()
-
-
-def array_at(place: Any, n: int, dtype: Any) -> Array:
-    """Returns ``n`` entries of a device's memory, from a place on."""
-    return cuda.cupy.ndarray((n,), dtype, place)
 
 
 def _allocate(parts: Sequence[Any]) -> None:
@@ -304,7 +304,7 @@ class _Part:
 
     def _in_the_middle(self, x: Any, y: Any) -> tuple[Any, ...]:
         it = self.it
-        of_x, of_y = (array_at(place, n, it.dtype)
+        of_x, of_y = (it.array(place, n, it.dtype)
                       for place, n in ((x, it.n), (y, it.m)))
         return (self.W.reshape(it.l, it.m, it.r), of_x.reshape(it.l, 1, it.r),
                 it.number('SCALE'), of_y)
@@ -489,8 +489,8 @@ class _Backward(_Part):
         it = self.it
         gu = cuda.cupy.empty(it.m, self.call.u.dtype)
         kernels.gradient_of_u(
-            it.numbers, array_at(self.at, len(COEFFICIENTS), _FLOAT64),
-            array_at(self._tbar(it.K - 1), it.m, it.dtype), gu)
+            it.numbers, it.array(self.at, len(COEFFICIENTS), _FLOAT64),
+            it.array(self._tbar(it.K - 1), it.m, it.dtype), gu)
         return gu
 
 

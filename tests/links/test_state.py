@@ -2,11 +2,15 @@
 import copy
 import pickle
 
+import chainer
 import chainer.links as L
 import numpy as np
 import pytest
 
+from sn_function import SpectralNormalization
 from sn_function._links.state import LinkState
+from tests import cuda_on_host
+from tests.cuda_on_host import array
 
 
 class Iterations:
@@ -58,3 +62,16 @@ def test_a_copy_has_the_start_alone(copy_of):
     np.testing.assert_array_equal(other.start, [1, 1])
     other.forget_start()
     assert other.start is None
+
+
+@pytest.mark.skipif(
+    not cuda_on_host.available(), reason='no C++ compiler')
+def test_a_copy_of_what_a_device_computed():
+    """Also where no device can be asked any more."""
+    link = L.Linear(3, 4).add_hook(SpectralNormalization())
+    with array.installed():
+        link.to_device('@cupy:0')
+        link(chainer.get_device('@cupy:0').send(np.ones((2, 3), 'f')))
+        link.to_device('@numpy')
+    copied = copy.deepcopy(link)
+    np.testing.assert_array_equal(copied.W.array, link.W.array)
