@@ -31,6 +31,7 @@ from sn_function._arithmetic.interface import (
 )
 from sn_function._arithmetic.kernels import COEFFICIENTS, NULL, NUMBERS
 from sn_function._arithmetic.matrix import accumulator_dtype
+from sn_function._arithmetic.workspace import DOUBLE
 
 _FLOAT64 = numpy.dtype(numpy.float64)
 _INT32 = _ZERO, _ONE = numpy.int32(0), numpy.int32(1)
@@ -64,6 +65,7 @@ class Iterations:
         r = math.prod(shape[axis + 1:])
         self.K, self.l, self.m, self.r, self.n = K, l, m, r, l * r
         self.dtype = accumulator_dtype(W.dtype)
+        # A copy of a link may read vectors where CuPy is not at hand.
         self._ndarray = cuda.cupy.ndarray
         self.is_small = W.size <= kernels.FUSED_SIZE
         # u is read in packs as well where the first product is by rows.
@@ -88,7 +90,7 @@ class Iterations:
 
     def place_of_norm(self, k: int) -> Any:
         """Returns the place of a norm: those of s come first, then of t."""
-        return self.at + 8 * (len(NUMBERS) + k)
+        return self.at + DOUBLE * (len(NUMBERS) + k)
 
     def array(self, place: Any, n: int, dtype: Any) -> Array:
         """Returns ``n`` entries of the device's memory, from a place on."""
@@ -176,7 +178,7 @@ def _allocate(parts: Sequence[Any]) -> None:
     for part in parts:
         part.at = size
         size += part.size
-    start = cuda.cupy.empty(size // _FLOAT64.itemsize, _FLOAT64).data
+    start = cuda.cupy.empty(size // DOUBLE, _FLOAT64).data
     for part in parts:
         part.at = start + part.at
 
@@ -362,7 +364,7 @@ class _Forward(_Part):
         return self.multiply(
             True, it.place_of_u(k), y, NULL, sums, parts,
             x_sums=at + plan.t_sums, is_raw=True,
-            norm=at + (plan.norms + 8 * (it.K + k - 1)))
+            norm=at + (plan.norms + DOUBLE * (it.K + k - 1)))
 
     def second_product(self, k: int) -> _Product:
         """Returns that of iteration k, from 0 on."""
@@ -370,7 +372,7 @@ class _Forward(_Part):
         return self.multiply(
             False, it.place_of_v(k), it.place_of_u(k + 1), it.place_of_u(0),
             at + plan.t_sums, at + plan.parts, x_sums=at + plan.s_sums,
-            norm=at + (plan.norms + 8 * k))
+            norm=at + (plan.norms + DOUBLE * k))
 
     def finish(self) -> tuple[Any, ...]:
         plan, at = self.plan, self.at
