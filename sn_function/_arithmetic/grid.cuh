@@ -31,25 +31,38 @@ __device__ double multiplier(
   return is_raw && x != 0 ? 1 / x : 1;
 }
 
-// W^T x or W x by columns: a tile of lanes columns each, of V entries, and a
-// part of the rows.  Sums are made in part.
+// y = factor W^T x or factor W x, and how it is dealt out: see workspace.py.
+struct Task {
+  Weight W;
+  bool is_transposed, is_wide;
+  const T* gy;
+  A* y;
+  const A* e;
+  double factor;
+  int lanes, parts, blocks;
+  A* shared;
+};
+
+// By columns: a tile of lanes columns each, of V entries, and a part of the
+// rows.
 template <int V, bool has_gy, typename X>
 __device__ void product_by_columns(
-    const Weight& W, bool is_transposed, const T* gy, const X* x, A* y,
-    const A* e, double factor, int lanes, int parts, int blocks, A* part,
-    Sums* sums, Found* found) {
-  const Columns columns(W, is_transposed);
+    const Task& task, const X* x, Sums* sums, Found* found) {
+  const Weight& W = task.W;
+  const int lanes = task.lanes, parts = task.parts;
+  A* part = task.shared;
+  const Columns columns(W, task.is_transposed);
   const int n = columns.n_out / V, lane = threadIdx.x % lanes;
   const int tiles = (n + lanes - 1) / lanes;
   const int chunk = (columns.n_in + parts - 1) / parts;
-  for (int job = blockIdx.x; job < tiles * parts; job += blocks) {
+  for (int job = blockIdx.x; job < tiles * parts; job += task.blocks) {
     const int o = (job % tiles * lanes + lane) * V, p = job / tiles;
     const int end = min(columns.n_in, (p + 1) * chunk);
     A sum[V] = {};
     if (o < columns.n_out) {
       const Size base = columns.base(o);
       add_products<batch_of<V>(), V, has_gy, false>(
-          W.w + base, gy + base, x, W.scale,
+          W.w + base, task.gy + base, x, W.scale,
           Steps(columns.step, blockDim.x / lanes),
           p * chunk + threadIdx.x / lanes, end, blockDim.x / lanes, sum,
           found);
@@ -62,9 +75,9 @@ __device__ void product_by_columns(
         if (threadIdx.x < d) part[threadIdx.x] += part[threadIdx.x + d];
       }
       if (threadIdx.x >= lanes || o >= columns.n_out) continue;
-      const A sum_of_all = part[threadIdx.x] * factor;
-      y[static_cast<Size>(p) * columns.n_out + o + v] = sum_of_all;
-      sums->add(sum_of_all, e, o + v);
+      const A sum_of_all = part[threadIdx.x] * task.factor;
+      task.y[static_cast<Size>(p) * columns.n_out + o + v] = sum_of_all;
+      sums->add(sum_of_all, task.e, o + v);
     }
   }
 }
@@ -73,52 +86,42 @@ __device__ void product_by_columns(
 // each.  The last row comes first: it may still be in the cache.
 template <int V, bool has_gy, typename X>
 __device__ void product_by_rows(
-    const Weight& W, bool is_transposed, const T* gy, const X* x, A* y,
-    const A* e, double factor, int lanes, int parts, int blocks, A* shared,
-    Sums* sums, Found* found) {
-  const Rows rows(W, is_transposed);
+    const Task& task, const X* x, Sums* sums, Found* found) {
+  const Weight& W = task.W;
+  const int lanes = task.lanes, parts = task.parts;
+  const Rows rows(W, task.is_transposed);
   const int height = blockDim.x / lanes;
   const int tiles = (rows.n_out + height - 1) / height;
   const int n = rows.n_in / V, chunk = (n + parts - 1) / parts;
-  for (int job = blockIdx.x; job < tiles * parts; job += blocks) {
+  for (int job = blockIdx.x; job < tiles * parts; job += task.blocks) {
     const int p = job / tiles;
     const int o = rows.n_out - 1 - job % tiles * height - threadIdx.x / lanes;
     A sum = 0;
     if (o >= 0)
       add_products<batch_of<V>(), V, has_gy, true>(
-          W.w + rows.base(o), gy + rows.base(o), x, W.scale, Steps(V, lanes),
-          p * chunk + threadIdx.x % lanes, min(n, (p + 1) * chunk), lanes,
-          &sum, found);
-    sum = sum_over(sum, lanes, shared) * factor;
+          W.w + rows.base(o), task.gy + rows.base(o), x, W.scale,
+          Steps(V, lanes), p * chunk + threadIdx.x % lanes,
+          min(n, (p + 1) * chunk), lanes, &sum, found);
+    sum = sum_over(sum, lanes, task.shared) * task.factor;
     if (o < 0 || threadIdx.x % lanes != 0) continue;
-    y[static_cast<Size>(p) * rows.n_out + o] = sum;
-    sums->add(sum, e, o);
+    task.y[static_cast<Size>(p) * rows.n_out + o] = sum;
+    sums->add(sum, task.e, o);
   }
 }
 
 // In the way and by the width that fit.
 template <bool has_gy, typename X>
 __device__ void product_of(
-    const Weight& W, bool is_transposed, const T* gy, const X* x, A* y,
-    const A* e, double factor, int lanes, int parts, bool is_wide, int blocks,
-    A* shared, Sums* sums, Found* found) {
+    const Task& task, const X* x, Sums* sums, Found* found) {
   const int narrow = 4 / sizeof(T) > 1 ? 4 / sizeof(T) : 1;
-  if (is_by_rows(W, is_transposed)) {
-    if (is_wide)
-      product_by_rows<WIDE, has_gy>(
-          W, is_transposed, gy, x, y, e, factor, lanes, parts, blocks, shared,
-          sums, found);
+  if (is_by_rows(task.W, task.is_transposed)) {
+    if (task.is_wide)
+      product_by_rows<WIDE, has_gy>(task, x, sums, found);
     else
-      product_by_rows<1, has_gy>(
-          W, is_transposed, gy, x, y, e, factor, lanes, parts, blocks, shared,
-          sums, found);
-  } else if (narrow == 1 || is_wide) {
-    product_by_columns<narrow, has_gy>(
-        W, is_transposed, gy, x, y, e, factor, lanes, parts, blocks, shared,
-        sums, found);
+      product_by_rows<1, has_gy>(task, x, sums, found);
+  } else if (narrow == 1 || task.is_wide) {
+    product_by_columns<narrow, has_gy>(task, x, sums, found);
   } else {
-    product_by_columns<1, has_gy>(
-        W, is_transposed, gy, x, y, e, factor, lanes, parts, blocks, shared,
-        sums, found);
+    product_by_columns<1, has_gy>(task, x, sums, found);
   }
 }

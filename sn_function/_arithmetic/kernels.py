@@ -241,16 +241,15 @@ product = Raw('sn_product', """
       x_sums, n_x_sums, is_raw, norm, divisor, W.scale, shared);
   Sums all;
   Found found = {0, 0};
+  const Task task = {W, is_transposed != 0, is_wide != 0, gy, y, e, factor,
+                     lanes, parts, blocks, part};
   if (start && sizeof(U) != sizeof(A))
-    product_of<false>(W, is_transposed, gy, u, y, e, factor, lanes, parts,
-                      is_wide, blocks, part, &all, &found);
+    product_of<false>(task, u, &all, &found);
   else if (gy)
-    product_of<true>(W, is_transposed, gy, x, y, e, factor, lanes, parts,
-                     is_wide, blocks, part, &all, &found);
+    product_of<true>(task, x, &all, &found);
   else
     product_of<false>(
-        W, is_transposed, gy, start ? reinterpret_cast<const A*>(u) : x, y, e,
-        factor, lanes, parts, is_wide, blocks, part, &all, &found);
+        task, start ? reinterpret_cast<const A*>(u) : x, &all, &found);
   if (sums) all.write(sums, blocks, shared);
   if (!extras) return;
   const double extra = gy ? block_sum(found.dot, shared)
