@@ -102,8 +102,13 @@ def check_arrays(
             and vector.dtype in (array.dtype, accumulator)):
         raise errors.VectorTypeError(u, array.dtype)
     length = length_of_u(shape, axis, groups)
-    if vector.shape != (length,):
-        raise errors.VectorShapeError(vector.shape, shape, axis, length)
+    most = 0 if groups is not None else min(
+        length, math.prod(shape) // length)
+    if vector.shape[-1:] != (length,) or not (
+            vector.ndim == 1
+            or (vector.ndim == 2 and 1 <= len(vector) <= most)):
+        raise errors.VectorShapeError(
+            vector.shape, shape, axis, length, most)
     if not _are_on_one_device(vector, array):
         raise errors.VectorDeviceError(
             *map(backend.get_device_from_array, (vector, array)))

@@ -2,6 +2,7 @@
 and what to do.  Every one is raised before anything has been changed."""
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, Iterable, Mapping, Sequence
 
@@ -141,17 +142,20 @@ class VectorTypeError(SpectralNormalizationError, TypeError):
 
 
 class VectorShapeError(SpectralNormalizationError, ValueError):
-    """The start vector's length is not that of the output axis."""
+    """The shape of the start vector, or of several, does not fit W."""
 
     def __init__(self, shape: Sequence[int], W_shape: Sequence[int],
-                 axis: int, length: int) -> None:
+                 axis: int, length: int, most: int = 0) -> None:
         n = W_shape[axis]
         what = 'axis' if length == n else 'axis and groups'
+        several = most and (
+            f', or (b, {length}) with b from 1 to {most} for several vectors')
         super().__init__(
             f'u has shape {tuple(shape)}, but W of shape {tuple(W_shape)} '
             f'with output axis {axis} '
             + ('' if length == n else 'and a vector for each group ')
-            + f'needs shape ({length},). Make u anew, or check {what}.')
+            + f'needs shape ({length},){several or ""}. Make u anew, or check '
+            f'{what}.')
 
 
 class VectorDeviceError(SpectralNormalizationError, ValueError):
@@ -164,14 +168,20 @@ class VectorDeviceError(SpectralNormalizationError, ValueError):
 
 
 class VectorValueError(SpectralNormalizationError, ValueError):
-    """The start vector is zero or not finite."""
+    """The start vector is zero or not finite, or several are dependent."""
 
     def __init__(self, u: Any) -> None:
-        what = 'is all zero' if not u.any() else 'holds NaN or Inf'
+        what = 'holds NaN or Inf'
+        if abs(u).max() < math.inf:
+            what = ('is all zero' if u.ndim == 1 else
+                    'has a row that is zero or depends on others')
+        good = ('a finite, non-zero vector' if u.ndim == 1 else
+                'finite, linearly independent rows')
+        size = u.shape[0] if u.ndim == 1 else tuple(u.shape)
         super().__init__(
             f'u of shape {tuple(u.shape)} {what}, so power iteration cannot '
-            f'start from it. Give a finite, non-zero vector, e.g. '
-            f'numpy.random.normal(size={u.shape[0]}).astype(W.dtype).')
+            f'start from it. Give {good}, e.g. '
+            f'numpy.random.normal(size={size}).astype(W.dtype).')
 
 
 class VectorUpdateError(SpectralNormalizationError, TypeError):

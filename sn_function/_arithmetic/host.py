@@ -1,7 +1,8 @@
 """The arithmetic of NumPy, as :mod:`.device` is that of CuPy.
 
 :mod:`.power_iteration` computes each weight, :mod:`.stacks` small ones of one
-kind together, and :mod:`.grouped` one of several groups.
+kind together, :mod:`.subspace` one with several vectors, and :mod:`.grouped`
+one of several groups.
 """
 from __future__ import annotations
 
@@ -10,7 +11,12 @@ from typing import Any, Callable, Sequence
 
 import numpy
 
-from sn_function._arithmetic import grouped, power_iteration, stacks
+from sn_function._arithmetic import (
+    grouped,
+    power_iteration,
+    stacks,
+    subspace,
+)
 from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
     Array,
@@ -42,7 +48,10 @@ def gradients_all(calls: Sequence[Backward]) -> list[Arrays]:
 
 def _module(call: Forward | Backward) -> Any:
     """Returns the module that computes one weight."""
-    return power_iteration if call.settings.groups is None else grouped
+    settings = call.settings
+    if settings.groups is not None:
+        return grouped
+    return power_iteration if settings.n_vectors is None else subspace
 
 
 def _run(
@@ -70,6 +79,7 @@ def _run(
 def warm_up(
         W: Array, u: Array, axis: int, n: int, groups: Groups | None = None,
 ) -> None:
+    n_vectors = len(u) if u.ndim == 2 else None
     normalize_all([Forward(
-        Settings(n, axis, True, groups=groups), W, u, 1.0, (),
-        update_u=True)])
+        Settings(n, axis, True, groups=groups, n_vectors=n_vectors), W, u,
+        1.0, (), update_u=True)])

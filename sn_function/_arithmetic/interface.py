@@ -19,7 +19,8 @@ class Settings(NamedTuple):
     ``Y`` is ``gamma factor W`` divided by sigma, by ``eps`` where sigma is
     less, and by ``at_zero`` where sigma is zero.  That is for the gradient, as
     Y is zero there: ``1 / eps`` would make any step away from zero a huge one.
-    Without ``groups`` a weight is one matrix.
+    Without ``groups`` a weight is one matrix, and without ``n_vectors`` there
+    is one ``u``, of shape ``(m,)``; else it is of shape ``(n_vectors, m)``.
     """
 
     n_power_iteration: int
@@ -29,6 +30,7 @@ class Settings(NamedTuple):
     eps: float = 0.0
     at_zero: float = 1.0
     groups: Groups | None = None
+    n_vectors: int | None = None
 
 
 class Renewal(NamedTuple):
@@ -49,12 +51,20 @@ class Renewal(NamedTuple):
         limit: How much a vector of this weight turns, at most.
         initial_gamma: Array of shape ``()`` with the value that gamma was
             initialized with, or ``None`` if gamma is left alone.
+        rtol: Instead of the limits: the largest residual that is accepted.
 
     """
 
     n_warmup: int
     limit: float
     initial_gamma: Any = None
+    rtol: float | None = None
+
+    def accepts(self, iterations: Any, limit: float) -> bool:
+        """Whether no further iterations are needed; on the host."""
+        if self.rtol is None:
+            return iterations.turn() <= limit
+        return iterations.residual() <= self.rtol
 
 
 NEVER = Renewal(0, 2.0)
@@ -66,8 +76,8 @@ GAMMA_TURN = 1e-2
 class Iterations(Protocol):
     """What a forward computed, for its backward and for higher orders.
 
-    ``u`` and ``v`` are the last vectors, and ``start`` is the one that the
-    iterations began with.
+    ``u`` and ``v`` are the last vectors, and ``start`` is what the iterations
+    began with: a vector, or several.
     """
 
     @property
@@ -97,11 +107,12 @@ class Forward(NamedTuple):
     Attributes:
         settings: What the caller chose.
         W: Weight with 2 or more dimensions.
-        u: Start vector, shape ``(m,)``, or with groups ``(G m,)``.
+        u: Start vector, shape ``(m,)``, or with groups ``(G m,)``; or several
+            of them, shape ``(b, m)``.
         gamma: A float, or an array of shape ``()``.
         output_names: ``'Y'``, ``'sigma'``, both or none.
-        update_u: Whether to overwrite ``u`` with ``u_K``, unless that is zero
-            or not finite.
+        update_u: Whether to overwrite ``u`` with what follows it, unless sigma
+            is zero or not finite.
         reuse: Whether a backward will follow.  Then the host makes ``Y`` in
             memory that this weight has needed before, and a device, which has
             a pool of memory anyway, allocates for the backward, too.

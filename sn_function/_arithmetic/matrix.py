@@ -177,6 +177,11 @@ class Matrix:
         """Returns the norm of ``t = W v``, shape ``(m,)``."""
         return careful_norm(t) if careful else ordinary_norm(t)
 
+    def gram(self, U: Any) -> Any:
+        """Returns ``U U^T`` of ``U``, shape ``(b, m)``, in float64."""
+        U = U.astype(numpy.float64, copy=False)
+        return U.dot(U.T)
+
     def dot(self, v: Any) -> Any:
         """Returns ``W v``, shape ``(m,)``, of ``v``, shape ``(n,)``."""
         if self._l == 1:
@@ -193,6 +198,23 @@ class Matrix:
         if self._r == 1:
             return self._blocks.dot(u)
         return (u @ self._blocks).reshape(self.n)
+
+    def dot_all(self, V: Any) -> Any:
+        """Returns ``W v`` of each row of ``V``: shape ``(b, m)``."""
+        if self._l == 1:
+            return self._blocks.dot(V.T).T
+        if self._r == 1:
+            return V.dot(self._blocks)
+        V = V.reshape(-1, self._l, self._r).transpose(1, 2, 0)
+        return (self._blocks @ V).sum(axis=0).T
+
+    def tdot_all(self, U: Any) -> Any:
+        """Returns ``W^T u`` of each row of ``U``: shape ``(b, n)``."""
+        if self._l == 1:
+            return U.dot(self._blocks)
+        if self._r == 1:
+            return self._blocks.dot(U.T).T
+        return (U @ self._blocks).transpose(1, 0, 2).reshape(-1, self.n)
 
     def inner_and_tdot(self, X: Any, u: Any) -> tuple[float, Any]:
         """Returns ``<X, W>`` and ``W^T u``, in one pass if it is large."""

@@ -105,13 +105,14 @@ class PowerIteration(NamedTuple):
     def start(self) -> Any:
         return self.us[0]
 
+    @property
+    def following(self) -> Any:
+        """What the next iteration starts from."""
+        return self.us[-1]
+
     def floored(self, settings: Settings) -> tuple[float, bool]:
         """Returns what ``W`` is divided by, and whether that is sigma."""
-        if self.sigma == 0:
-            return settings.at_zero, False
-        if self.sigma < settings.eps:
-            return settings.eps, False
-        return self.sigma, True
+        return floored(self.sigma, settings)
 
     def turn(self) -> float:
         """Returns ``1 - u_0 . u_1 / |u_0|``; 0 for a zero or a NaN."""
@@ -119,6 +120,27 @@ class PowerIteration(NamedTuple):
             return 0.0
         # u_0 . W v_1 = |W^T u_0|
         return 1 - self.s_norms[0] / self.t_norms[0] / matrix.norm(self.us[0])
+
+    def residual(self) -> float:
+        """Returns ``|W v - s u| / s`` of the last iteration; 0 as in turn.
+
+        It is that of the ``u`` that this starts from, with length 1, where
+        ``s = |W^T u|``.  What the iteration makes of it is better.
+        """
+        if not 0 < self.sigma < math.inf:
+            return 0.0
+        u = self.us[-2] / matrix.norm(self.us[-2])
+        cosine = self.u.dot(u)
+        return matrix.norm(self.u - cosine * u) / cosine
+
+
+def floored(sigma: float, settings: Settings) -> tuple[float, bool]:
+    """Returns what ``W`` is divided by, and whether that is sigma."""
+    if sigma == 0:
+        return settings.at_zero, False
+    if sigma < settings.eps:
+        return settings.eps, False
+    return sigma, True
 
 
 def unfold(W: Any, axis: int, dtype: Any = None) -> Matrix:
@@ -152,7 +174,7 @@ def _iterate_anew(
     iterations = _iterate(A, u, n, careful)
     limit = renewal.limit
     for _ in range(0, renewal.n_warmup, n):
-        if iterations.turn() <= limit:
+        if renewal.accepts(iterations, limit):
             break
         limit = SETTLED
         u = iterations.u.astype(u.dtype, copy=False)
@@ -196,10 +218,10 @@ def power_iteration(
     return iterations._replace(u_norm=u_norm)
 
 
-def store(u: Any, iterations: PowerIteration) -> None:
-    """Overwrites ``u`` with ``u_K``, unless that is zero or not finite."""
+def store(u: Any, iterations: Any) -> None:
+    """Overwrites ``u`` with what follows, unless sigma is 0 or not finite."""
     if 0 < iterations.sigma < math.inf:
-        u[...] = iterations.u
+        u[...] = iterations.following
 
 
 def adjoint(
@@ -220,9 +242,9 @@ def adjoint(
         ``d sigma / d A = P^T Q``; and ``ubar``, shape ``(m,)``, or ``None``.
 
     """
-    us, vs, s_norms, t_norms = iterations[:4]
     if detach_uv:
-        return us[-1][None], vs[-1][None], None
+        return iterations.u[None], iterations.v[None], None
+    us, vs, s_norms, t_norms = iterations[:4]
     K = len(vs)
     P = numpy.empty((2 * K, A.m), us[-1].dtype)
     Q = numpy.empty((2 * K, A.n), us[-1].dtype)
@@ -256,7 +278,12 @@ def normalize(call: Forward) -> tuple[Arrays, PowerIteration]:
     iterations = power_iteration(
         unfold(W, settings.axis), call.u.copy(), settings.n_power_iteration,
         call.renewal)
-    array = iterations.matrix.array
+    return finish(call, iterations)
+
+
+def finish(call: Forward, iterations: Any) -> tuple[Arrays, Any]:
+    """Returns the outputs, and what backward needs of the iterations."""
+    W, array = call.W, iterations.matrix.array
     if array is not W:  # made anew, rather than kept
         iterations = iterations._replace(matrix=None)
     outputs: Arrays = ()

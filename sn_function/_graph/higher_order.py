@@ -14,11 +14,13 @@ import math
 from typing import Any
 
 import chainer
+import numpy
 from chainer import backend
 from chainer import functions as F
 
 from sn_function._arithmetic.interface import Iterations, Settings
 from sn_function._arithmetic.matrix import accumulator_dtype
+from sn_function._graph.leading_vector import leading_vector
 
 
 def compose(
@@ -78,11 +80,23 @@ def _estimate(
     A = _Blocks(W, axis)
     if settings.detach_uv:
         return F.sum(of_group.u * A.dot(chainer.as_variable(of_group.v)))
+    if settings.n_vectors is not None:
+        return _largest_in_span(A, iterations)
     u = _start(of_group, u)
     for _ in range(settings.n_power_iteration):
         t = A.dot(_unit(A.tdot(u)))
         u = _unit(t)
     return F.sum(u * t)
+
+
+def _largest_in_span(A: _Blocks, iterations: Any) -> chainer.Variable:
+    """Sigma of several vectors, whose span is a constant."""
+    S = A.tdot_all(iterations.basis)
+    in_full = F.cast(S, numpy.float64)
+    c = F.cast(leading_vector(
+        F.matmul(in_full, in_full, transb=True), S.dtype), S.dtype)
+    s = F.matmul(F.reshape(c, (1, -1)), S)
+    return F.sqrt(F.sum(s * s))
 
 
 def _largest_group(
@@ -162,3 +176,9 @@ class _Blocks:
     def tdot(self, u: chainer.Variable) -> chainer.Variable:
         u = F.broadcast_to(F.reshape(u, (1, 1, -1)), (self.l, 1, self.m))
         return F.reshape(F.matmul(u, self.blocks), (-1,))
+
+    def tdot_all(self, U: Any) -> chainer.Variable:
+        b = len(U)
+        U = F.broadcast_to(chainer.as_variable(U), (self.l, *U.shape))
+        return F.reshape(F.transpose(
+            F.matmul(U, self.blocks), (1, 0, 2)), (b, -1))

@@ -259,6 +259,9 @@ def make_weight(
         W, u, settings.axis, update_u, settings.groups)
     if axis != settings.axis or type(settings.axis) is not int:
         settings = settings._replace(axis=axis)
+    if len(u.shape) == 2:  # the span of several vectors is a constant
+        u = u.array if isinstance(u, chainer.Variable) else u
+        settings = settings._replace(n_vectors=len(u))
     gamma = 1.0 if gamma is None else _checks.check_gamma(gamma, W)
     names: tuple[str, ...] = ('W',)
     inputs = [W]

@@ -1,0 +1,298 @@
+"""Subspace iteration with Rayleigh-Ritz in NumPy: several vectors at once.
+
+One vector cannot follow where leading singular values are close, which is what
+spectral normalization makes of them.  With the rows of ``U (b, m)`` as vectors
+and ``Q`` an orthonormal basis of their span, sigma is the largest that any
+vector of the span gives:
+
+    sigma = max |W^T u|  over unit vectors u of the span  = |Q W|_2
+
+It takes one pass over W, with b right-hand sides, and matrices of b by b:
+
+    S = U W     G = U U^T = L L^T     L^-1 S S^T L^-T = C^T diag(l) C
+    B = C L^-1  (then the rows of B U are orthonormal, and those of B S
+                 orthogonal, with the squared lengths l_1 >= l_2 >= ...)
+    u = (B U)_1     sigma = |(B S)_1|     v = (B S)_1 / sigma
+
+and a second pass moves the vectors on, leading one first:
+
+    U_j <- (W (B S)_j + d l_1 (B U)_j) / (l_j + d l_1)
+
+The span is a constant of the gradient, and u is the best vector in it, so to
+first order no change of u changes sigma: ``d sigma / d W = u v^T``, of rank 1,
+is exact.  With K > 1, the vectors are moved on K - 1 times first.
+
+The small shift d keeps the vectors independent whatever W is.  With E the part
+of the new U outside of the old span, the new ``U U^T`` is ``I + E E^T``, and
+the rows of E are no longer than ``1 / (2 sqrt(d))``.  What W takes to zero
+stays as it is.
+
+See G. H. Golub and C. F. Van Loan, Matrix Computations, 4th edition, section
+8.2.  Extreme sizes are treated as in :mod:`.power_iteration`.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy
+
+from sn_function import errors
+from sn_function._arithmetic import power_iteration
+from sn_function._arithmetic.interface import (
+    NEVER,
+    SETTLED,
+    Arrays,
+    Backward,
+    Forward,
+    Renewal,
+    Settings,
+)
+from sn_function._arithmetic.matrix import (
+    ExtremeNormError,
+    Matrix,
+    is_ordinary,
+)
+
+# The shift d, by the dtype that vectors are stored in.
+SHIFT = {'e': 1e-3, 'f': 2e-6, 'd': 1e-10}
+# Of vectors of length 1, the part of each that is orthogonal to those before
+# it: below the first they are made orthonormal before they are used, and below
+# the second they are not independent.
+INDEPENDENT = 0.1
+DEPENDENT = 1e-6
+
+
+class SubspaceIteration(NamedTuple):
+    """What a forward computed, for its backward.
+
+    Attributes:
+        u, v: The leading Ritz vectors, ``W^T u = sigma v``.
+        sigma: The estimate.
+        singular_values: Ritz values of all vectors, shape ``(b,)``, the
+            largest one first.
+        basis: An orthonormal basis of the span, shape ``(b, m)``.
+        start: The vectors that it began with, likewise.
+        following: The vectors moved on, likewise, if they are asked for.
+        turned: ``1 - u . u'`` with ``u'`` the one that follows u, if measured.
+        off: ``|W v - sigma u| / sigma``, likewise.
+        matrix: The matrix, if it is kept.
+        restarted: Whether it began with others than those given.
+
+    """
+
+    u: Any
+    v: Any
+    sigma: float
+    singular_values: Any
+    basis: Any
+    start: Any = None
+    following: Any = None
+    turned: float = 0.0
+    off: float = 0.0
+    matrix: Any = None
+    restarted: bool = False
+    stack: None = None  # each weight is computed by itself
+
+    def floored(self, settings: Settings) -> tuple[float, bool]:
+        """Returns what ``W`` is divided by, and whether that is sigma."""
+        return power_iteration.floored(self.sigma, settings)
+
+    def turn(self) -> float:
+        """Returns how much the next pass turns u; 0 for a zero or a NaN."""
+        return self.turned
+
+    def residual(self) -> float:
+        """Returns ``|W v - sigma u| / sigma``; 0 for a zero or a NaN."""
+        return self.off
+
+
+def normalize(call: Forward) -> tuple[Arrays, SubspaceIteration]:
+    """As :func:`.power_iteration.normalize`, for ``u`` of shape ``(b, m)``.
+
+    Raises:
+        VectorValueError: The vectors are not finite, or not independent.
+
+    """
+    settings = call.settings
+    iterations = subspace_iteration(
+        power_iteration.unfold(call.W, settings.axis), call.u.copy(),
+        settings.n_power_iteration, call.update_u, call.renewal)
+    return power_iteration.finish(call, iterations)
+
+
+store = power_iteration.store
+
+
+def gradients(call: Backward) -> Arrays:
+    """As :func:`.power_iteration.gradients`; the gradient has rank 1."""
+    return power_iteration.gradients(call._replace(
+        settings=call.settings._replace(detach_uv=True)))
+
+
+def subspace_iteration(
+        A: Matrix, U: Any, n: int, moves: bool, renewal: Renewal = NEVER,
+) -> SubspaceIteration:
+    """Runs ``n`` passes on ``A`` from ``U``, shape ``(b, m)``.
+
+    They start from other vectors where the renewal says so.  A weight that
+    holds NaN or Inf gives a sigma that is NaN.  Call it with NumPy's warnings
+    off, as :func:`.power_iteration.power_iteration`.
+
+    Args:
+        A: The matrix.
+        U: Start vectors.
+        n: Number of passes.
+        moves: Whether the vectors are moved on after the last one.
+        renewal: When other vectors are looked for first.
+
+    Raises:
+        VectorValueError: ``U`` is not finite, or its rows not independent.
+
+    """
+    d = SHIFT[U.dtype.char]
+    U = U.astype(A.array.dtype, copy=False)
+    try:
+        return _iterate_anew(A, U, n, d, moves, False, renewal)
+    except ExtremeNormError:
+        pass
+    A = A.astype(numpy.float64)
+    start = _unit_rows(U)
+    try:
+        iterations = _iterate_anew(A, start, n, d, moves, True, renewal)
+    except ExtremeNormError:
+        raise errors.VectorValueError(U) from None
+    is_restarted = iterations.sigma == 0 and not A.is_zero()
+    if is_restarted:  # the span is orthogonal to all columns of W
+        start[0] = A.start_at_largest_row(start.dtype)
+        iterations = _iterate_anew(A, start, n, d, moves, True, renewal)
+    return iterations._replace(
+        start=iterations.start.astype(U.dtype), restarted=is_restarted)
+
+
+def _unit_rows(U: Any) -> Any:
+    """Returns rows of length 1, in float64.
+
+    Raises:
+        VectorValueError: One is zero or not finite.
+
+    """
+    largest = abs(U).max(axis=1, keepdims=True).astype(numpy.float64)
+    if not (numpy.isfinite(largest).all() and largest.all()):
+        raise errors.VectorValueError(U)
+    U = U / largest
+    return U / numpy.sqrt((U * U).sum(axis=1, keepdims=True))
+
+
+def _iterate_anew(
+        A: Matrix, U: Any, n: int, d: float, moves: bool, careful: bool,
+        renewal: Renewal) -> SubspaceIteration:
+    """As in :mod:`.power_iteration`, outside of the graph."""
+    iterations = _iterate(A, U, n, d, moves, careful)
+    if renewal.n_warmup and not moves:
+        iterations = _measured(A, iterations, careful)
+    limit = renewal.limit
+    for _ in range(0, renewal.n_warmup, n):
+        if renewal.accepts(iterations, limit):
+            break
+        limit = SETTLED
+        if not moves:
+            iterations = _iterate(A, U, n, d, True, careful)
+        U = iterations.following
+        iterations = _iterate(A, U, n, d, True, careful)
+    return iterations
+
+
+def _measured(
+        A: Matrix, iterations: SubspaceIteration, careful: bool,
+        t: Any = None) -> SubspaceIteration:
+    """Returns them with their turn and residual; t is ``W v`` if known."""
+    sigma = iterations.sigma
+    if not 0 < sigma < math.inf:
+        return iterations
+    t = (A.dot(iterations.v) if t is None else t) / sigma
+    return iterations._replace(
+        turned=1 - 1 / A.norm_of_t(t, careful),
+        off=A.norm_of_t(t - iterations.u, True))
+
+
+def _iterate(
+        A: Matrix, U: Any, n: int, d: float, moves: bool, careful: bool,
+) -> SubspaceIteration:
+    start = U
+    for k in range(1, n + 1):
+        iterations = _step(A, U, d, moves or k < n, careful)
+        if not 0 < iterations.sigma < math.inf:
+            break
+        U = iterations.following
+    return iterations._replace(start=start, matrix=A)
+
+
+def _step(
+        A: Matrix, U: Any, d: float, moves: bool, careful: bool,
+) -> SubspaceIteration:
+    """One pass over ``A``, or two to move the vectors on."""
+    U, E = _orthonormal(A, U)
+    S = A.tdot_all(U)
+    unit = float(abs(S).max()) if careful else 1.0
+    if careful and 0 < unit < math.inf:
+        S = S / unit
+    H = S.dot(S.T).astype(numpy.float64)
+    total = math.sqrt(H.trace())
+    if not careful and not is_ordinary(total, S.dtype):
+        raise ExtremeNormError
+    if not 0 < total < math.inf:
+        return _of_no_direction(U, S, 0.0 * total)
+    squares, C = numpy.linalg.eigh(E.dot(H).dot(E.T))
+    squares = squares[::-1].clip(0)
+    B = C.T[::-1].dot(E)
+    of_dtype = B.astype(S.dtype, copy=False)
+    basis = of_dtype.dot(U)
+    v = of_dtype[0].dot(S)
+    sigma = A.norm_of_s(v, careful)
+    iterations = SubspaceIteration(
+        basis[0], v / sigma, sigma * unit, numpy.sqrt(squares) * unit, basis)
+    if not moves:
+        return iterations
+    T = of_dtype.dot(A.dot_all(S) / unit)
+    iterations = _measured(A, iterations, careful, T[0] * (unit / sigma))
+    T += basis * (d * squares[0])
+    T /= (squares + d * squares[0])[:, None]
+    T[0] /= A.norm_of_t(T[0], careful)
+    return iterations._replace(following=T)
+
+
+def _of_no_direction(
+        U: Any, S: Any, sigma: float) -> SubspaceIteration:
+    """What a weight gives that takes the vectors to zero, or to NaN."""
+    return SubspaceIteration(
+        U[0] + U.dtype.type(sigma), S[0] * 0, sigma,
+        numpy.full(len(U), sigma), U, following=U)
+
+
+def _orthonormal(A: Matrix, U: Any) -> tuple[Any, Any]:
+    """Returns ``U`` and ``E`` such that the rows of ``E U`` are orthonormal.
+
+    It is another U, of the same span, where much would cancel in that.
+
+    Raises:
+        ExtremeNormError: A norm is extreme, or the rows are not independent.
+
+    """
+    for _ in range(3):
+        G = A.gram(U)
+        norms = numpy.sqrt(G.diagonal())
+        if not all([is_ordinary(norm, U.dtype) for norm in norms.tolist()]):
+            raise ExtremeNormError
+        try:
+            L = numpy.linalg.cholesky(G / norms / norms[:, None])
+        except numpy.linalg.LinAlgError:
+            raise ExtremeNormError from None
+        E = numpy.linalg.inv(L) / norms
+        pivot = L.diagonal().min()
+        if pivot > INDEPENDENT:
+            break
+        if pivot < DEPENDENT:
+            raise ExtremeNormError
+        U = E.dot(U).astype(U.dtype)
+    return U, E
