@@ -171,6 +171,7 @@ def test_watched(monkeypatch):
     assert min(excess) > 0
 
 
+@pytest.mark.slow
 def test_train(monkeypatch):
     """The example itself, without a classifier for its score."""
     pytest.importorskip('sklearn')

@@ -8,8 +8,8 @@ trajectories
     The example is trained as it is by default, and after each iteration each
     method is called once with each weight of its discriminator.
 drift
-    Gaussian weights that move by Gaussian steps: W becomes
-    ``sqrt(1 - r^2) W + r N``, so r is the relative size of a step.
+    Gaussian weights, ``cos(r t) A + sin(r t) B`` in call t: the relative size
+    of a step is r, and its direction turns slowly.
 demo
     The example is trained with each setting, and what it trains with is
     measured.  Each training that is done is a line of the file ``demo.jsonl``
@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -247,10 +248,9 @@ RATES = 1e-4, 1e-3, 1e-2
 def drifting(
         shape: tuple[int, int], rate: float, seed: int) -> Iterator[Any]:
     random = np.random.RandomState(seed)
-    W = random.normal(size=shape)
-    while True:
-        yield W.astype(np.float32)
-        W = (1 - rate ** 2) ** .5 * W + rate * random.normal(size=shape)
+    A, B = random.normal(size=(2, *shape))
+    for t in itertools.count():
+        yield (np.cos(rate * t) * A + np.sin(rate * t) * B).astype('f')
 
 
 def drift(args: argparse.Namespace) -> list[tuple[str, ...]]:
