@@ -189,7 +189,7 @@ def _iterate_anew(
         renewal: Renewal) -> SubspaceIteration:
     """As in :mod:`.power_iteration`, outside of the graph."""
     iterations = _iterate(A, U, n, d, moves, careful)
-    if renewal.n_warmup and not moves:
+    if not moves and renewal != NEVER:
         iterations = _measured(A, iterations, careful)
     limit = renewal.limit
     for _ in range(0, renewal.n_warmup, n):
