@@ -38,7 +38,7 @@ def test_sigma_is_the_norm_on_the_span(shape, axis, b, K, dtype, tolerance):
     before = U.copy()
     Y, sigma = functions.spectral_normalize(
         W, U, K, axis=axis, return_sigma=True)
-    assert (U == before).all()
+    assert (before == U).all()
     assert (Y.dtype, sigma.dtype) == (W.dtype, 'f' if dtype == 'e' else dtype)
     W, U = W.astype('d'), U.astype('d')
     for _ in range(K - 1):
@@ -219,7 +219,7 @@ def test_what_has_no_direction_leaves_the_vectors_alone(value, dtype):
     before = U.copy()
     Y, sigma = functions.spectral_normalize(
         W, U, 2, update_u=True, return_sigma=True)
-    assert (U == before).all()
+    assert (before == U).all()
     if value == 0:
         assert (Y.array == 0).all()
         assert sigma.array == 0
