@@ -58,8 +58,8 @@ def find(link: chainer.Link, hook: Any, W: Array) -> Array:
         getattr(link, name), getattr(link, name_of_others, None), n, W)
     if u is None:
         u = _complete(link, hook, n, W)
-        setattr(link, name, u[0])
-        _set_others(link, name_of_others, u[1:])
+        _set(link, name, u[0])
+        _set(link, name_of_others, u[1:])
     return u
 
 
@@ -83,11 +83,11 @@ def _find_one(link: chainer.Link, hook: Any, W: Array) -> Array:
     else:
         u = _send(link, found, W)
     if u is not found:
-        setattr(link, name, u)
+        _set(link, name, u)
     for each in names_of_others:  # not None, which few readers of files take
         others = getattr(link, each, None)
         if others is None or len(others) > 0:
-            _set_others(link, each, u[None][:0])
+            _set(link, each, u[None][:0])
     return u
 
 
@@ -104,7 +104,7 @@ def at_hand(link: chainer.Link, hook: Any, W: Array) -> Array | None:
     if n == 1:
         return u
     others = getattr(link, names(hook)[1], None)
-    if others is None:
+    if others is None or others.shape[1:] != u.shape:
         return u[None]
     return _concatenate(link, u[None], _send(link, others, W)[:n - 1])
 
@@ -122,7 +122,7 @@ def put(link: chainer.Link, name: str, x: Array | None) -> None:
     old = getattr(link, name, None)
     if x is None or old is None or (old.shape, old.dtype) != (
             x.shape, x.dtype):
-        setattr(link, name, None if x is None else link.device.send(x))
+        _set(link, name, None if x is None else link.device.send(x))
     else:
         chainer.backend.copyto(old, x)
 
@@ -178,8 +178,8 @@ def _draw(link: chainer.Link, hook: Any, W: Array, *n: int) -> Array:
         return link.xp.random.normal(size=(*n, length)).astype(W.dtype)
 
 
-def _set_others(link: chainer.Link, name: str, others: Array) -> None:
-    setattr(link, name, others)
+def _set(link: chainer.Link, name: str, x: Array | None) -> None:
+    setattr(link, name, x)
     if name not in link._persistent:  # the hook has more vectors than it had
         link.register_persistent(name)
 
