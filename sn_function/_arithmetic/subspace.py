@@ -24,8 +24,8 @@ is exact.  With K > 1, the vectors are moved on K - 1 times first.
 
 The shift c makes that an iteration with ``W W^T - c``, whose eigenvalues below
 the b-th largest lie around zero, so that the vectors converge nearly twice as
-fast.  With half of ``l_b``, where the b largest are equal, vectors that W takes
-to zero would stay for ever.
+fast.  With half of ``l_b``, where the b largest are equal, what W takes to
+zero would stay for ever.
 
 The small d keeps the vectors independent whatever W is.  With E the part of
 the new U outside of the old span, the new ``U U^T`` is ``I + E E^T``, and the
