@@ -26,9 +26,9 @@ def subspace_iteration(Ws, U, K=1):
         for _ in range(K):
             Q, _ = np.linalg.qr(U.T)
             S = Q.T @ W
-            sigma = np.linalg.norm(S, 2)
-            U = S @ W.T
-        sigmas.append(sigma)
+            s = np.linalg.svd(S, compute_uv=False)
+            U = S @ W.T - .45 * s[-1] ** 2 * Q.T
+        sigmas.append(s[0])
     return sigmas
 
 
