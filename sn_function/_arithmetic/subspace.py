@@ -52,6 +52,7 @@ from sn_function._arithmetic.matrix import (
     ExtremeNormError,
     Matrix,
     is_ordinary,
+    norm,
 )
 
 # The shift d, by the dtype that vectors are stored in.
@@ -74,8 +75,7 @@ class SubspaceIteration(NamedTuple):
         basis: An orthonormal basis of the span, shape ``(b, m)``.
         start: The vectors that it began with, likewise.
         following: The vectors moved on, likewise, if they are asked for.
-        turned: ``1 - u . u'`` with ``u'`` the one that follows u, if measured.
-        off: ``|W v - sigma u| / sigma``, likewise.
+        t: ``W v / sigma``, if it is known.
         matrix: The matrix, if it is kept.
         restarted: Whether it began with others than those given.
 
@@ -88,8 +88,7 @@ class SubspaceIteration(NamedTuple):
     basis: Any
     start: Any = None
     following: Any = None
-    turned: float = 0.0
-    off: float = 0.0
+    t: Any = None
     matrix: Any = None
     restarted: bool = False
     stack: None = None  # each weight is computed by itself
@@ -99,12 +98,12 @@ class SubspaceIteration(NamedTuple):
         return power_iteration.floored(self.sigma, settings)
 
     def turn(self) -> float:
-        """Returns how much the next pass turns u; 0 for a zero or a NaN."""
-        return self.turned
+        """Returns how much the next pass turns u; 0 if ``t`` is not known."""
+        return 0.0 if self.t is None else 1 - 1 / norm(self.t)
 
     def residual(self) -> float:
-        """Returns ``|W v - sigma u| / sigma``; 0 for a zero or a NaN."""
-        return self.off
+        """Returns ``|W v - sigma u| / sigma``; 0 as in turn."""
+        return 0.0 if self.t is None else norm(self.t - self.u)
 
 
 def normalize(call: Forward) -> tuple[Arrays, SubspaceIteration]:
@@ -157,7 +156,7 @@ def subspace_iteration(
     except ExtremeNormError:
         pass
     A = A.astype(numpy.float64)
-    start = _unit_rows(U)
+    start = _unit_rows(A, U)
     try:
         iterations = _iterate_anew(A, start, n, d, moves, True, renewal)
     except ExtremeNormError:
@@ -170,18 +169,18 @@ def subspace_iteration(
         start=iterations.start.astype(U.dtype), restarted=is_restarted)
 
 
-def _unit_rows(U: Any) -> Any:
+def _unit_rows(A: Matrix, U: Any) -> Any:
     """Returns rows of length 1, in float64.
 
     Raises:
         VectorValueError: One is zero or not finite.
 
     """
-    largest = abs(U).max(axis=1, keepdims=True).astype(numpy.float64)
-    if not (numpy.isfinite(largest).all() and largest.all()):
+    peaks = A.peaks(U)
+    if not (numpy.isfinite(peaks).all() and peaks.all()):
         raise errors.VectorValueError(U)
-    U = U / largest
-    return U / numpy.sqrt((U * U).sum(axis=1, keepdims=True))
+    U = U / peaks[:, None]
+    return U / numpy.sqrt(A.gram(U).diagonal())[:, None]
 
 
 def _iterate_anew(
@@ -190,7 +189,7 @@ def _iterate_anew(
     """As in :mod:`.power_iteration`, outside of the graph."""
     iterations = _iterate(A, U, n, d, moves, careful)
     if not moves and renewal != NEVER:
-        iterations = _measured(A, iterations, careful)
+        iterations = _measured(A, iterations)
     limit = renewal.limit
     for _ in range(0, renewal.n_warmup, n):
         if renewal.accepts(iterations, limit):
@@ -204,16 +203,12 @@ def _iterate_anew(
 
 
 def _measured(
-        A: Matrix, iterations: SubspaceIteration, careful: bool,
-        t: Any = None) -> SubspaceIteration:
-    """Returns them with their turn and residual; t is ``W v`` if known."""
+        A: Matrix, iterations: SubspaceIteration) -> SubspaceIteration:
+    """Returns them with ``t``, which a pass that moves on has anyway."""
     sigma = iterations.sigma
     if not 0 < sigma < math.inf:
         return iterations
-    t = (A.dot(iterations.v) if t is None else t) / sigma
-    return iterations._replace(
-        turned=1 - 1 / A.norm_of_t(t, careful),
-        off=A.norm_of_t(t - iterations.u, True))
+    return iterations._replace(t=A.dot(iterations.v) / sigma)
 
 
 def _iterate(
@@ -234,28 +229,30 @@ def _step(
     """One pass over ``A``, or two to move the vectors on."""
     U, E = _orthonormal(A, U)
     S = A.tdot_all(U)
-    unit = float(abs(S).max()) if careful else 1.0
-    if careful and 0 < unit < math.inf:
+    # The largest entry, and no sum, so that processes have the same number.
+    peak = float(abs(S).max())
+    if not careful and not is_ordinary(peak, S.dtype):
+        raise ExtremeNormError
+    if not 0 < peak < math.inf:
+        return _of_no_direction(U, S, 0.0 * peak)
+    unit = peak if careful else 1.0
+    if careful:
         S = S / unit
     H = S.dot(S.T).astype(numpy.float64)
-    total = math.sqrt(H.trace())
-    if not careful and not is_ordinary(total, S.dtype):
-        raise ExtremeNormError
-    if not 0 < total < math.inf:
-        return _of_no_direction(U, S, 0.0 * total)
     squares, C = numpy.linalg.eigh(E.dot(H).dot(E.T))
-    squares = squares[::-1].clip(0)
-    B = C.T[::-1].dot(E)
+    squares, B = A.agreed(squares[::-1].clip(0), C.T[::-1].dot(E))
+    sigma = math.sqrt(squares[0])
+    if not careful and not is_ordinary(sigma, S.dtype):
+        raise ExtremeNormError
     of_dtype = B.astype(S.dtype, copy=False)
     basis = of_dtype.dot(U)
-    v = of_dtype[0].dot(S)
-    sigma = A.norm_of_s(v, careful)
     iterations = SubspaceIteration(
-        basis[0], v / sigma, sigma * unit, numpy.sqrt(squares) * unit, basis)
+        basis[0], of_dtype[0].dot(S) / sigma, sigma * unit,
+        numpy.sqrt(squares) * unit, basis)
     if not moves:
         return iterations
     T = of_dtype.dot(A.dot_all(S) / unit)
-    iterations = _measured(A, iterations, careful, T[0] * (unit / sigma))
+    iterations = iterations._replace(t=T[0] / float(squares[0]))
     T += basis * (d * squares[0])
     T /= (squares + d * squares[0])[:, None]
     T[0] /= A.norm_of_t(T[0], careful)
@@ -282,17 +279,22 @@ def _orthonormal(A: Matrix, U: Any) -> tuple[Any, Any]:
     for _ in range(3):
         G = A.gram(U)
         norms = numpy.sqrt(G.diagonal())
-        if not all([is_ordinary(norm, U.dtype) for norm in norms.tolist()]):
+        if not all([is_ordinary(x, U.dtype) for x in norms.tolist()]):
             raise ExtremeNormError
-        try:
-            L = numpy.linalg.cholesky(G / norms / norms[:, None])
-        except numpy.linalg.LinAlgError:
-            raise ExtremeNormError from None
-        E = numpy.linalg.inv(L) / norms
+        L, = A.agreed(_cholesky(G / norms / norms[:, None]))
         pivot = L.diagonal().min()
-        if pivot > INDEPENDENT:
-            break
         if pivot < DEPENDENT:
             raise ExtremeNormError
+        E = numpy.linalg.inv(L) / norms
+        if pivot > INDEPENDENT:
+            break
         U = E.dot(U).astype(U.dtype)
     return U, E
+
+
+def _cholesky(G: Any) -> Any:
+    """Returns ``L`` with ``L L^T = G``, or zeros where there is none."""
+    try:
+        return numpy.linalg.cholesky(G)
+    except numpy.linalg.LinAlgError:
+        return numpy.zeros_like(G)
