@@ -114,7 +114,8 @@ def check_arrays(
         raise errors.VectorTypeError(u, array.dtype)
     length = length_of_u(shape, axis, groups)
     n = math.prod(shape) // length
-    most = 0 if groups is not None else n if is_part else min(length, n)
+    m = length if groups is None else length // groups.count_in(shape)
+    most = n if is_part else min(m, n)
     if vector.shape[-1:] != (length,) or not (
             vector.ndim == 1
             or (vector.ndim == 2 and 1 <= len(vector) <= most)):
