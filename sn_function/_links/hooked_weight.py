@@ -45,6 +45,7 @@ class Hook(Protocol):
     eps: float
     cap: float | None
     groups: str | None
+    n_vectors: int
 
 
 def renewal_of(
@@ -104,33 +105,42 @@ class HookedWeight:
         gamma = None
         if self.state.gamma_name is not None:
             gamma = getattr(link, self.state.gamma_name)
-        u = getattr(link, hook.vector_name)
-        groups = groups_of(link, hook)
+        length = length_of_u(
+            W.shape, output_axis(link), groups_of(link, hook))
         misfits: list[Any] = []
-        if u is not None and u.size != length_of_u(
-                W.shape, output_axis(link), groups):
-            misfits.append(hook.vector_name)
-            self._discard_vector()
+        for ndim, name in enumerate(vector.names(hook), 1):
+            u = getattr(link, name, None)
+            if u is not None and (u.ndim, u.shape[-1]) != (ndim, length):
+                misfits.append(name)
+        if misfits:
+            self._discard(misfits)
         is_gamma_misfit = gamma is not None and not _gamma.fits(gamma, self.W)
         if is_gamma_misfit:
             misfits.append(self.state.gamma_name)
         if misfits:
             self._warn(f'{" and ".join(misfits)} belonged to a weight of '
                        f'another shape than {W.shape}.')
-        u = vector.find(link, hook.vector_name, W, hook.n_warmup, groups)
+        u = vector.find(link, hook, W)
         if gamma is not None:
             _gamma.initialize(gamma, self.W, is_gamma_misfit)
         return u, gamma
 
     def discard_bad_vector(self) -> None:
-        """Has a u that is zero or not finite made anew, and warns of that."""
+        """Has what is wrong in the vectors made anew, and warns of that."""
+        leading, *others = vector.names(self.hook)
+        if others and vector.is_sound(getattr(self.link, leading)):
+            self._warn(f'{others[0]} was zero or not finite, or its rows '
+                       f'were not independent.')
+            self._discard(others)
+            return
         # Other hooks leave such a vector behind after one NaN.
-        self._warn(f'{self.hook.vector_name} was zero or not finite, as in a '
-                   f'snapshot of a model that had met a NaN.')
-        self._discard_vector()
+        self._warn(f'{leading} was zero or not finite, as in a snapshot of a '
+                   f'model that had met a NaN.')
+        self._discard([leading, *others])
 
-    def _discard_vector(self) -> None:
-        setattr(self.link, self.hook.vector_name, None)
+    def _discard(self, names: list[str]) -> None:
+        for name in names:
+            setattr(self.link, name, None)
         self.state.forget_start()
 
     def _warn(self, why: str) -> None:
