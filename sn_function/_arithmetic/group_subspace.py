@@ -8,7 +8,7 @@ by an eigenvalue decomposition,
     U U^T = Q diag(g) Q^T        U <- diag(g)^(-1/2) Q^T U
 
 which shows by ``g`` whether the vectors are independent, and fails for none:
-so a device is not waited for.  It is done twice, as much may cancel.
+so a device is not waited for.  Where much cancels it is done twice.
 """
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ from sn_function._arithmetic.group_iterations import (
 )
 from sn_function._arithmetic.interface import NEVER, Renewal
 from sn_function._arithmetic.matrix import ORDINARY
-from sn_function._arithmetic.subspace import DEPENDENT, SHIFT
+from sn_function._arithmetic.subspace import (
+    DEPENDENT,
+    INDEPENDENT,
+    SHIFT,
+)
 
 
 class Subspaces(NamedTuple):
@@ -42,7 +46,8 @@ class Subspaces(NamedTuple):
         vectors: The leading Ritz vectors, and ``|W v|`` if it is measured.
         basis: Orthonormal bases of the spans, shape ``(G, 1, b, m)``.
         start: The vectors that they began with, likewise.
-        following: The vectors moved on, likewise, if they are asked for.
+        are_independent: Whether these were, shape ``(G, 1, 1, 1)``.
+        following: The vectors moved on, if they are asked for.
         t: ``W v / sigma``, shape ``(G, 1, 1, m)``, likewise.
 
     """
@@ -50,6 +55,7 @@ class Subspaces(NamedTuple):
     vectors: Vectors
     basis: Any
     start: Any
+    are_independent: Any
     following: Any = None
     t: Any = None
 
@@ -87,12 +93,14 @@ def subspace_iteration(
     A, scale = _in_range(A)
     moves = moves or renewal != NEVER
 
-    def run(U: Any) -> Subspaces:
-        return _iterate(A, U, n, shift, moves)
-
     is_host = isinstance(A, numpy.ndarray)
-    if is_host and not _orthonormal(given)[1].all():
-        raise errors.VectorValueError(u)
+
+    def run(U: Any) -> Subspaces:
+        found = _iterate(A, U, n, shift, moves)
+        if is_host and not found.are_independent.all():
+            raise errors.VectorValueError(u)
+        return found
+
     start = given if is_host else _usable(A, given)
     found = iterate_anew(A, run, start, n, renewal)
     if is_host and not found.vectors.s_norms[0].all():
@@ -129,7 +137,8 @@ def _usable(A: Any, given: Any) -> Any:
 def _orthonormal(U: Any) -> tuple[Any, Any]:
     """Returns orthonormal bases, and whether the vectors are independent.
 
-    The latter has shape ``(G, 1, 1, 1)``; where not, the basis is another.
+    The latter has shape ``(G, 1, 1, 1)``.  The basis is another where they are
+    not.
     """
     xp = chainer.backend.get_array_module(U)
     dtype, (b, m) = U.dtype, U.shape[2:]
@@ -142,20 +151,24 @@ def _orthonormal(U: Any) -> tuple[Any, Any]:
         g = xp.expand_dims(g, 3)
         is_usable &= g[:, :, :1] > DEPENDENT ** 2
         U = xp.where(is_usable, transposed(Q) / g ** 0.5 @ U, xp.eye(b, m))
+        if xp is numpy and g.min() > INDEPENDENT ** 2:
+            break
     return U.astype(dtype), is_usable
 
 
-def _iterate(A: Any, start: Any, n: int, shift: float, moves: bool) -> Any:
-    U = start
-    for k in range(1, n + 1):
-        found = _step(A, _orthonormal(U)[0], shift, moves or k < n)
-        U = found.following
-    return found._replace(start=start)
+def _iterate(
+        A: Any, start: Any, n: int, shift: float, moves: bool) -> Subspaces:
+    found = first = _step(A, start, shift, moves or n > 1)
+    for k in range(2, n + 1):
+        found = _step(A, found.following, shift, moves or k < n)
+    return found._replace(
+        start=start, are_independent=first.are_independent)
 
 
-def _step(A: Any, U: Any, shift: float, moves: bool) -> Subspaces:
+def _step(A: Any, start: Any, shift: float, moves: bool) -> Subspaces:
     """One pass over all groups, or two to move the vectors on."""
     xp, dtype = chainer.backend.get_array_module(A), A.dtype
+    U, are_independent = _orthonormal(start)
     S = U @ A
     H = (S @ transposed(S)).sum(axis=1, keepdims=True).astype(numpy.float64)
     is_finite = xp.isfinite(H).all(axis=(2, 3), keepdims=True)
@@ -169,10 +182,12 @@ def _step(A: Any, U: Any, shift: float, moves: bool) -> Subspaces:
     v = (S[:, :, :1] / or_one(sigma)).astype(dtype, copy=False)
     vectors = Vectors([basis[:, :, :1]], [v], [sigma], [sigma])
     if not moves:
-        return Subspaces(vectors, basis, U)
+        return Subspaces(vectors, basis, start, are_independent)
     T = transposed((A @ transposed(S)).sum(axis=1, keepdims=True))
     t = T[:, :, :1] / or_one(square)
     vectors.t_norms[0] = length(t) * sigma
     T = (T + shift * square * basis) / or_one(squares + shift * square)
     T[:, :, :1] /= or_one(length(T[:, :, :1]))
-    return Subspaces(vectors, basis, U, T.astype(dtype, copy=False), t)
+    return Subspaces(
+        vectors, basis, start, are_independent,
+        T.astype(dtype, copy=False), t)

@@ -256,6 +256,8 @@ def test_bad_vectors(change, message, dtype):
     before = U.copy()
     with pytest.raises(errors.VectorValueError, match=message):
         functions.spectral_normalize(W, U, groups=2, update_u=True)
+    with pytest.raises(errors.VectorValueError, match=message):
+        run(W, U, 2, Renewal(15, 1e-3))
     np.testing.assert_array_equal(U, before)
 
 
