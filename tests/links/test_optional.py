@@ -1,5 +1,4 @@
 """Snapshots without the further vectors, loaded strictly."""
-import copy
 import io
 
 import sn_function  # isort: skip  # before chainer, which it repairs
@@ -175,10 +174,10 @@ def test_not_strict(tmp_path):
     serializers.load_npz(tmp_path / 'file.npz', link, strict=False)
     assert link.W_us is None
     link = linear()
-    before = copy.deepcopy([link.W_u, *link.W_us])
+    before = link.W_u.copy()
     serializers.load_npz(
-        tmp_path / 'file.npz', link, ignore_names=['W_u', 'W_us'], strict=False)
-    np.testing.assert_array_equal(link.W_u, before[0])
+        tmp_path / 'file.npz', link, ignore_names=['W_u', 'W_us'])
+    np.testing.assert_array_equal(link.W_u, before)
 
 
 def test_another_dtype(tmp_path):
