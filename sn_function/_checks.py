@@ -43,6 +43,14 @@ def check_settings(
     return float(cap), float(cap), float(cap)
 
 
+def check_tolerance(rtol: Any, max_iterations: Any, least: int) -> None:
+    """Raises an error unless both are in their ranges; rtol may be None."""
+    if rtol is not None and not 0 < as_float(rtol) < math.inf:
+        raise errors.RtolError(rtol)
+    check_count('max_iterations', max_iterations,
+                1 if rtol is None else least)
+
+
 def check_count(name: str, value: int, least: int) -> None:
     try:
         valid = operator.index(value) >= least

@@ -216,6 +216,16 @@ class IterationCountError(SpectralNormalizationError, ValueError):
             f'{value!r}.')
 
 
+class RtolError(SpectralNormalizationError, ValueError):
+    """The tolerance is not a positive number."""
+
+    def __init__(self, rtol: Any) -> None:
+        super().__init__(
+            f'rtol, the largest relative residual of an estimate, must be a '
+            f'finite number above 0, such as 1e-3, or None for a fixed number '
+            f'of iterations, but is {rtol!r}.')
+
+
 class EpsError(SpectralNormalizationError, ValueError):
     """The floor on sigma is negative or not a number."""
 
@@ -562,6 +572,16 @@ class UntrainedGammaWarning(SpectralNormalizationWarning):
             f'for the others of {_some(links)} already. It does not know '
             f'gamma, which stays what it is. Call optimizer.setup(model) '
             f'after the hook is added, again if it was called before.')
+
+
+class ToleranceWarning(SpectralNormalizationWarning):
+    """The estimate of sigma is not as good as rtol asks for."""
+
+    def __init__(self, where: str, rtol: float | None) -> None:
+        super().__init__(
+            f'{where}: the residual is above rtol={rtol} after '
+            f'max_iterations. The estimate of sigma may be too low. Allow '
+            f'more iterations, or use several vectors, which need fewer.')
 
 
 class NothingToBakeWarning(SpectralNormalizationWarning):

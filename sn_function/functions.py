@@ -37,6 +37,8 @@ def spectral_normalize(
         return_sigma: Literal[False] = ...,
         cap: Number | None = ...,
         groups: int = ...,
+        rtol: Number | None = ...,
+        max_iterations: int = ...,
 ) -> chainer.Variable: ...
 
 
@@ -55,6 +57,8 @@ def spectral_normalize(
         return_sigma: Literal[True],
         cap: Number | None = ...,
         groups: int = ...,
+        rtol: Number | None = ...,
+        max_iterations: int = ...,
 ) -> tuple[chainer.Variable, chainer.Variable]: ...
 
 
@@ -73,6 +77,8 @@ def spectral_normalize(
         return_sigma: bool = ...,
         cap: Number | None = ...,
         groups: int = ...,
+        rtol: Number | None = ...,
+        max_iterations: int = ...,
 ) -> chainer.Variable | tuple[chainer.Variable, chainer.Variable]: ...
 
 
@@ -90,6 +96,8 @@ def spectral_normalize(
         return_sigma: bool = False,
         cap: Number | None = None,
         groups: int = 1,
+        rtol: Number | None = None,
+        max_iterations: int = 200,
 ) -> chainer.Variable | tuple[chainer.Variable, chainer.Variable]:
     """Divides a weight by an estimate of its largest singular value.
 
@@ -112,14 +120,29 @@ def spectral_normalize(
     any ``u``.  With ``detach_uv=True``, ``u`` and ``v`` are constants in it,
     as in the paper.  Gradients of any order are available in both modes.
 
+    With **several vectors**, the rows of a ``u`` of shape ``(b, m)``, sigma
+    is the largest :math:`\\|W^T q\\|_2` of any unit vector ``q`` in their
+    span (subspace iteration with Rayleigh-Ritz).  This takes as many passes
+    over ``W`` as one vector, and follows a weight whose leading singular
+    values are close, as they are in training: see :doc:`accuracy`.  The span
+    is a constant of the gradient, which is exact and of rank 1; so
+    ``detach_uv`` makes a difference to gradients of higher order only.
+
+    With a **tolerance** ``rtol``, iterations are run first, outside of the
+    graph, as many as it needs.
+
     Args:
         W (:class:`~chainer.Variable` or :ref:`ndarray`): Weight with 2 or
             more dimensions, of dtype float16, float32 or float64.  Sums over
             float16 are made in float32.
         u (:class:`~chainer.Variable` or :ref:`ndarray`): Start vector of
             shape ``(m,)``, of the dtype of ``W`` (or float32 for a float16
-            weight).  Any finite non-zero vector; it need not have norm 1.
-        n_power_iteration (int): Number ``K`` of iterations, 1 or more.
+            weight).  Any finite non-zero vector; it need not have norm 1.  Or
+            several, of shape ``(b, m)``, with ``b`` from 1 to ``min(m, n)``:
+            any that are linearly independent, such as random ones.  The first
+            one is the leading one.
+        n_power_iteration (int): Number ``K`` of iterations, 1 or more.  With
+            several vectors all but the last are outside of the graph.
         gamma (:class:`~chainer.Variable`, :ref:`ndarray`, float or None):
             Scale of shape ``()``; ``None`` means 1.
         factor (float): A constant factor :math:`f` above 0: the norm of
@@ -146,6 +169,15 @@ def spectral_normalize(
             has iterations of its own, and :math:`\\sigma` is the largest of
             their norms.  ``u`` is their vectors, one after another: of shape
             ``(m,)`` with ``axis=0``, else ``(G m,)``.
+        rtol (float or None): Iterate until the residual :math:`\\|W^T u -
+            \\sigma v\\|_2 / \\sigma` (with several vectors :math:`\\|W v -
+            \\sigma u\\|_2 / \\sigma`) is at most this.  The gradient is that
+            of the last ``n_power_iteration`` iterations.  Some singular value
+            is then within a relative ``rtol`` of sigma.
+        max_iterations (int): The most iterations with ``rtol``.  Where they
+            do not suffice there is a
+            :class:`~sn_function.errors.ToleranceWarning`, but not on a device,
+            where nothing waits for the outcome.
 
     Returns:
         ~chainer.Variable: ``Y``, of the shape and dtype of ``W``.  With
@@ -183,7 +215,7 @@ def spectral_normalize(
         _checks.check_groups(groups))
     outputs, = normalize.normalize([normalize.make_weight(
         W, u, gamma, settings, ('Y', 'sigma') if return_sigma else ('Y',),
-        update_u)])
+        update_u, normalize.until(rtol, max_iterations, settings))])
     return (outputs[0], outputs[1]) if return_sigma else outputs[0]
 
 
@@ -196,6 +228,8 @@ def spectral_norm(
         detach_uv: bool = False,
         update_u: bool = False,
         groups: int = 1,
+        rtol: Number | None = None,
+        max_iterations: int = 200,
 ) -> chainer.Variable:
     """Estimates the largest singular value of a weight, differentiably.
 
@@ -207,7 +241,8 @@ def spectral_norm(
         W (:class:`~chainer.Variable` or :ref:`ndarray`): Weight, as in
             :func:`spectral_normalize`.
         u (:class:`~chainer.Variable` or :ref:`ndarray`): Start vector of
-            shape ``(W.shape[axis],)``, as in :func:`spectral_normalize`.
+            shape ``(W.shape[axis],)``, or several of them, as in
+            :func:`spectral_normalize`.
         n_power_iteration (int): Number of iterations, 1 or more.
         axis (int): Output axis of ``W``; may be negative.
         detach_uv (bool): Take ``u`` and ``v`` as constants in the gradient.
@@ -215,6 +250,8 @@ def spectral_norm(
             unless that is zero or not finite.
         groups (int): Number of maps along the first axis of ``W``, as in
             :func:`spectral_normalize`; sigma is the largest of theirs.
+        rtol (float or None): Tolerance, as in :func:`spectral_normalize`.
+        max_iterations (int): The most iterations with ``rtol``.
 
     Returns:
         ~chainer.Variable: Sigma, of shape ``()`` and of the dtype of ``W``
@@ -243,7 +280,8 @@ def spectral_norm(
         n_power_iteration, axis, detach_uv, 1.0, 0.0, None,
         _checks.check_groups(groups))
     outputs, = normalize.normalize([normalize.make_weight(
-        W, u, None, settings, ('sigma',), update_u)])
+        W, u, None, settings, ('sigma',), update_u,
+        normalize.until(rtol, max_iterations, settings))])
     return outputs[0]
 
 
@@ -262,6 +300,8 @@ def spectral_normalize_all(
         return_sigma: Literal[False] = ...,
         cap: Number | None = ...,
         groups: int | Sequence[int] = ...,
+        rtol: Number | None = ...,
+        max_iterations: int = ...,
 ) -> tuple[chainer.Variable, ...]: ...
 
 
@@ -280,6 +320,8 @@ def spectral_normalize_all(
         return_sigma: Literal[True],
         cap: Number | None = ...,
         groups: int | Sequence[int] = ...,
+        rtol: Number | None = ...,
+        max_iterations: int = ...,
 ) -> tuple[tuple[chainer.Variable, ...], tuple[chainer.Variable, ...]]: ...
 
 
@@ -298,6 +340,8 @@ def spectral_normalize_all(
         return_sigma: bool = ...,
         cap: Number | None = ...,
         groups: int | Sequence[int] = ...,
+        rtol: Number | None = ...,
+        max_iterations: int = ...,
 ) -> (tuple[chainer.Variable, ...]
       | tuple[tuple[chainer.Variable, ...], tuple[chainer.Variable, ...]]): ...
 
@@ -316,6 +360,8 @@ def spectral_normalize_all(
         return_sigma: bool = False,
         cap: Number | None = None,
         groups: int | Sequence[int] = 1,
+        rtol: Number | None = None,
+        max_iterations: int = 200,
 ) -> tuple[chainer.Variable, ...] | tuple[tuple[chainer.Variable, ...], ...]:
     """Normalizes many weights, such as all of a model, in one node.
 
@@ -328,8 +374,8 @@ def spectral_normalize_all(
         Ws (list of :class:`~chainer.Variable` or :ref:`ndarray`): Weights, on
             one device.  Shapes and dtypes may differ.
         us (list of :class:`~chainer.Variable` or :ref:`ndarray`): Start
-            vector of each, of shape ``(W.shape[axis],)``.  With ``update_u``
-            no array may be there twice.
+            vector of each, of shape ``(W.shape[axis],)``, or several.  With
+            ``update_u`` no array may be there twice.
         n_power_iteration (int): Number of iterations, 1 or more.
         gammas (list or None): Scale of each, of shape ``()``; ``None`` is 1.
         factor (float): A constant factor above 0.
@@ -343,6 +389,8 @@ def spectral_normalize_all(
             ``factor`` and ``eps``; gradients do not bring one back below it.
         groups (int or list of int): Number of maps in a weight, one for all
             or one for each; with several, a vector has their length.
+        rtol (float or None): Tolerance, as in :func:`spectral_normalize`.
+        max_iterations (int): The most iterations with ``rtol``.
 
     Returns:
         tuple of ~chainer.Variable: The normalized weights.  With
@@ -373,11 +421,12 @@ def spectral_normalize_all(
     names = ('Y', 'sigma') if return_sigma else ('Y',)
     settings = normalize.make_settings(
         n_power_iteration, 0, detach_uv, factor, eps, cap)
+    renewal = normalize.until(rtol, max_iterations, settings)
     outputs = normalize.normalize([
         normalize.make_weight(
             W, u, gamma, settings._replace(
                 axis=axis, groups=_checks.check_groups(count)),
-            names, update_u)
+            names, update_u, renewal)
         for W, u, gamma, axis, count in zip(Ws, us, gammas, axes, counts)])
     columns = tuple([
         tuple([of_weight[i] for of_weight in outputs])

@@ -47,7 +47,8 @@ class Renewal(NamedTuple):
     more than :data:`GAMMA_TURN`, as an estimate is never above the norm.
 
     Attributes:
-        n_warmup: The most iterations, rounded up to whole calls; 0 for none.
+        n_warmup: The most iterations before those of the call, rounded up to
+            whole calls; 0 for none.
         limit: How much a vector of this weight turns, at most.
         initial_gamma: Array of shape ``()`` with the value that gamma was
             initialized with, or ``None`` if gamma is left alone.

@@ -80,6 +80,7 @@ class PowerIteration(NamedTuple):
         u_norm: What ``u`` was divided by for ``u_0``.
         restarted: Whether ``u_0`` is not the one that was given.
         matrix: The matrix, if it is kept.
+        next_s: ``W^T u_K``, if that is known.
 
     """
 
@@ -92,6 +93,7 @@ class PowerIteration(NamedTuple):
     u_norm: float = 1.0
     restarted: bool = False
     matrix: Any = None
+    next_s: Any = None
 
     @property
     def u(self) -> Any:
@@ -122,16 +124,10 @@ class PowerIteration(NamedTuple):
         return 1 - self.s_norms[0] / self.t_norms[0] / matrix.norm(self.us[0])
 
     def residual(self) -> float:
-        """Returns ``|W v - s u| / s`` of the last iteration; 0 as in turn.
-
-        It is that of the ``u`` that this starts from, with length 1, where
-        ``s = |W^T u|``.  What the iteration makes of it is better.
-        """
+        """Returns ``|W^T u - sigma v| / sigma``; 0 for a zero or a NaN."""
         if not 0 < self.sigma < math.inf:
             return 0.0
-        u = self.us[-2] / matrix.norm(self.us[-2])
-        cosine = self.u.dot(u)
-        return matrix.norm(self.u - cosine * u) / cosine
+        return matrix.norm(self.next_s / self.sigma - self.v)
 
 
 def floored(sigma: float, settings: Settings) -> tuple[float, bool]:
@@ -149,11 +145,15 @@ def unfold(W: Any, axis: int, dtype: Any = None) -> Matrix:
         dtype or accumulator_dtype(W.dtype), copy=False), axis)
 
 
-def _iterate(A: Matrix, u: Any, n: int, careful: bool) -> PowerIteration:
+def _iterate(
+        A: Matrix, u: Any, n: int, careful: bool, s: Any = None,
+) -> PowerIteration:
+    """Runs ``n`` iterations; ``s`` is ``W^T u`` if that is known."""
     us, vs, s_norms, t_norms = [u], [], [], []
     sigma = 0.0
-    for _ in range(n):
-        s = A.tdot(u)
+    for k in range(n):
+        if k > 0 or s is None:
+            s = A.tdot(u)
         s_norm = A.norm_of_s(s, careful) or 1.0
         v = s / s_norm
         t = A.dot(v)
@@ -171,15 +171,25 @@ def _iterate_anew(
         A: Matrix, u: Any, n: int, careful: bool, renewal: Renewal,
 ) -> PowerIteration:
     """Runs ``n`` iterations, from another vector where the renewal says so."""
-    iterations = _iterate(A, u, n, careful)
+    iterations = _measured(A, _iterate(A, u, n, careful), renewal)
     limit = renewal.limit
     for _ in range(0, renewal.n_warmup, n):
         if renewal.accepts(iterations, limit):
             break
         limit = SETTLED
         u = iterations.u.astype(u.dtype, copy=False)
-        iterations = _iterate(A, u, n, careful)
+        s = iterations.next_s if u is iterations.u else None
+        iterations = _measured(A, _iterate(A, u, n, careful, s), renewal)
     return iterations
+
+
+def _measured(
+        A: Matrix, iterations: PowerIteration, renewal: Renewal,
+) -> PowerIteration:
+    """Returns them with what the residual needs, if it matters."""
+    if renewal.rtol is None:
+        return iterations
+    return iterations._replace(next_s=A.tdot(iterations.u))
 
 
 def power_iteration(
@@ -321,6 +331,8 @@ def gradients(call: Backward) -> Arrays:
         gY = gY.astype(A.array.dtype, copy=False)
         if settings.detach_uv or not needs_adjoint:
             dot = A.inner(gY)
+        elif iterations.next_s is not None:
+            dot, vbar = A.inner(gY), iterations.next_s.copy()
         else:
             dot, vbar = A.inner_and_tdot(gY, iterations.u)
         a, of_sigma, dot = coefficients(settings, iterations, gamma, dot)

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from sn_function import errors
-from sn_function._arithmetic import power_iteration
+from sn_function._arithmetic import matrix, power_iteration
 from sn_function._arithmetic.interface import (
     NEVER,
     SETTLED,
@@ -69,14 +69,15 @@ class SubspaceIteration(NamedTuple):
     Attributes:
         u, v: The leading Ritz vectors, ``W^T u = sigma v``.
         sigma: The estimate.
-        singular_values: Ritz values of all vectors, shape ``(b,)``, the
-            largest one first.
+        squares: ``l_1, l_2, ...`` in the square of a unit, shape ``(b,)``.
+        unit: That unit of sigma.
         basis: An orthonormal basis of the span, shape ``(b, m)``.
         start: The vectors that it began with, likewise.
-        following: The vectors moved on, likewise, if they are asked for.
-        turned: ``1 - u . u'`` with ``u'`` the one that follows u, if measured.
-        off: ``|W v - sigma u| / sigma``, likewise.
         matrix: The matrix, if it is kept.
+        t: ``W v / sigma``, or ``None`` for a sigma of zero or NaN, or if that
+            is not asked for.
+        following: The vectors moved on, shape ``(b, m)``, if that is asked
+            for.
         restarted: Whether it began with others than those given.
 
     """
@@ -84,15 +85,20 @@ class SubspaceIteration(NamedTuple):
     u: Any
     v: Any
     sigma: float
-    singular_values: Any
+    squares: Any
+    unit: float
     basis: Any
-    start: Any = None
+    start: Any
+    matrix: Any
+    t: Any = None
     following: Any = None
-    turned: float = 0.0
-    off: float = 0.0
-    matrix: Any = None
     restarted: bool = False
     stack: None = None  # each weight is computed by itself
+
+    @property
+    def singular_values(self) -> Any:
+        """Estimates of the largest ones, shape ``(b,)``, in order."""
+        return numpy.sqrt(self.squares) * self.unit
 
     def floored(self, settings: Settings) -> tuple[float, bool]:
         """Returns what ``W`` is divided by, and whether that is sigma."""
@@ -100,11 +106,12 @@ class SubspaceIteration(NamedTuple):
 
     def turn(self) -> float:
         """Returns how much the next pass turns u; 0 for a zero or a NaN."""
-        return self.turned
+        # u . W v = sigma
+        return 0.0 if self.t is None else 1 - 1 / matrix.norm(self.t)
 
     def residual(self) -> float:
         """Returns ``|W v - sigma u| / sigma``; 0 for a zero or a NaN."""
-        return self.off
+        return 0.0 if self.t is None else matrix.norm(self.t - self.u)
 
 
 def normalize(call: Forward) -> tuple[Arrays, SubspaceIteration]:
@@ -189,31 +196,18 @@ def _iterate_anew(
         renewal: Renewal) -> SubspaceIteration:
     """As in :mod:`.power_iteration`, outside of the graph."""
     iterations = _iterate(A, U, n, d, moves, careful)
-    if renewal.n_warmup and not moves:
-        iterations = _measured(A, iterations, careful)
+    if renewal != NEVER and 0 < iterations.sigma < math.inf and not moves:
+        iterations = iterations._replace(
+            t=A.dot(iterations.v) / iterations.sigma)
     limit = renewal.limit
     for _ in range(0, renewal.n_warmup, n):
         if renewal.accepts(iterations, limit):
             break
         limit = SETTLED
-        if not moves:
+        if iterations.following is None:
             iterations = _iterate(A, U, n, d, True, careful)
-        U = iterations.following
-        iterations = _iterate(A, U, n, d, True, careful)
+        iterations = _iterate(A, iterations.following, n, d, True, careful)
     return iterations
-
-
-def _measured(
-        A: Matrix, iterations: SubspaceIteration, careful: bool,
-        t: Any = None) -> SubspaceIteration:
-    """Returns them with their turn and residual; t is ``W v`` if known."""
-    sigma = iterations.sigma
-    if not 0 < sigma < math.inf:
-        return iterations
-    t = (A.dot(iterations.v) if t is None else t) / sigma
-    return iterations._replace(
-        turned=1 - 1 / A.norm_of_t(t, careful),
-        off=A.norm_of_t(t - iterations.u, True))
 
 
 def _iterate(
@@ -221,15 +215,15 @@ def _iterate(
 ) -> SubspaceIteration:
     start = U
     for k in range(1, n + 1):
-        iterations = _step(A, U, d, moves or k < n, careful)
+        iterations = _step(A, U, start, d, moves or k < n, careful)
         if not 0 < iterations.sigma < math.inf:
             break
         U = iterations.following
-    return iterations._replace(start=start, matrix=A)
+    return iterations
 
 
 def _step(
-        A: Matrix, U: Any, d: float, moves: bool, careful: bool,
+        A: Matrix, U: Any, start: Any, d: float, moves: bool, careful: bool,
 ) -> SubspaceIteration:
     """One pass over ``A``, or two to move the vectors on."""
     U, E = _orthonormal(A, U)
@@ -237,37 +231,35 @@ def _step(
     unit = float(abs(S).max()) if careful else 1.0
     if careful and 0 < unit < math.inf:
         S = S / unit
-    H = S.dot(S.T).astype(numpy.float64)
+    H = S.dot(S.T).astype(numpy.float64, copy=False)
     total = math.sqrt(H.trace())
     if not careful and not is_ordinary(total, S.dtype):
         raise ExtremeNormError
-    if not 0 < total < math.inf:
-        return _of_no_direction(U, S, 0.0 * total)
+    if not 0 < total < math.inf:  # zero, or NaN in all that follows
+        sigma = 0.0 * total
+        return SubspaceIteration(
+            U[0] + U.dtype.type(sigma), S[0] * 0, sigma,
+            numpy.full(len(U), sigma), unit, U, start, A)
     squares, C = numpy.linalg.eigh(E.dot(H).dot(E.T))
     squares = squares[::-1].clip(0)
-    B = C.T[::-1].dot(E)
-    of_dtype = B.astype(S.dtype, copy=False)
-    basis = of_dtype.dot(U)
-    v = of_dtype[0].dot(S)
+    B = C.T[::-1].dot(E).astype(S.dtype, copy=False)
+    basis = B.dot(U)
+    v = B[0].dot(S)
     sigma = A.norm_of_s(v, careful)
-    iterations = SubspaceIteration(
-        basis[0], v / sigma, sigma * unit, numpy.sqrt(squares) * unit, basis)
-    if not moves:
-        return iterations
-    T = of_dtype.dot(A.dot_all(S) / unit)
-    iterations = _measured(A, iterations, careful, T[0] * (unit / sigma))
-    T += basis * (d * squares[0])
-    T /= (squares + d * squares[0])[:, None]
-    T[0] /= A.norm_of_t(T[0], careful)
-    return iterations._replace(following=T)
-
-
-def _of_no_direction(
-        U: Any, S: Any, sigma: float) -> SubspaceIteration:
-    """What a weight gives that takes the vectors to zero, or to NaN."""
+    v /= sigma
+    t = following = None
+    if moves:
+        following = B.dot(A.dot_all(S))
+        if careful:
+            following /= unit
+        t = following[0] * (1 / sigma ** 2)
+        shift = d * squares[0]
+        following += basis * shift
+        following /= (squares + shift)[:, None]
+        following[0] /= A.norm_of_t(following[0], careful)
     return SubspaceIteration(
-        U[0] + U.dtype.type(sigma), S[0] * 0, sigma,
-        numpy.full(len(U), sigma), U, following=U)
+        basis[0], v, sigma * unit, squares, unit, basis, start, A, t,
+        following)
 
 
 def _orthonormal(A: Matrix, U: Any) -> tuple[Any, Any]:

@@ -4,14 +4,15 @@ The arithmetic is in :mod:`sn_function._arithmetic`.
 """
 from __future__ import annotations
 
+import warnings
 from typing import Any, Iterator, Sequence, Union
 
 import chainer
 import numpy
 from chainer import functions as F
 
-from sn_function import _checks
-from sn_function._arithmetic.choose import arithmetic_of
+from sn_function import _checks, errors
+from sn_function._arithmetic.choose import arithmetic_of, is_on_device
 from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
     NEVER,
@@ -79,6 +80,14 @@ class Normalization:
         self.u = None
         if type(self.gamma) is not float and self.gamma is not None:
             self.gamma = self.gamma.copy()
+
+    @property
+    def has_converged(self) -> bool:
+        """Whether a tolerance was reached, if there is one; true on a device.
+        """
+        iterations, rtol = self.iterations, self.renewal.rtol
+        return rtol is None or is_on_device(iterations.u) or (
+            iterations.residual() <= rtol)
 
     def backward(
             self, inputs: Iterator[Any], wanted: Sequence[str], gY: Any,
@@ -249,6 +258,18 @@ def make_settings(
         int(n_power_iteration), axis, detach_uv, *numbers, groups=groups)
 
 
+def until(
+        rtol: float | None, max_iterations: int, settings: Settings,
+) -> Renewal:
+    """Checks a tolerance, and returns when it asks for more iterations."""
+    n = settings.n_power_iteration
+    _checks.check_tolerance(rtol, max_iterations, n)
+    if rtol is None:
+        return NEVER
+    return Renewal(
+        (int(max_iterations) // n - 1) * n, 2.0, rtol=float(rtol))
+
+
 def make_weight(
         W: ArrayOrVariable, u: ArrayOrVariable, gamma: Any,
         settings: Settings, output_names: tuple[str, ...], update_u: bool,
@@ -298,7 +319,15 @@ def apply(
 def normalize(
         weights: Sequence[tuple[Normalization, list[ArrayOrVariable]]],
 ) -> list[tuple[chainer.Variable, ...]]:
-    """Normalizes weights in one node; returns the outputs of each."""
+    """Normalizes weights in one node; returns the outputs of each.
+
+    It warns where a tolerance was not reached.
+    """
     outputs = iter(apply(weights))
+    for weight, inputs in weights:
+        if not weight.has_converged:
+            warnings.warn(errors.ToleranceWarning(
+                f'W of shape {inputs[0].shape}', weight.renewal.rtol),
+                stacklevel=3)
     return [tuple([next(outputs) for _ in weight.output_names])
             for weight, _ in weights]
