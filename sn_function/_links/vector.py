@@ -168,7 +168,7 @@ def _send(link: chainer.Link, u: Array, W: Array) -> Array:
 
 def _concatenate(link: chainer.Link, *us: Array) -> Array:
     with chainer.using_device(link.device):
-        return link.xp.concatenate(us)
+        return link.xp.ascontiguousarray(link.xp.concatenate(us))
 
 
 def _draw(link: chainer.Link, hook: Any, W: Array, *n: int) -> Array:
