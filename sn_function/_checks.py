@@ -14,7 +14,7 @@ from chainer.backends import cuda
 from sn_function import errors
 from sn_function._arithmetic import matrix
 from sn_function._arithmetic.choose import is_on_device
-from sn_function._arithmetic.groups import Groups, length_of_u
+from sn_function._arithmetic.groups import Groups, length_of_u, most_vectors
 
 
 def check_settings(
@@ -113,9 +113,8 @@ def check_arrays(
             and vector.dtype in (array.dtype, accumulator)):
         raise errors.VectorTypeError(u, array.dtype)
     length = length_of_u(shape, axis, groups)
-    n = math.prod(shape) // length
-    m = length if groups is None else length // groups.count_in(shape)
-    most = n if is_part else min(m, n)
+    most = (math.prod(shape) // length if is_part
+            else most_vectors(shape, axis, groups))
     if vector.shape[-1:] != (length,) or not (
             vector.ndim == 1
             or (vector.ndim == 2 and 1 <= len(vector) <= most)):

@@ -76,7 +76,8 @@ class OfGroup(NamedTuple):
     v: Any
     start: Any
     restarted: Any
-    basis: Any
+    basis: Any = None
+    singular_values: Any = None
 
 
 class Iterations(NamedTuple):
@@ -97,6 +98,8 @@ class Iterations(NamedTuple):
         basis: With several vectors, an orthonormal basis of their span in
             each group, shape ``(G, 1, b, m)``.
         moved: With several vectors, what follows them, likewise.
+        singular_values: With several vectors, the estimates of the largest
+            ones of each group, shape ``(G, 1, b, 1)``.
         residuals: That of each group, if there is a tolerance.
 
     """
@@ -111,6 +114,7 @@ class Iterations(NamedTuple):
     restarts: Any = False
     basis: Any = None
     moved: Any = None
+    singular_values: Any = None
     residuals: Any = None
 
     @property
@@ -171,10 +175,14 @@ class Iterations(NamedTuple):
         """Returns the vectors of the largest group."""
         us, vs, *_ = self.vectors
         start = as_groups(self.start, len(us[0]))
-        u, v, start = [x[self.largest] for x in (us[-1], vs[-1], start)]
-        basis = None if self.basis is None else self.basis[self.largest][0, 0]
-        return OfGroup(u.reshape(-1), v.reshape(-1),
-                       start.reshape(-1), self.restarted, basis)
+        u, v, start = [x[self.largest].reshape(-1)
+                       for x in (us[-1], vs[-1], start)]
+        of_group = OfGroup(u, v, start, self.restarted)
+        if self.basis is None:
+            return of_group
+        return of_group._replace(
+            basis=self.basis[self.largest][0, 0],
+            singular_values=self.singular_values[self.largest].reshape(-1))
 
 
 def as_groups(u: Any, G: int) -> Any:

@@ -47,6 +47,7 @@ class Subspaces(NamedTuple):
         basis: Orthonormal bases of the spans, shape ``(G, 1, b, m)``.
         start: The vectors that they began with, likewise.
         are_independent: Whether these were, shape ``(G, 1, 1, 1)``.
+        squares: Those of the Ritz values, shape ``(G, 1, b, 1)``.
         following: The vectors moved on, if they are asked for.
         t: ``W v / sigma``, shape ``(G, 1, 1, m)``, likewise.
 
@@ -56,6 +57,7 @@ class Subspaces(NamedTuple):
     basis: Any
     start: Any
     are_independent: Any
+    squares: Any
     following: Any = None
     t: Any = None
 
@@ -109,7 +111,9 @@ def subspace_iteration(
         found.vectors, found.vectors.s_norms[0] * scale, as_rows(found.start))
     if renewal.rtol is not None:
         iterations = iterations._replace(residuals=found.residuals(A))
-    return iterations._replace(basis=found.basis, moved=found.following)
+    return iterations._replace(
+        basis=found.basis, moved=found.following,
+        singular_values=found.squares ** 0.5 * scale)
 
 
 def _in_range(A: Any) -> tuple[Any, Any]:
@@ -182,12 +186,12 @@ def _step(A: Any, start: Any, shift: float, moves: bool) -> Subspaces:
     v = (S[:, :, :1] / or_one(sigma)).astype(dtype, copy=False)
     vectors = Vectors([basis[:, :, :1]], [v], [sigma], [sigma])
     if not moves:
-        return Subspaces(vectors, basis, start, are_independent)
+        return Subspaces(vectors, basis, start, are_independent, squares)
     T = transposed((A @ transposed(S)).sum(axis=1, keepdims=True))
     t = T[:, :, :1] / or_one(square)
     vectors.t_norms[0] = length(t) * sigma
     T = (T + shift * square * basis) / or_one(squares + shift * square)
     T[:, :, :1] /= or_one(length(T[:, :, :1]))
     return Subspaces(
-        vectors, basis, start, are_independent,
+        vectors, basis, start, are_independent, squares,
         T.astype(dtype, copy=False), t)

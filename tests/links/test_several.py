@@ -467,11 +467,11 @@ class TestModels:
         link.delete_hook(NAME)
         assert not link[0]._persistent
 
-    def test_one_vector_for_each_group(self):
+    def test_depthwise_convolution_has_one_vector_for_each_group(self):
         links = []
         for n in (1, 4):
             np.random.seed(0)
-            links.append(L.Convolution2D(4, 6, 3, groups=2).add_hook(
+            links.append(L.Convolution2D(6, 6, 3, groups=6).add_hook(
                 SpectralNormalization(groups='each', n_vectors=n)))
         np.testing.assert_array_equal(*[
             normalized(link).array for link in links])

@@ -128,11 +128,11 @@ class TestSeveral:
         assert link.W_u.shape == (m,)
         assert link.W_us.shape == (expected - 1, m)
 
-    def test_one_for_each_group(self):
+    def test_those_of_each_group(self):
         link, hook = several(
             lambda: L.Convolution2D(4, 6, 3, groups=2), groups='each')
-        assert vector.find(link, hook, link.W.array).shape == (6,)
-        assert link.W_us.shape == (0, 6)
+        assert vector.find(link, hook, link.W.array).shape == (3, 6)
+        assert link.W_us.shape == (2, 6)
 
     def test_what_is_written_is_what_the_link_has(self):
         link, hook = several()
