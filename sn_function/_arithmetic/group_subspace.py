@@ -35,6 +35,7 @@ from sn_function._arithmetic.matrix import ORDINARY
 from sn_function._arithmetic.subspace import (
     DEPENDENT,
     INDEPENDENT,
+    REGULAR,
     SHIFT,
 )
 
@@ -90,7 +91,7 @@ def subspace_iteration(
             not independent.  On a device they are replaced, too.
 
     """
-    shift = SHIFT[u.dtype.char]
+    d = REGULAR[u.dtype.char]
     given = as_groups(u.astype(A.dtype), len(A))
     A, scale = _in_range(A)
     moves = moves or renewal != NEVER
@@ -98,7 +99,7 @@ def subspace_iteration(
     is_host = isinstance(A, numpy.ndarray)
 
     def run(U: Any) -> Subspaces:
-        found = _iterate(A, U, n, shift, moves)
+        found = _iterate(A, U, n, d, moves)
         if is_host and not found.are_independent.all():
             raise errors.VectorValueError(u)
         return found
@@ -161,15 +162,15 @@ def _orthonormal(U: Any) -> tuple[Any, Any]:
 
 
 def _iterate(
-        A: Any, start: Any, n: int, shift: float, moves: bool) -> Subspaces:
-    found = first = _step(A, start, shift, moves or n > 1)
+        A: Any, start: Any, n: int, d: float, moves: bool) -> Subspaces:
+    found = first = _step(A, start, d, moves or n > 1)
     for k in range(2, n + 1):
-        found = _step(A, found.following, shift, moves or k < n)
+        found = _step(A, found.following, d, moves or k < n)
     return found._replace(
         start=start, are_independent=first.are_independent)
 
 
-def _step(A: Any, start: Any, shift: float, moves: bool) -> Subspaces:
+def _step(A: Any, start: Any, d: float, moves: bool) -> Subspaces:
     """One pass over all groups, or two to move the vectors on."""
     xp, dtype = chainer.backend.get_array_module(A), A.dtype
     U, are_independent = _orthonormal(start)
@@ -190,7 +191,10 @@ def _step(A: Any, start: Any, shift: float, moves: bool) -> Subspaces:
     T = transposed((A @ transposed(S)).sum(axis=1, keepdims=True))
     t = T[:, :, :1] / or_one(square)
     vectors.t_norms[0] = length(t) * sigma
-    T = (T + shift * square * basis) / or_one(squares + shift * square)
+    c = -d * square
+    if squares.shape[2] > 1:
+        c = c + SHIFT * squares[:, :, -1:]
+    T = (T - c * basis) / or_one(squares - c)
     T[:, :, :1] /= or_one(length(T[:, :, :1]))
     return Subspaces(
         vectors, basis, start, are_independent, squares,
