@@ -164,6 +164,9 @@ def test_weights_of_extreme_size(dtype, size):
         sigma.array.astype('d') / size, expected, rtol=tolerance)
     np.testing.assert_allclose(
         Y.array, W / expected, rtol=tolerance, atol=tolerance)
+    of_group = Y.creator_node.weights[0].iterations.of_largest()
+    np.testing.assert_allclose(
+        of_group.singular_values[0], sigma.array, rtol=tolerance)
     g, = chainer.grad([sigma], [x])
     np.testing.assert_allclose(
         g.array, reference.complex_step(
@@ -184,11 +187,13 @@ def test_groups_of_very_different_size():
         np.testing.assert_allclose(abs(V[0] @ u), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize('lengths', [(1e-30, 1), (1e30, 1e-30), (1e36, 1e36)])
-def test_lengths_of_the_vectors_do_not_matter(lengths):
-    W, U = make((6, 5), 0, 2, 2, 'f')
+@pytest.mark.parametrize(('dtype', 'lengths'), [
+    ('f', (1e-30, 1)), ('f', (1e30, 1e-30)), ('f', (1e36, 1e36)),
+    ('d', (1e200, 1e-200)), ('d', (1e-300, 1e-300))])
+def test_lengths_of_the_vectors_do_not_matter(lengths, dtype):
+    W, U = make((6, 5), 0, 2, 2, dtype)
     expected = functions.spectral_norm(W, U, groups=2).array
-    U *= np.array(lengths, 'f')[:, None]
+    U *= np.array(lengths, dtype)[:, None]
     np.testing.assert_allclose(functions.spectral_norm(
         W, U, groups=2).array, expected, rtol=1e-5)
 
@@ -199,6 +204,14 @@ def test_vectors_that_are_nearly_dependent():
     U[1:] = U[0] + 1e-4 * U[1:]
     np.testing.assert_allclose(
         functions.spectral_norm(W, U, groups=2).array, expected, rtol=1e-7)
+
+
+def test_vectors_that_are_too_nearly_dependent():
+    W, U = make((8, 9), 0, 2, 3)
+    U[1, :4] = U[0, :4] + 1e-7 * U[1, :4]
+    for groups, V in (2, U), (1, U[:, :4]):  # by the same limit
+        with pytest.raises(errors.VectorValueError, match='depends on'):
+            functions.spectral_norm(W[:V.shape[1]], V, groups=groups)
 
 
 @pytest.mark.parametrize('rank', [0, 1, 2])
@@ -233,7 +246,7 @@ def test_all_zero():
 @pytest.mark.parametrize('K', [1, 3])
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
 def test_bad_weight(bad, K):
-    W, U = make((4, 3), 0, 2, 2)
+    W, U = make((12, 8), 0, 2, 6)
     W[1, 2] = bad
     before = U.copy()
     Y, sigma = functions.spectral_normalize(
@@ -331,9 +344,10 @@ def test_tolerance(b, n):
             part @ v / length - length * V[0]) / length)
     assert max(residuals) < 2e-6
     assert iterations.residual() <= 1e-6
+    u[..., 4:] = random(*u[..., 4:].shape)  # of one group only
     with pytest.warns(errors.ToleranceWarning):
         functions.spectral_normalize(
-            W, random(*u.shape), n, groups=2, rtol=1e-9, max_iterations=n)
+            W, u, n, groups=2, rtol=1e-5, max_iterations=n)
 
 
 # A device
