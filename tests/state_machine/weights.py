@@ -18,6 +18,7 @@ from tests.state_machine.links import (
     axis_of,
     hooked,
     hooks_of,
+    others_of,
     vector_of,
 )
 from tests.state_machine.oracle import smallest_subnormal
@@ -104,6 +105,9 @@ class Weights(Base):
                 COUNTS['fault: orthogonal u'] += 1
                 u[...] = 0
                 u[0] = 1
+                others = others_of(rec.link, name)
+                if others is not None:
+                    others[...] = np.eye(len(u))[1:1 + len(others)]
                 np.moveaxis(W, axis_of(rec.link), 0)[0] = 0
         self.accept(rec)
 
