@@ -92,7 +92,8 @@ class SpectralNormalization(LocalHook):
         detach_uv (bool): Treat u and v as constants in the gradient, as
             Chainer's hook does.  The default is the exact gradient.
         n_warmup (int): Number of iterations that are run when the link's
-            vector is created, so that sigma is right from the first call; and
+            vector is created, so that sigma is right from the first call (with
+            ``rtol``, until it is reached); and
             the most that are run before a call where the vector is found to
             belong to another weight.  That is one that was loaded without its
             vector, drawn anew or averaged, for example; see :doc:`accuracy`.
@@ -121,6 +122,12 @@ class SpectralNormalization(LocalHook):
             largest that any vector of their span gives.  A matrix of m x n
             has no more than m and n of them.  A convolution whose groups are
             normalized each keeps one for each group.
+        rtol (float or None): Iterate in each call until the residual of the
+            estimate is at most this, such as 1e-3; see
+            :func:`~sn_function.functions.spectral_normalize`.  ``None`` means
+            ``n_power_iteration`` iterations in each call.
+        max_iterations (int): The most iterations of a call with ``rtol``.
+            Where they do not suffice, there is a warning, once for each link.
 
     Attributes:
         vector_name (str): Name of the link's vector, ``weight_name + '_u'``.
@@ -169,7 +176,9 @@ class SpectralNormalization(LocalHook):
 
     name = 'SpectralNormalization'
     groups: str | None = None  # in pickles of versions before 0.2
-    n_vectors = 1              # likewise
+    n_vectors = 1              # likewise, as the next two
+    rtol: float | None = None
+    max_iterations = 200
 
     def __init__(
             self,
@@ -185,6 +194,8 @@ class SpectralNormalization(LocalHook):
             cap: float | None = None,
             groups: str | None = None,
             n_vectors: int = 1,
+            rtol: float | None = None,
+            max_iterations: int = 200,
     ) -> None:
         _checks.check_settings(n_power_iteration, factor, eps, cap)
         if cap is not None and use_gamma:
@@ -194,6 +205,7 @@ class SpectralNormalization(LocalHook):
                 isinstance(groups, str) and groups == 'each'):
             raise errors.GroupsError(groups)
         _checks.check_count('n_vectors', n_vectors, 1)
+        _checks.check_tolerance(rtol, max_iterations, n_power_iteration)
         self.n_power_iteration = n_power_iteration
         self.eps = eps
         self.use_gamma = use_gamma
@@ -206,6 +218,8 @@ class SpectralNormalization(LocalHook):
         self.cap = cap
         self.groups = groups
         self.n_vectors = n_vectors
+        self.rtol = rtol
+        self.max_iterations = max_iterations
         if name is not None:
             self.name = name
 

@@ -73,8 +73,15 @@ def span_norm(W, U, axis=0):
 
 def moved(W, U, axis=0):
     """A basis of the span that follows that of the rows of U."""
-    A = as_matrix(W, axis)
-    return np.linalg.qr(A @ (A.T @ U.T))[0].T
+    A, Q = as_matrix(W, axis), np.linalg.qr(U.T)[0]
+    return np.linalg.qr(A @ (A.T @ Q) - shift(A, Q) * Q)[0].T
+
+
+def shift(A, Q):
+    """0.45 times the least Ritz value of ``A A^T``, or 0 for one vector."""
+    if Q.shape[1] == 1:
+        return 0.0
+    return 0.45 * np.linalg.svd(A.T @ Q, compute_uv=False)[-1] ** 2
 
 
 def complex_step(f, x):

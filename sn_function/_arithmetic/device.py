@@ -498,7 +498,7 @@ class _Backward(_Part):
 
 def warm_up(
         W: Array, u: Array, axis: int, n: int, groups: Groups | None = None,
-) -> None:
+        rtol: float | None = None) -> None:
     for _ in range(n):  # one at a time: the vectors of one are enough
         normalize_all([Forward(
             Settings(1, axis, True, groups=groups), W, u, 1.0, (),

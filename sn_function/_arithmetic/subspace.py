@@ -16,16 +16,20 @@ It takes one pass over W, with b right-hand sides, and matrices of b by b:
 
 and a second pass moves the vectors on, leading one first:
 
-    U_j <- (W (B S)_j + d l_1 (B U)_j) / (l_j + d l_1)
+    U_j <- (W (B S)_j - c (B U)_j) / (l_j - c)    c = 0.45 l_b - d l_1
 
 The span is a constant of the gradient, and u is the best vector in it, so to
 first order no change of u changes sigma: ``d sigma / d W = u v^T``, of rank 1,
 is exact.  With K > 1, the vectors are moved on K - 1 times first.
 
-The small shift d keeps the vectors independent whatever W is.  With E the part
-of the new U outside of the old span, the new ``U U^T`` is ``I + E E^T``, and
-the rows of E are no longer than ``1 / (2 sqrt(d))``.  What W takes to zero
-stays as it is.
+The shift c makes that an iteration with ``W W^T - c``, whose eigenvalues below
+the b-th largest lie around zero, so that the vectors converge nearly twice as
+fast.  With half of ``l_b``, where the b largest are equal, what W takes to
+zero would stay for ever.
+
+The small d keeps the vectors independent whatever W is.  With E the part of
+the new U outside of the old span, the new ``U U^T`` is ``I + E E^T``, and the
+rows of E are no longer than ``0.7 / sqrt(d)``.
 
 See G. H. Golub and C. F. Van Loan, Matrix Computations, 4th edition, section
 8.2.  Extreme sizes are treated as in :mod:`.power_iteration`.
@@ -54,8 +58,10 @@ from sn_function._arithmetic.matrix import (
     is_ordinary,
 )
 
-# The shift d, by the dtype that vectors are stored in.
-SHIFT = {'e': 1e-3, 'f': 2e-6, 'd': 1e-10}
+# The part of l_b in the shift.
+SHIFT = 0.45
+# The d, by the dtype that vectors are stored in.
+REGULAR = {'e': 1e-3, 'f': 2e-6, 'd': 1e-10}
 # Of vectors of length 1, the part of each that is orthogonal to those before
 # it: below the first they are made orthonormal before they are used, and below
 # the second they are not independent.
@@ -157,7 +163,7 @@ def subspace_iteration(
         VectorValueError: ``U`` is not finite, or its rows not independent.
 
     """
-    d = SHIFT[U.dtype.char]
+    d = REGULAR[U.dtype.char]
     U = U.astype(A.array.dtype, copy=False)
     try:
         return _iterate_anew(A, U, n, d, moves, False, renewal)
@@ -253,9 +259,10 @@ def _step(
         if careful:
             following /= unit
         t = following[0] * (1 / sigma ** 2)
-        shift = d * squares[0]
-        following += basis * shift
-        following /= (squares + shift)[:, None]
+        # One vector alone would not leave what W takes to zero.
+        c = (SHIFT * squares[-1] if len(U) > 1 else 0) - d * squares[0]
+        following -= basis * c
+        following /= (squares - c)[:, None]
         following[0] /= A.norm_of_t(following[0], careful)
     return SubspaceIteration(
         basis[0], v, sigma * unit, squares, unit, basis, start, A, t,

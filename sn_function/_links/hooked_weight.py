@@ -46,17 +46,25 @@ class Hook(Protocol):
     cap: float | None
     groups: str | None
     n_vectors: int
+    rtol: float | None
+    max_iterations: int
 
 
 def renewal_of(
         hook: Hook, is_train: bool, gamma: chainer.Parameter | None = None,
         W: chainer.Variable | None = None) -> Renewal:
-    """Returns when a call makes u and gamma anew."""
-    if hook.n_warmup == 0:
+    """Returns when a call runs more iterations, and makes gamma anew."""
+    if hook.rtol is not None:
+        renewal = _graph.until(
+            hook.rtol, hook.max_iterations, hook.n_power_iteration)
+    elif hook.n_warmup > 0:
+        renewal = Renewal(
+            hook.n_warmup, TRAINED_LIMIT if is_train else SETTLED)
+    else:
         return NEVER
-    return Renewal(
-        hook.n_warmup, TRAINED_LIMIT if is_train else SETTLED,
-        None if gamma is None else _gamma.initial(gamma, W))
+    if gamma is None or hook.n_warmup == 0:
+        return renewal
+    return renewal._replace(initial_gamma=_gamma.initial(gamma, W))
 
 
 class HookedWeight:
@@ -145,13 +153,15 @@ class HookedWeight:
             setattr(self.link, name, None)
         self.state.forget_start()
 
+    @property
+    def _where(self) -> str:
+        name = self.link.name  # its name in its chain
+        text = type(self.link).__name__
+        return text if name is None else f'{text} {name!r}'
+
     def _warn(self, why: str) -> None:
-        link = self.link
-        where = type(link).__name__
-        if link.name is not None:  # its name in its chain
-            where += f' {link.name!r}'
         warnings.warn(
-            f'{where}: {why} It was made anew.',
+            f'{self._where}: {why} It was made anew.',
             errors.SpectralNormalizationWarning, stacklevel=5)
 
     def for_node(
@@ -192,4 +202,12 @@ class HookedWeight:
         weight, inputs = self.for_node(
             u, gamma, update_u, is_first=not is_second_run)
         Y, = _graph.apply([(weight, inputs)])
+        self.check_convergence(weight)
         return Y, weight.iterations
+
+    def check_convergence(self, weight: _graph.Normalization) -> None:
+        """Warns, once for the link, where a tolerance was not reached."""
+        if not (weight.has_converged or self.state.has_warned):
+            self.state.has_warned = True
+            warnings.warn(errors.ToleranceWarning(
+                self._where, self.hook.rtol), stacklevel=5)

@@ -14,7 +14,7 @@ import chainer
 
 from sn_function import _checks
 from sn_function._arithmetic.choose import arithmetic_of, is_on_device
-from sn_function._arithmetic.groups import Groups, length_of_u
+from sn_function._arithmetic.groups import length_of_u
 from sn_function._arithmetic.interface import Array
 from sn_function._links.weight import groups_of, output_axis
 
@@ -70,7 +70,7 @@ def _complete(link: chainer.Link, hook: Any, n: int, W: Array) -> Array:
     if n_there < n:
         drawn = _draw(link, hook, W, n - n_there)
         u = drawn if u is None else _concatenate(link, u, drawn)
-        warm_up(link, W, u, hook.n_warmup)
+        warm_up(link, hook, W, u)
     return u
 
 
@@ -79,7 +79,7 @@ def _find_one(link: chainer.Link, hook: Any, W: Array) -> Array:
     found = getattr(link, name)
     if found is None:
         u = _draw(link, hook, W)
-        warm_up(link, W, u, hook.n_warmup, groups_of(link, hook))
+        warm_up(link, hook, W, u)
     else:
         u = _send(link, found, W)
     if u is not found:
@@ -186,15 +186,15 @@ def _set(link: chainer.Link, name: str, x: Array | None) -> None:
         link.register_persistent(name)
 
 
-def warm_up(
-        link: chainer.Link, W: Array, u: Array, n: int,
-        groups: Groups | None = None) -> None:
-    """Moves vectors on by ``n`` iterations, in place.
+def warm_up(link: chainer.Link, hook: Any, W: Array, u: Array) -> None:
+    """Moves new vectors on, in place, as the hook asks for.
 
     Raises:
         VectorValueError: One is zero or not finite.
 
     """
-    if n > 0:
+    if hook.n_warmup > 0:
         with chainer.using_device(link.device):
-            arithmetic_of(W).warm_up(W, u, output_axis(link), n, groups)
+            arithmetic_of(W).warm_up(
+                W, u, output_axis(link), hook.n_warmup, groups_of(link, hook),
+                hook.rtol)

@@ -23,6 +23,8 @@ class Hook(chainer.LinkHook):
     cap: Optional[float] = None
     groups: Optional[str] = None
     n_vectors: int = 1
+    rtol: Optional[float] = None
+    max_iterations: int = 200
 
     def added(self, link):
         LinkState(self.weight_name, None).put(link)

@@ -74,7 +74,7 @@ def test_warm_up(link):
     u = np.random.normal(size=W.shape[axis]).astype('f')
     expected, _, _ = reference.power_iteration(
         W.astype('d'), u.astype('d'), 3, axis)
-    vector.warm_up(link, W, u, 3)
+    vector.warm_up(link, Hook(n_warmup=3), W, u)
     np.testing.assert_allclose(u, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -83,8 +83,8 @@ def test_warm_up_of_a_bad_vector(link, value):
     W = link.W.array
     u = np.full(W.shape[axis_of(link)], value, 'f')
     with pytest.raises(errors.VectorValueError):
-        vector.warm_up(link, W, u, 1)
-    vector.warm_up(link, W, u, 0)
+        vector.warm_up(link, Hook(n_warmup=1), W, u)
+    vector.warm_up(link, Hook(), W, u)
 
 
 def test_an_empty_weight():
