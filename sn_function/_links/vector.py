@@ -123,6 +123,8 @@ def put(link: chainer.Link, name: str, x: Array | None) -> None:
     if x is None or old is None or (old.shape, old.dtype) != (
             x.shape, x.dtype):
         _set(link, name, None if x is None else link.device.send(x))
+    elif type(old) is type(x):  # copyto takes longer to find that out
+        old[...] = x
     else:
         chainer.backend.copyto(old, x)
 
