@@ -543,6 +543,18 @@ class TestSeveralVectors:
         for a, b in zip(*results):
             np.testing.assert_array_equal(a, b)
 
+    @pytest.mark.parametrize('n_vectors', [1, 3])
+    def test_a_tolerance(self, n_vectors):
+        link, x, matrices = make(
+            'Convolution2D, 4', n_vectors=n_vectors, rtol=1e-4,
+            max_iterations=5000)
+        for _ in range(2):
+            link.W.array[...] = np.random.normal(size=link.W.shape)
+            link(x)
+            Y = hook_of(link).normalize_weight(link).array
+            np.testing.assert_allclose(
+                max(norms(matrices(Y))), 1, rtol=1e-4)
+
     @pytest.mark.gpu
     def test_on_a_device(self):
         link, x, matrices = make('Convolution2D, 4', n_vectors=3)
