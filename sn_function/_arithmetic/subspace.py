@@ -234,21 +234,16 @@ def _step(
     """One pass over ``A``, or two to move the vectors on."""
     U, E = _orthonormal(A, U)
     S = A.tdot_all(U)
-    # The largest entry, and no sum, as that may depend on the machine.
-    peak = float(abs(S).max())
-    if not careful and not is_ordinary(peak, S.dtype):
-        raise ExtremeNormError
-    unit = peak if careful else 1.0
-    if not 0 < peak < math.inf:  # zero, or NaN in all that follows
-        sigma = 0.0 * peak
-        return SubspaceIteration(
-            U[0] + U.dtype.type(sigma), S[0] * 0, sigma,
-            numpy.full(len(U), sigma), unit, U, start, A)
+    unit = 1.0
     if careful:
+        unit = float(abs(S).max())
+        if not 0 < unit < math.inf:  # zero, or NaN in all that follows
+            sigma = 0.0 * unit
+            return SubspaceIteration(
+                U[0] + U.dtype.type(sigma), S[0] * 0, sigma,
+                numpy.full(len(U), sigma), unit, U, start, A)
         S = S / unit
-    H = S.dot(S.T).astype(numpy.float64, copy=False)
-    squares, C = numpy.linalg.eigh(E.dot(H).dot(E.T))
-    squares, B = A.agreed(squares[::-1].clip(0), C.T[::-1].dot(E))
+    squares, B = A.agreed(*_ritz(S, E))
     sigma = math.sqrt(squares[0])
     if not careful and not is_ordinary(sigma, S.dtype):
         raise ExtremeNormError
@@ -294,6 +289,15 @@ def _orthonormal(A: Matrix, U: Any) -> tuple[Any, Any]:
             break
         U = E.dot(U).astype(U.dtype)
     return U, E
+
+
+def _ritz(S: Any, E: Any) -> tuple[Any, Any]:
+    """Returns ``l_1, l_2, ...`` and B; zeros where a square overflows."""
+    H = S.dot(S.T).astype(numpy.float64, copy=False)
+    if not math.isfinite(H.trace()):
+        return numpy.zeros(len(H)), numpy.zeros_like(H)
+    squares, C = numpy.linalg.eigh(E.dot(H).dot(E.T))
+    return squares[::-1].clip(0), C.T[::-1].dot(E)
 
 
 def _cholesky(G: Any) -> Any:
