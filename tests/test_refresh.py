@@ -73,10 +73,12 @@ def test_several_vectors(kind, dtype):
 
 def test_several_vectors_of_a_matrix_of_low_rank():
     for shape in [(6, 9), (9, 6)]:
-        link = L.Linear(*shape).add_hook(SpectralNormalization(n_vectors=4))
+        with chainer.using_config('dtype', np.float64):
+            link = L.Linear(*shape).add_hook(
+                SpectralNormalization(n_vectors=4))
         x, y = np.random.normal(size=(2, 9))
         link.W.array[...] = np.outer(x, y)[:len(link.W)][:, :shape[0]]
-        link.W.array *= 1e-25
+        link.W.array *= 1e-200  # its square is zero
         arrays = link.W_u, link.W_us
         sn_function.refresh(link)
         assert (link.W_u, link.W_us) == arrays  # in place

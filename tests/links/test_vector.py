@@ -169,9 +169,9 @@ class TestSeveral:
         both = np.array([*link.W_us, link.W_u])
         link.W_u, link.W_us = both[2], both[:2]
 
-    def take_a_column(link):
-        both = drawn(6, 6)
-        link.W_u, link.W_us = both[:, 0], both[1:3]
+    def repeat(link):
+        both = drawn(3, 6)
+        link.W_u, link.W_us = both[0], np.broadcast_to(both[1], (2, 6))
 
     def transpose(link):
         both = np.asfortranarray(drawn(3, 6))
@@ -179,7 +179,7 @@ class TestSeveral:
 
     @pytest.mark.parametrize('change', [
         change_u, change_us, change_dtype, take_a_row_of_the_others,
-        change_places, take_a_column, transpose])
+        change_places, repeat, transpose])
     def test_one_that_is_replaced(self, change):
         link, hook = several()
         vector.find(link, hook, link.W.array)
@@ -191,6 +191,14 @@ class TestSeveral:
         u[...] = drawn(3, 6)
         np.testing.assert_array_equal([link.W_u, *link.W_us], u)
         assert vector.find(link, hook, link.W.array) is u
+
+    def test_a_column(self):
+        link, hook = several(n=6)
+        both = drawn(6, 6)
+        link.W_u, link.W_us = both[:, 0], both[1:]
+        expected = [*both[:, :1].T, *both[1:]]
+        np.testing.assert_array_equal(
+            vector.find(link, hook, link.W.array), expected)
 
     def test_too_few(self):
         link, hook = several(n=5)
