@@ -91,7 +91,6 @@ def subspace_iteration(
             not independent.  On a device they are replaced, too.
 
     """
-    d = REGULAR[u.dtype.char]
     given = as_groups(u.astype(A.dtype), len(A))
     A, scale = _in_range(A)
     moves = moves or renewal != NEVER
@@ -99,7 +98,7 @@ def subspace_iteration(
     is_host = isinstance(A, numpy.ndarray)
 
     def run(U: Any) -> Subspaces:
-        found = _iterate(A, U, n, d, moves)
+        found = _iterate(A, U, n, moves)
         if is_host and not found.are_independent.all():
             raise errors.VectorValueError(u)
         return found
@@ -162,15 +161,15 @@ def _orthonormal(U: Any) -> tuple[Any, Any]:
 
 
 def _iterate(
-        A: Any, start: Any, n: int, d: float, moves: bool) -> Subspaces:
-    found = first = _step(A, start, d, moves or n > 1)
+        A: Any, start: Any, n: int, moves: bool) -> Subspaces:
+    found = first = _step(A, start, moves or n > 1)
     for k in range(2, n + 1):
-        found = _step(A, found.following, d, moves or k < n)
+        found = _step(A, found.following, moves or k < n)
     return found._replace(
         start=start, are_independent=first.are_independent)
 
 
-def _step(A: Any, start: Any, d: float, moves: bool) -> Subspaces:
+def _step(A: Any, start: Any, moves: bool) -> Subspaces:
     """One pass over all groups, or two to move the vectors on."""
     xp, dtype = chainer.backend.get_array_module(A), A.dtype
     U, are_independent = _orthonormal(start)
@@ -191,7 +190,7 @@ def _step(A: Any, start: Any, d: float, moves: bool) -> Subspaces:
     T = transposed((A @ transposed(S)).sum(axis=1, keepdims=True))
     t = T[:, :, :1] / or_one(square)
     vectors.t_norms[0] = length(t) * sigma
-    c = -d * square
+    c = -REGULAR * square
     if squares.shape[2] > 1:
         c = c + SHIFT * squares[:, :, -1:]
     T = (T - c * basis) / or_one(squares - c)

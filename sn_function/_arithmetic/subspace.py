@@ -16,7 +16,7 @@ It takes one pass over W, with b right-hand sides, and matrices of b by b:
 
 and a second pass moves the vectors on, leading one first:
 
-    U_j <- (W (B S)_j - c (B U)_j) / (l_j - c)    c = 0.45 l_b - d l_1
+    U_j <- (W (B S)_j - c (B U)_j) / (l_j - c)    c = 0.45 l_b - 0.0001 l_1
 
 The span is a constant of the gradient, and u is the best vector in it, so to
 first order no change of u changes sigma: ``d sigma / d W = u v^T``, of rank 1,
@@ -27,9 +27,9 @@ the b-th largest lie around zero, so that the vectors converge nearly twice as
 fast.  With half of ``l_b``, where the b largest are equal, what W takes to
 zero would stay for ever.
 
-The small d keeps the vectors independent whatever W is.  With E the part of
-the new U outside of the old span, the new ``U U^T`` is ``I + E E^T``, and the
-rows of E are no longer than ``0.7 / sqrt(d)``.
+The small part of ``l_1`` keeps the vectors independent whatever W is.  With E
+the part of the new U outside of the old span, the new ``U U^T`` is ``I + E
+E^T``, and no row of E is longer than 70.
 
 See G. H. Golub and C. F. Van Loan, Matrix Computations, 4th edition, section
 8.2.  Extreme sizes are treated as in :mod:`.power_iteration`.
@@ -58,10 +58,9 @@ from sn_function._arithmetic.matrix import (
     is_ordinary,
 )
 
-# The part of l_b in the shift.
+# The parts of l_b and of l_1 in the shift.
 SHIFT = 0.45
-# The d, by the dtype that vectors are stored in.
-REGULAR = {'e': 1e-3, 'f': 2e-6, 'd': 1e-10}
+REGULAR = 1e-4
 # Of vectors of length 1, the part of each that is orthogonal to those before
 # it: below the first they are made orthonormal before they are used, and below
 # the second they are not independent.
@@ -163,22 +162,21 @@ def subspace_iteration(
         VectorValueError: ``U`` is not finite, or its rows not independent.
 
     """
-    d = REGULAR[U.dtype.char]
     U = U.astype(A.array.dtype, copy=False)
     try:
-        return _iterate_anew(A, U, n, d, moves, False, renewal)
+        return _iterate_anew(A, U, n, moves, False, renewal)
     except ExtremeNormError:
         pass
     A = A.astype(numpy.float64)
     start = _unit_rows(A, U)
     try:
-        iterations = _iterate_anew(A, start, n, d, moves, True, renewal)
+        iterations = _iterate_anew(A, start, n, moves, True, renewal)
     except ExtremeNormError:
         raise errors.VectorValueError(U) from None
     is_restarted = iterations.sigma == 0 and not A.is_zero()
     if is_restarted:  # the span is orthogonal to all columns of W
         start[0] = A.start_at_largest_row(start.dtype)
-        iterations = _iterate_anew(A, start, n, d, moves, True, renewal)
+        iterations = _iterate_anew(A, start, n, moves, True, renewal)
     return iterations._replace(
         start=iterations.start.astype(U.dtype), restarted=is_restarted)
 
@@ -198,10 +196,10 @@ def _unit_rows(A: Matrix, U: Any) -> Any:
 
 
 def _iterate_anew(
-        A: Matrix, U: Any, n: int, d: float, moves: bool, careful: bool,
+        A: Matrix, U: Any, n: int, moves: bool, careful: bool,
         renewal: Renewal) -> SubspaceIteration:
     """As in :mod:`.power_iteration`, outside of the graph."""
-    iterations = _iterate(A, U, n, d, moves, careful)
+    iterations = _iterate(A, U, n, moves, careful)
     if renewal != NEVER and 0 < iterations.sigma < math.inf and not moves:
         iterations = iterations._replace(
             t=A.dot(iterations.v) / iterations.sigma)
@@ -211,17 +209,17 @@ def _iterate_anew(
             break
         limit = SETTLED
         if iterations.following is None:
-            iterations = _iterate(A, U, n, d, True, careful)
-        iterations = _iterate(A, iterations.following, n, d, True, careful)
+            iterations = _iterate(A, U, n, True, careful)
+        iterations = _iterate(A, iterations.following, n, True, careful)
     return iterations
 
 
 def _iterate(
-        A: Matrix, U: Any, n: int, d: float, moves: bool, careful: bool,
+        A: Matrix, U: Any, n: int, moves: bool, careful: bool,
 ) -> SubspaceIteration:
     start = U
     for k in range(1, n + 1):
-        iterations = _step(A, U, start, d, moves or k < n, careful)
+        iterations = _step(A, U, start, moves or k < n, careful)
         if not 0 < iterations.sigma < math.inf:
             break
         U = iterations.following
@@ -229,7 +227,7 @@ def _iterate(
 
 
 def _step(
-        A: Matrix, U: Any, start: Any, d: float, moves: bool, careful: bool,
+        A: Matrix, U: Any, start: Any, moves: bool, careful: bool,
 ) -> SubspaceIteration:
     """One pass over ``A``, or two to move the vectors on."""
     U, E = _orthonormal(A, U)
@@ -257,7 +255,8 @@ def _step(
             following /= unit
         t = following[0] * (1 / sigma ** 2)
         # One vector alone would not leave what W takes to zero.
-        c = (SHIFT * squares[-1] if len(U) > 1 else 0) - d * squares[0]
+        c = SHIFT * squares[-1] if len(U) > 1 else 0.0
+        c -= REGULAR * squares[0]
         following -= basis * c
         following /= (squares - c)[:, None]
         following[0] /= A.norm_of_t(following[0], careful)
