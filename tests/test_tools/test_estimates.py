@@ -74,7 +74,8 @@ def test_replay(shape, method, oracle):
     norms = np.array([np.linalg.norm(W, 2) for W in A])
     expected = 100 * (norms / oracle(A, u.astype('d')) - 1)
     assert expected.max() > 1
-    np.testing.assert_allclose(replay.excess[0], expected, atol=1e-3)
+    # The package adds a little to the shift, which keeps vectors independent.
+    np.testing.assert_allclose(replay.excess[0], expected, atol=.01)
 
 
 def test_no_more_vectors_than_rows():
@@ -121,7 +122,7 @@ def test_cell():
 def test_command_for_drift(capsys, monkeypatch):
     monkeypatch.setattr(estimates, 'SHAPES', [(6, 9)])
     monkeypatch.setattr(estimates, 'RATES', [.1])
-    estimates.main(['drift', '--iterations', '5', '--first', '2', '--rst'])
+    estimates.main(['drift', '--iterations', '6', '--first', '2', '--rst'])
     out = capsys.readouterr().out
     assert '\n    weight,rate,"power, K = 1",' in out
     assert '\n    6x9,0.1,' in out
