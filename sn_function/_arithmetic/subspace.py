@@ -61,9 +61,9 @@ from sn_function._arithmetic.matrix import (
 # The parts of l_b and of l_1 in the shift.
 SHIFT = 0.45
 REGULAR = 1e-4
-# Of vectors of length 1, the part of each that is orthogonal to those before
-# it: below the first they are made orthonormal before they are used, and below
-# the second they are not independent.
+# Vectors of length 1 are made orthonormal before they are used where L^-1 has
+# an entry above the inverse of the first, and are not independent where one on
+# the diagonal of L is below the second.
 INDEPENDENT = 0.1
 DEPENDENT = 1e-6
 
@@ -280,14 +280,15 @@ def _orthonormal(A: Matrix, U: Any) -> tuple[Any, Any]:
         if not all([is_ordinary(x, U.dtype) for x in norms.tolist()]):
             raise ExtremeNormError
         L, = A.agreed(_cholesky(G / norms / norms[:, None]))
-        pivot = L.diagonal().min()
-        if pivot < DEPENDENT:
+        if L.diagonal().min() < DEPENDENT:
             raise ExtremeNormError
-        E = numpy.linalg.inv(L) / norms
-        if pivot > INDEPENDENT:
-            break
+        # Its entries grow from row to row, even where no pivot is small.
+        inverse = numpy.linalg.inv(L)
+        E = inverse / norms
+        if abs(inverse).max() < 1 / INDEPENDENT:
+            return U, E
         U = E.dot(U).astype(U.dtype)
-    return U, E
+    raise ExtremeNormError
 
 
 def _ritz(S: Any, E: Any) -> tuple[Any, Any]:

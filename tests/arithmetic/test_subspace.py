@@ -312,6 +312,24 @@ def test_products_of_several_vectors(shape, axis, b):
         A.dot_all(V), [A.dot(v) for v in V], atol=1e-12)
 
 
+@pytest.mark.parametrize(('dtype', 'tolerance'), [('f', 1e-5), ('d', 1e-10)])
+@pytest.mark.parametrize('part', [0.11, 0.2, 0.3])
+def test_vectors_that_are_each_close_to_the_one_before(
+        part, dtype, tolerance):
+    """No pivot is small, and still much cancels in a basis of their span."""
+    U = np.eye(8, 32)
+    U[1:] = part * U[1:] - (1 - part ** 2) ** .5 * U[:-1]
+    U = (U @ np.linalg.qr(random(32, 32))[0]).astype(dtype)
+    W = random(32, 32).astype(dtype)
+    sigma = functions.spectral_norm(W, U)
+    assert sigma.array < np.linalg.norm(W.astype('d'), 2) * (1 + tolerance)
+    # What is left of the span in the entries of U.
+    expected = np.linalg.norm(
+        np.linalg.qr(U.T.astype('d'))[0].T @ W.astype('d'), 2)
+    np.testing.assert_allclose(
+        sigma.array, expected, rtol=1e-3 if dtype == 'd' else 0.3)
+
+
 def test_what_follows_has_the_ritz_values_in_order():
     W, U = make((8, 9), 0, 4)
     with np.errstate(all='ignore'):
