@@ -35,6 +35,7 @@ from sn_function._arithmetic.matrix import ORDINARY
 from sn_function._arithmetic.subspace import (
     DEPENDENT,
     INDEPENDENT,
+    MOST,
     REGULAR,
     SHIFT,
 )
@@ -193,6 +194,8 @@ def _step(A: Any, start: Any, moves: bool) -> Subspaces:
     c = -REGULAR * square
     if squares.shape[2] > 1:
         c = c + SHIFT * squares[:, :, -1:]
+    c = xp.minimum(c, (squares - abs(T).max(axis=3, keepdims=True) / MOST).min(
+        axis=2, keepdims=True))
     T = (T - c * basis) / or_one(squares - c)
     T[:, :, :1] /= or_one(length(T[:, :, :1]))
     return Subspaces(

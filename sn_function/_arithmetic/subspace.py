@@ -27,9 +27,10 @@ the b-th largest lie around zero, so that the vectors converge nearly twice as
 fast.  With half of ``l_b``, where the b largest are equal, what W takes to
 zero would stay for ever.
 
-The small part of ``l_1`` keeps the vectors independent whatever W is.  With E
-the part of the new U outside of the old span, the new ``U U^T`` is ``I + E
-E^T``, and no row of E is longer than 70.
+The small part of ``l_1`` keeps the vectors independent.  With E the part of
+the new U outside of the old span, the new ``U U^T`` is ``I + E E^T``, and no
+row of E is longer than 70 where sigma is the norm of W.  Where it is far below
+that, c is less, such that no entry of E is above 100.
 
 See G. H. Golub and C. F. Van Loan, Matrix Computations, 4th edition, section
 8.2.  Extreme sizes are treated as in :mod:`.power_iteration`.
@@ -61,6 +62,8 @@ from sn_function._arithmetic.matrix import (
 # The parts of l_b and of l_1 in the shift.
 SHIFT = 0.45
 REGULAR = 1e-4
+# The largest entry of W S_j / (l_j - c), where U_j has length 1.
+MOST = 100.0
 # Vectors of length 1 are made orthonormal before they are used where L^-1 has
 # an entry above the inverse of the first, and are not independent where one on
 # the diagonal of L is below the second.
@@ -257,6 +260,9 @@ def _step(
         # One vector alone would not leave what W takes to zero.
         c = SHIFT * squares[-1] if len(U) > 1 else 0.0
         c -= REGULAR * squares[0]
+        # What the span hardly has, and W is large on, must not be all that is
+        # left of each.
+        c = min(c, (squares - A.peaks(following) / MOST).min())
         following -= basis * c
         following /= (squares - c)[:, None]
         following[0] /= A.norm_of_t(following[0], careful)

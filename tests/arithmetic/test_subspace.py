@@ -312,6 +312,26 @@ def test_products_of_several_vectors(shape, axis, b):
         A.dot_all(V), [A.dot(v) for v in V], atol=1e-12)
 
 
+@pytest.mark.parametrize('dtype', 'fd')
+@pytest.mark.parametrize(('n', 'groups'), [
+    (50, 1), (100, 1), (200, 1), (500, 1), (1000, 1), (100, 2), (200, 2)])
+def test_rows_that_come_back_after_a_while(n, groups, dtype):
+    """Zero for n calls, they are next to nothing in any vector."""
+    W = random(32, 48).astype(dtype)
+    U = random(4, 32).astype(dtype)
+    rest = W.copy()
+    rest[[0, 1, 16, 17]] = 0
+    for _ in range(n):
+        functions.spectral_norm(rest, U, update_u=True, groups=groups)
+    W -= rest
+    for _ in range(5):
+        sigma = functions.spectral_norm(W, U, update_u=True, groups=groups)
+        assert np.isfinite(U).all()
+    expected = max(np.linalg.norm(part.astype('d'), 2)
+                   for part in np.split(W, groups))
+    np.testing.assert_allclose(sigma.array, expected, rtol=1e-2)
+
+
 @pytest.mark.parametrize(('dtype', 'tolerance'), [('f', 1e-5), ('d', 1e-10)])
 @pytest.mark.parametrize('part', [0.11, 0.2, 0.3])
 def test_vectors_that_are_each_close_to_the_one_before(
