@@ -183,6 +183,18 @@ def test_equal_singular_values_have_a_finite_second_order():
     assert abs(second.array).max() < 100
 
 
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize('value', [0., np.nan])
+def test_second_order_of_what_has_no_direction(value, groups):
+    x = chainer.Variable(np.full((8, 4), value))
+    outputs = functions.spectral_normalize(
+        x, random(3, 8), groups=groups, return_sigma=True)
+    g, = chainer.grad([sum(CF.sum(y * y) for y in outputs)], [x],
+                      enable_double_backprop=True)
+    second, = chainer.grad([CF.sum(g * g)], [x])
+    assert (np.isnan(second.array) if value else second.array == 0).all()
+
+
 HARD = {
     'rank 1': lambda: np.outer(random(6), random(9)),
     'identity': lambda: np.eye(6, 9),
