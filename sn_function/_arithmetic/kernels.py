@@ -86,9 +86,15 @@ SHARED = {name: (pathlib.Path(__file__).parent / f'{name}.cuh').read_text(
         'products', 'block', 'entries', 'grid', 'subspace')}
 
 
-def rows_of_a_thread(b: int) -> int:
-    """How many rows a thread of ``sn_product_subspace`` has, by rows."""
-    return 8 if b <= 4 else 4 if b <= 8 else 2 if b <= 16 else 1
+def rows_of_a_thread(b: int, itemsize: int) -> int:
+    """How many rows a thread of ``sn_product_subspace`` has, by rows.
+
+    Its sums, of ``itemsize`` bytes, have to fit into registers.
+    """
+    rows = 8
+    while rows > 1 and rows * b * itemsize > 128:
+        rows //= 2
+    return rows
 
 
 class Elementwise:
@@ -164,7 +170,7 @@ class Raw:
         if n_vectors is None:
             del shared['subspace']
         else:
-            constants = _constants(n_vectors, U)
+            constants = _constants(n_vectors, T, U)
         types = dict(zip('TUA', map(_c_name, (T, U, accumulator_dtype(T)))))
         own, common = ([text.rsplit(' ', 1) for text in texts]
                        for texts in (self.own, self.common))
@@ -212,11 +218,12 @@ extern "C" __global__ void __launch_bounds__({self.bounds}) {self.name}(
             cuda.raw(source, self.name)((width, n), threads, args)
 
 
-def _constants(n_vectors: int, U: Any) -> str:
+def _constants(n_vectors: int, T: Any, U: Any) -> str:
     """What a kernel of several vectors has to know."""
+    rows = rows_of_a_thread(n_vectors, accumulator_dtype(T).itemsize)
     return f"""
 #define N_VECTORS {n_vectors}
-#define N_ROWS {rows_of_a_thread(n_vectors)}
+#define N_ROWS {rows}
 #define SHIFT {SHIFT[U.char]}
 #define INDEPENDENT {INDEPENDENT}
 #define DEPENDENT {DEPENDENT}

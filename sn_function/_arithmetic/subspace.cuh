@@ -107,7 +107,7 @@ __device__ void add_all(
 __device__ void product_of_all(
     const Weight& W, bool is_transposed, const Row* x, Row* y,
     double* shared) {
-  const int N = 32 / sizeof(A);
+  const int N = 32 / sizeof(A) / (ROW_SIZE > 32 ? 2 : 1);
   A* part = reinterpret_cast<A*>(shared);
   __syncthreads();
   if (is_by_rows(W, is_transposed)) {
@@ -210,6 +210,7 @@ __device__ double eliminate(double* G, double* E, unsigned* bad) {
   for (int p = first; p < B * B; p += by)
     G[p] *= E[p / B * (B + 1)] * E[p % B * (B + 1)];
   __syncthreads();
+#pragma unroll 1
   for (int k = 0; k < B; ++k) {
     const double pivot = G[k * B + k];
     if (!(pivot > DEPENDENT * DEPENDENT)) {
@@ -248,6 +249,7 @@ __device__ void replace(Row* x, int m, unsigned bad) {
 __device__ void combine(Row* x, int m, const double* E) {
   for (int i = threadIdx.x; i < m; i += blockDim.x) {
     const Row row = x[i];
+#pragma unroll 1
     for (int j = 0; j < B; ++j) {
       double sum = 0;
 #pragma unroll
@@ -262,6 +264,7 @@ __device__ void combine(Row* x, int m, const double* E) {
 // whether any was replaced.
 __device__ bool begin(const U* u, int m, Row* start, double* shared) {
   unsigned bad = 0;
+#pragma unroll 1
   for (int j = 0; j < B; ++j) {
     const U* x = u + static_cast<Size>(j) * m;
     const double size = largest(x, m, shared);
@@ -455,7 +458,8 @@ __device__ Followed follow(
 #pragma unroll
       for (int k = 0; k < B; ++k) raw.x[k] += more.x[k];
     }
-    const Row row = space.U[i];
+    const Row& row = space.U[i];  // not in registers, too
+#pragma unroll 1
     for (int j = 0; j < B; ++j) {
       A t = 0, u = 0;
 #pragma unroll
@@ -487,16 +491,20 @@ __device__ void copy(const Row* x, Row* y, int m) {
 __device__ double step(
     const Weight& W, const Space& space, bool moves, const Small& small,
     double* shared) {
-  product_of_all(W, true, space.U, space.S, shared);
-  gram(space.S, W.n(), small.M, shared);
-  const double sigma = solve(small, space.values, W.scale, shared) / W.scale;
-  if (!moves || !(sigma > 0 && isfinite(sigma))) {
+  double sigma = 0;
+#pragma unroll 1
+  for (int side = 0; side < 2; ++side) {  // so that it is compiled once
+    product_of_all(W, side == 0, side == 0 ? space.U : space.S,
+                   side == 0 ? space.S : space.T, shared);
+    if (side == 1) break;
+    gram(space.S, W.n(), small.M, shared);
+    sigma = solve(small, space.values, W.scale, shared) / W.scale;
+    if (moves && sigma > 0 && isfinite(sigma)) continue;
     if (threadIdx.x == 0)
       space.values[TURN] = space.values[RESIDUAL] = 0;
     __syncthreads();
     return sigma;
   }
-  product_of_all(W, false, space.S, space.T, shared);
   Followed all = follow(
       space, small.mix, space.T, 1, W.m, W.scale, threadIdx.x, blockDim.x);
   all.t = block_sum(all.t, shared);
@@ -598,6 +606,7 @@ __device__ void finish(
   for (Size i = first; i < W.m; i += by) {
     const Row row = space.U[i];
     if (!is_good) space.state.u(1)[i] = row.x[0] + nothing;
+#pragma unroll 1
     for (int j = 0; is_good && j < B; ++j) {
       A sum = 0;
 #pragma unroll
@@ -642,7 +651,7 @@ struct TaskOfAll {
 template <int V>
 __device__ void product_of_all_by_columns(const TaskOfAll& task) {
   enum { AT_ONCE = 64 / sizeof(A) };
-  const int N = 64 / sizeof(T) / V;
+  const int N = 32 / sizeof(T) / V;
   const Weight& W = task.W;
   const int lanes = task.lanes;
   const Columns columns(W, task.is_transposed);
@@ -684,7 +693,7 @@ __device__ void product_of_all_by_columns(const TaskOfAll& task) {
 template <int V>
 __device__ void product_of_all_by_rows(const TaskOfAll& task) {
   enum { R = N_ROWS };
-  const int N = 64 / sizeof(T) / V > R ? 64 / sizeof(T) / V / R : 1;
+  const int N = 32 / sizeof(T) / V > R ? 32 / sizeof(T) / V / R : 1;
   const Weight& W = task.W;
   const int lanes = task.lanes, in_warp = lanes < 32 ? lanes : 32;
   const Rows rows(W, task.is_transposed);
