@@ -8,7 +8,7 @@ import chainer
 from chainer import links as L
 
 from sn_function import errors
-from sn_function._links import n_step
+from sn_function._links import n_step, vector
 from sn_function._links.state import LinkState
 from sn_function.link_hooks import HOOKS, LocalHook, SpectralNormalization
 
@@ -58,7 +58,7 @@ def is_hooked(link: chainer.Link, weight_name: str = 'W') -> bool:
 
 def vector_names(link: chainer.Link) -> list[str]:
     """Returns the names of the vectors that hooks keep on the link."""
-    return [hook.vector_name for hook in hooks_of(link)]
+    return [name for hook in hooks_of(link) for name in vector.names(hook)]
 
 
 def gamma_of(link: chainer.Link, hook: Any) -> chainer.Parameter | None:

@@ -10,7 +10,7 @@ from chainer.backends import cuda
 
 from sn_function import _models, errors
 from sn_function._arithmetic import singular
-from sn_function._links import call
+from sn_function._links import call, vector
 from sn_function._links import gamma as _gamma
 from sn_function._links.weight import groups_of, output_axis
 
@@ -22,8 +22,9 @@ def refresh(*models: chainer.Link, gamma: bool = False) -> None:
     it goes on.  In test mode it does so in each call, and stores nothing.
     After weights were loaded without their ``u``, were drawn anew, or are the
     average of those of several models, this function does it once and for all:
-    ``u`` becomes the left singular vector of the largest singular value, and
-    is stored.  No random numbers are drawn.
+    ``u`` becomes the left singular vector of the largest singular value, with
+    several vectors those of the largest ones, and is stored.  No random
+    numbers are drawn.
 
     It finds that vector in float64 on the host, exactly, which takes about as
     long as a singular value decomposition does.  A weight that is not
@@ -77,10 +78,12 @@ def _refresh(weight: _models.LinkWeight, W: Any, gamma: bool) -> None:
             f'NaN or Inf, so {hook.vector_name} was left as it was.',
             errors.SpectralNormalizationWarning, stacklevel=3)
         return
-    sigmas, us, _ = zip(*map(singular.largest, A))
+    n = vector.count(link, hook, W.shape)
+    sigmas, us = zip(*[singular.leading(x, n) for x in A])
     sigma = max(sigmas)
     if sigma > 0:
-        _store(link, hook.vector_name, numpy.concatenate(us).astype(W.dtype))
+        u = numpy.concatenate(us, axis=-1).astype(W.dtype)
+        vector.store(link, hook, u)
     parameter = _models.gamma_of(link, hook) if gamma else None
     if parameter is None or parameter.array is None:
         return
@@ -89,12 +92,3 @@ def _refresh(weight: _models.LinkWeight, W: Any, gamma: bool) -> None:
             parameter, call.original(link, weight_name), is_made_anew=True)
     else:
         parameter.array[...] = sigma or 1
-
-
-def _store(link: chainer.Link, name: str, u: Any) -> None:
-    """Overwrites a vector, in place where it fits, as links may share it."""
-    old = getattr(link, name, None)
-    if old is None or (old.shape, old.dtype) != (u.shape, u.dtype):
-        setattr(link, name, link.device.send(u))
-    else:
-        chainer.backend.copyto(old, u)

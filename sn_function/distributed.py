@@ -33,7 +33,7 @@ from sn_function import _models, errors
 from sn_function._graph.sharded import (
     sharded_spectral_normalize as sharded_spectral_normalize,
 )
-from sn_function._links import call
+from sn_function._links import call, vector
 from sn_function._links.gamma import LargestSingularValue
 from sn_function._links.hooked_weight import HookedWeight
 from sn_function._models import vector_names as vector_names
@@ -170,17 +170,17 @@ def _state(optimizer: chainer.Optimizer) -> dict[str, numpy.ndarray]:
 # The vectors
 
 def _vectors(model: chainer.Link) -> Iterator[tuple[str, chainer.Link, str]]:
-    """Yields the path of each vector, its link and its name."""
+    """Yields the path of each array of vectors, its link and its name."""
     for path, link, _, hook in _models.hooked_weights(model):
-        name = hook.vector_name
-        yield f'{path.rstrip("/")}/{name}', link, name
+        for name in vector.names(hook):
+            yield f'{path.rstrip("/")}/{name}', link, name
 
 
 def _bcast_vectors(comm: Any, model: chainer.Link) -> None:
     """Gives all ranks the vectors of rank 0."""
     for _, link, _, hook in _models.hooked_weights(model):
         if isinstance(hook, SpectralNormalization):
-            _make_vector(link, hook)
+            _make_vectors(link, hook)
     vectors = list(_vectors(model))
     us = comm.bcast_obj({
         path: cuda.to_cpu(getattr(link, name, None))
@@ -200,7 +200,7 @@ def _bcast_vectors(comm: Any, model: chainer.Link) -> None:
         initializer.origin = origins.get(path, initializer.origin)
 
 
-def _make_vector(link: chainer.Link, hook: SpectralNormalization) -> None:
+def _make_vectors(link: chainer.Link, hook: SpectralNormalization) -> None:
     """Does to u now what the hook would do once, in the next call.
 
     The hook makes u where there is none, or where it is zero or not finite.
@@ -208,24 +208,16 @@ def _make_vector(link: chainer.Link, hook: SpectralNormalization) -> None:
     W = call.original(link, hook.weight_name)
     if W.array is None:
         return
-    u = getattr(link, hook.vector_name)
-    if u is not None:
-        xp = chainer.backend.get_array_module(u)
-        if not (xp.isfinite(u).all() and u.any()):
-            setattr(link, hook.vector_name, None)
+    for name in vector.names(hook):
+        if not vector.is_sound(getattr(link, name)):
+            setattr(link, name, None)
     HookedWeight(hook, link, W).vector_and_gamma()
 
 
 def _put(link: chainer.Link, name: str, u: Any) -> None:
-    """Stores a vector, in place where its shape and dtype fit."""
-    old = getattr(link, name, None)
-    if u is None or old is None or old.shape != u.shape or (
-            old.dtype != u.dtype):
-        # Chainer's hook adds the attribute in the first call.
-        if hasattr(link, name):
-            setattr(link, name, None if u is None else link.device.send(u))
-    else:
-        chainer.backend.copyto(old, u)      # links may share it
+    # Chainer's hook adds the attribute in the first call.
+    if hasattr(link, name):
+        vector.put(link, name, u)
 
 
 # The comparison

@@ -29,9 +29,14 @@ class SpectralNormReport(training.Extension):
     ``residual/block1/conv``
         :math:`r = \\|W^T u - \\sigma v\\| / \\sigma`, where ``u`` and ``v``
         are the unit vectors that the estimate comes from, for which
-        :math:`W v = \\sigma u`.  The true value is at least
+        :math:`W v = \\sigma u`.  With several vectors
+        :math:`W^T u = \\sigma v` holds, and this is
+        :math:`\\|W v - \\sigma u\\| / \\sigma`.  The true value is at least
         :math:`\\sigma \\sqrt{1 + r^2}`, and some singular value, if not the
         largest, is within :math:`r \\sigma / \\sqrt 2` of the estimate.
+    ``sigma2/block1/conv``
+        With several vectors, ``n_vectors`` of the hook: the estimate of the
+        second largest singular value.  :meth:`measure` returns all of them.
 
     and with ``true_sigma=True``, also
 
@@ -199,6 +204,8 @@ def _values(found: Iterable[Layer]) -> Iterator[tuple[str, Any]]:
             yield f'sigma/{layer.name}', layer.sigma
             if layer.sigma != 0:  # else there is none
                 yield f'residual/{layer.name}', layer.residual
+        if layer.singular_values is not None:
+            yield f'sigma2/{layer.name}', layer.singular_values[1]
         if layer.true_sigma is not None:
             yield f'true_sigma/{layer.name}', layer.true_sigma
             if layer.sigma is not None:

@@ -215,7 +215,7 @@ def spectral_normalize(
         _checks.check_groups(groups))
     outputs, = normalize.normalize([normalize.make_weight(
         W, u, gamma, settings, ('Y', 'sigma') if return_sigma else ('Y',),
-        update_u, normalize.until(rtol, max_iterations, settings))])
+        update_u, normalize.until(rtol, max_iterations, n_power_iteration))])
     return (outputs[0], outputs[1]) if return_sigma else outputs[0]
 
 
@@ -281,7 +281,7 @@ def spectral_norm(
         _checks.check_groups(groups))
     outputs, = normalize.normalize([normalize.make_weight(
         W, u, None, settings, ('sigma',), update_u,
-        normalize.until(rtol, max_iterations, settings))])
+        normalize.until(rtol, max_iterations, n_power_iteration))])
     return outputs[0]
 
 
@@ -421,7 +421,7 @@ def spectral_normalize_all(
     names = ('Y', 'sigma') if return_sigma else ('Y',)
     settings = normalize.make_settings(
         n_power_iteration, 0, detach_uv, factor, eps, cap)
-    renewal = normalize.until(rtol, max_iterations, settings)
+    renewal = normalize.until(rtol, max_iterations, n_power_iteration)
     outputs = normalize.normalize([
         normalize.make_weight(
             W, u, gamma, settings._replace(

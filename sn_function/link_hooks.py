@@ -1,8 +1,9 @@
 """The link hook: a drop-in for ``chainer.link_hooks.SpectralNormalization``.
 
-State belongs to the link: the vector ``W_u``, which is persistent and so saved
-and loaded, and on request the parameter ``gamma``.  A hook holds settings
-only, and may serve any number of links.
+State belongs to the link: the vector ``W_u``, with several vectors ``W_us`` as
+well, which are persistent and so saved and loaded, and on request the
+parameter ``gamma``.  A hook holds settings only, and may serve any number of
+links.
 """
 from __future__ import annotations
 
@@ -18,13 +19,24 @@ from sn_function import _checks, errors
 from sn_function._arithmetic import buffers
 from sn_function._arithmetic.matrix import as_matrix
 from sn_function._graph import node
-from sn_function._links import call, gamma, n_step, recompute, turn, weight
+from sn_function._links import (
+    call,
+    gamma,
+    n_step,
+    optional,
+    recompute,
+    turn,
+    vector,
+    weight,
+)
 from sn_function._links import scope as scopes
 from sn_function._links.bypass import bypasses_hooks
 from sn_function._links.hooked_weight import HookedWeight
 from sn_function._links.local_hook import LocalHook
 from sn_function._links.state import LinkState
 from sn_function._links.weight import groups_of, output_axis
+
+optional.install()
 
 
 class SpectralNormalization(LocalHook):
@@ -80,7 +92,8 @@ class SpectralNormalization(LocalHook):
         detach_uv (bool): Treat u and v as constants in the gradient, as
             Chainer's hook does.  The default is the exact gradient.
         n_warmup (int): Number of iterations that are run when the link's
-            vector is created, so that sigma is right from the first call; and
+            vector is created, so that sigma is right from the first call (with
+            ``rtol``, until it is reached); and
             the most that are run before a call where the vector is found to
             belong to another weight.  That is one that was loaded without its
             vector, drawn anew or averaged, for example; see :doc:`accuracy`.
@@ -102,11 +115,27 @@ class SpectralNormalization(LocalHook):
             serves :class:`~chainer.links.DepthwiseConvolution2D`, where
             each channel is a group.  Links without groups are the same with
             both.  See :doc:`models`.
+        n_vectors (int): Number of vectors that sigma is estimated from.  1 is
+            power iteration.  It cannot follow a weight in training whose
+            leading singular values are close, so its estimate is below the
+            norm there; several vectors, such as 8 or 16, can: sigma is the
+            largest that any vector of their span gives.  A matrix of m x n
+            has no more than m and n of them.  A convolution whose groups are
+            normalized each keeps one for each group.
+        rtol (float or None): Iterate in each call until the residual of the
+            estimate is at most this, such as 1e-3; see
+            :func:`~sn_function.functions.spectral_normalize`.  ``None`` means
+            ``n_power_iteration`` iterations in each call.
+        max_iterations (int): The most iterations of a call with ``rtol``.
+            Where they do not suffice, there is a warning, once for each link.
 
     Attributes:
         vector_name (str): Name of the link's vector, ``weight_name + '_u'``.
             That attribute of the link is ``None`` while the weight is not
-            initialized.
+            initialized.  With ``n_vectors`` of b above 1 it is the leading
+            one, and the link keeps the others under the same name with an
+            ``s``: ``link.W_us`` of shape ``(b - 1, m)``, which is persistent,
+            too.  A snapshot without them loads; the next call draws them.
         axis (int): Output axis of the weight of the link that the hook was
             last added to: 1 for deconvolutions, else 0.
         name (str): Name of this hook.
@@ -147,6 +176,9 @@ class SpectralNormalization(LocalHook):
 
     name = 'SpectralNormalization'
     groups: str | None = None  # in pickles of versions before 0.2
+    n_vectors = 1              # likewise, as the next two
+    rtol: float | None = None
+    max_iterations = 200
 
     def __init__(
             self,
@@ -161,6 +193,9 @@ class SpectralNormalization(LocalHook):
             n_warmup: int = 15,
             cap: float | None = None,
             groups: str | None = None,
+            n_vectors: int = 1,
+            rtol: float | None = None,
+            max_iterations: int = 200,
     ) -> None:
         _checks.check_settings(n_power_iteration, factor, eps, cap)
         if cap is not None and use_gamma:
@@ -169,6 +204,8 @@ class SpectralNormalization(LocalHook):
         if groups is not None and not (
                 isinstance(groups, str) and groups == 'each'):
             raise errors.GroupsError(groups)
+        _checks.check_count('n_vectors', n_vectors, 1)
+        _checks.check_tolerance(rtol, max_iterations, n_power_iteration)
         self.n_power_iteration = n_power_iteration
         self.eps = eps
         self.use_gamma = use_gamma
@@ -180,6 +217,9 @@ class SpectralNormalization(LocalHook):
         self.n_warmup = n_warmup
         self.cap = cap
         self.groups = groups
+        self.n_vectors = n_vectors
+        self.rtol = rtol
+        self.max_iterations = max_iterations
         if name is not None:
             self.name = name
 
@@ -197,7 +237,7 @@ class SpectralNormalization(LocalHook):
     # Adding and deleting
 
     def added(self, link: chainer.Link) -> None:
-        """Registers the vector and, with ``use_gamma``, the parameter."""
+        """Registers the vectors and, with ``use_gamma``, the parameter."""
         weight_name = self.weight_name
         if n_step.holds_weights(link, weight_name):
             n_step.replace_hook(self, link)
@@ -214,8 +254,9 @@ class SpectralNormalization(LocalHook):
         self.axis = output_axis(link)
         W = getattr(link, weight_name)
         LinkState(weight_name, gamma_name).put(link)
-        setattr(link, self.vector_name, None)
-        link.register_persistent(self.vector_name)
+        for name in vector.names(self):
+            setattr(link, name, None)
+            link.register_persistent(name)
         if gamma_name is not None:
             gamma.register(link, gamma_name, W, self.axis,
                            groups_of(link, self))
@@ -226,9 +267,9 @@ class SpectralNormalization(LocalHook):
         W = getattr(link, self.weight_name, None)
         if not isinstance(W, chainer.Parameter):
             raise errors.WeightNotFoundError(link, self.weight_name)
-        if hasattr(link, self.vector_name):
-            raise errors.HookCollisionError(
-                link, self.vector_name, self.weight_name)
+        for name in vector.names(self):
+            if hasattr(link, name):
+                raise errors.HookCollisionError(link, name, self.weight_name)
         if W.array is not None:
             _checks.check_weight(W.array)
         if bypasses_hooks(link):
@@ -240,11 +281,13 @@ class SpectralNormalization(LocalHook):
                 [type(link).__name__]), stacklevel=4)
 
     def deleted(self, link: chainer.Link) -> None:
-        """Removes the vector and, with ``use_gamma``, the parameter."""
+        """Removes the vectors and, with ``use_gamma``, the parameter."""
         gamma_name = LinkState.of(link, self.weight_name).gamma_name
         if gamma_name is not None:
             delattr(link, gamma_name)
-        delattr(link, self.vector_name)
+        for name in vector.names(self):
+            if hasattr(link, name):  # n_vectors may have been changed
+                delattr(link, name)
         LinkState.remove(link, self.weight_name)
         with contextlib.suppress(AttributeError):  # it may be gone
             buffers.release(call.original(link, self.weight_name).array)
@@ -267,7 +310,7 @@ class SpectralNormalization(LocalHook):
         call.restore_weight(cb_args.link, self.weight_name)
 
     def normalize_weight(self, link: chainer.Link) -> chainer.Variable:
-        """Returns the link's weight, normalized, and moves its vector on.
+        """Returns the link's weight, normalized, and moves its vectors on.
 
         Args:
             link (~chainer.Link): A link that this hook was added to.

@@ -57,6 +57,33 @@ def spectral_normalize(W, u, n_power_iteration=1, gamma=1.0, factor=1.0,
     return gamma * factor * W / floored, sigma
 
 
+def span_norm(W, U, axis=0):
+    """The norm of W on the span of the rows of U: u, v and sigma.
+
+    Analytic in W, as a general complex matrix is decomposed.
+    """
+    Q = np.linalg.qr(np.asarray(U, dtype=np.float64).T)[0].T
+    S = Q @ as_matrix(W, axis)
+    values, vectors = np.linalg.eig(S @ S.T)
+    i = np.argmax(values.real)
+    c = vectors[:, i] / _norm(vectors[:, i])
+    sigma = np.sqrt(values[i])
+    return c @ Q, c @ S / sigma, sigma
+
+
+def moved(W, U, axis=0):
+    """A basis of the span that follows that of the rows of U."""
+    A, Q = as_matrix(W, axis), np.linalg.qr(U.T)[0]
+    return np.linalg.qr(A @ (A.T @ Q) - shift(A, Q) * Q)[0].T
+
+
+def shift(A, Q):
+    """0.45 times the least Ritz value of ``A A^T``, or 0 for one vector."""
+    if Q.shape[1] == 1:
+        return 0.0
+    return 0.45 * np.linalg.svd(A.T @ Q, compute_uv=False)[-1] ** 2
+
+
 def complex_step(f, x):
     """The derivative of the scalar function ``f`` at the array ``x``."""
     g = np.empty(x.shape)

@@ -112,6 +112,8 @@ def _forward(calls: Sequence[Forward]) -> list[tuple[Arrays, Iterations]]:
         for k in range(int(K)):
             _multiply(T, U, [part.first_product(k) for part in group])
             _multiply(T, U, [part.second_product(k) for part in group])
+        if group[0].has_tolerance:
+            _multiply(T, U, [part.next_product() for part in group])
         kernels.finish_fwd(
             T, U, [part.finish() for part in group], K, *common)
         renew_gammas(group)
@@ -229,19 +231,27 @@ class _Forward(Part, _Products):
         super().__init__(call, lambda W, u: Iterations(
             W, call.settings.axis, K, u))
         self.plan = self.it.plan
-        self.keep(self.plan.size)
         renewal = call.renewal
+        # W^T u_K comes last, if a tolerance asks for it.
+        self.has_tolerance = renewal.rtol is not None
+        size = workspace.with_vector(
+            self.plan, self.it.dtype) if self.has_tolerance else self.plan.size
+        self.keep(size)
         # In common with others in one launch.
         self.kind = (self.it.is_small, self.W.dtype, self.u.dtype,
                      numpy.int32(K), call.settings.eps, call.settings.at_zero,
                      numpy.int32(call.update_u),
-                     numpy.int32(renewal.n_warmup), renewal.limit)
+                     numpy.int32(renewal.n_warmup), renewal.limit,
+                     renewal.rtol if self.has_tolerance else -1.0)
 
     def fused(self) -> tuple[Any, ...]:
         plan = self.plan
-        return (self.W, self.u, self.at, self.sigma, self.gamma,
-                self.initial_gamma, self.Y, *plan.sizes, self.factor,
-                plan.is_wide, _ONE)
+        return (self.W, self.u, self.at, self._next_s(), self.sigma,
+                self.gamma, self.initial_gamma, self.Y, *plan.sizes,
+                self.factor, plan.is_wide, _ONE)
+
+    def _next_s(self) -> Any:
+        return self.at + self.plan.size if self.has_tolerance else NULL
 
     def first_product(self, k: int) -> _Product:
         """Returns that of iteration k, from 0 on."""
@@ -264,10 +274,19 @@ class _Forward(Part, _Products):
             at + plan.t_sums, at + plan.parts, x_sums=at + plan.s_sums,
             norm=at + (plan.norms + DOUBLE * k))
 
+    def next_product(self) -> _Product:
+        """Returns ``W^T u_K``, of which a residual needs the norm."""
+        it, plan, at = self.it, self.plan, self.at
+        return self.multiply(
+            True, it.place_of_u(it.K), self._next_s(), NULL, at + plan.s_sums,
+            at + plan.parts, x_sums=at + plan.t_sums, is_raw=True,
+            norm=at + (plan.norms + DOUBLE * (2 * it.K - 1)))
+
     def finish(self) -> tuple[Any, ...]:
         plan, at = self.plan, self.at
         return (self.W, self.u, at, at + plan.norms, at + plan.t_sums,
-                plan.t.n_sums, at + plan.extras, plan.s.blocks, self.sigma,
+                plan.t.n_sums, at + plan.s_sums, plan.s.n_sums,
+                self._next_s(), at + plan.extras, plan.s.blocks, self.sigma,
                 self.gamma, self.initial_gamma, self.Y, *plan.sizes,
                 self.factor, plan.is_wide, plan.blocks)
 
@@ -381,7 +400,7 @@ class _Backward(_Products):
 
 def warm_up(
         W: Array, u: Array, axis: int, n: int, groups: Groups | None = None,
-) -> None:
+        rtol: float | None = None) -> None:
     n_vectors = len(u) if u.ndim == 2 else None
     for _ in range(n):  # one at a time: the vectors of one are enough
         normalize_all([Forward(

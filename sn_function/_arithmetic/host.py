@@ -19,10 +19,12 @@ from sn_function._arithmetic import (
 )
 from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
+    NEVER,
     Array,
     Arrays,
     Backward,
     Forward,
+    Renewal,
     Settings,
 )
 
@@ -78,8 +80,13 @@ def _run(
 
 def warm_up(
         W: Array, u: Array, axis: int, n: int, groups: Groups | None = None,
-) -> None:
-    n_vectors = len(u) if u.ndim == 2 else None
+        rtol: float | None = None) -> None:
+    settings = Settings(
+        n, axis, True, groups=groups,
+        n_vectors=len(u) if u.ndim == 2 else None)
+    renewal = NEVER
+    if rtol is not None:
+        settings = settings._replace(n_power_iteration=1)
+        renewal = Renewal(n - 1, 2.0, rtol=rtol)
     normalize_all([Forward(
-        Settings(n, axis, True, groups=groups, n_vectors=n_vectors), W, u,
-        1.0, (), update_u=True)])
+        settings, W, u, 1.0, (), update_u=True, renewal=renewal)])

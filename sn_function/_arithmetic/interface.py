@@ -177,6 +177,8 @@ class Arithmetic(Protocol):
 
     def warm_up(
             self, W: Array, u: Array, axis: int, n: int,
-            groups: Groups | None = None) -> None:
+            groups: Groups | None = None, rtol: float | None = None) -> None:
         """Moves ``u`` on by ``n`` iterations, unless it would not be finite.
+
+        On the host fewer are enough where the residual is at most ``rtol``.
         """

@@ -35,7 +35,12 @@ from sn_function._arithmetic.interface import (
     SETTLED,
 )
 from sn_function._arithmetic.matrix import accumulator_dtype
-from sn_function._arithmetic.subspace import DEPENDENT, INDEPENDENT, SHIFT
+from sn_function._arithmetic.subspace import (
+    DEPENDENT,
+    INDEPENDENT,
+    REGULAR,
+    SHIFT,
+)
 
 # Weights of up to this many entries go through kernels of one block.  By the
 # estimates of tests/tools/sass.py both ways take a device as long at 2^14
@@ -224,7 +229,8 @@ def _constants(n_vectors: int, T: Any, U: Any) -> str:
     return f"""
 #define N_VECTORS {n_vectors}
 #define N_ROWS {rows}
-#define SHIFT {SHIFT[U.char]}
+#define SHIFT {SHIFT if n_vectors > 1 else 0}
+#define REGULAR {REGULAR[U.char]}
 #define INDEPENDENT {INDEPENDENT}
 #define DEPENDENT {DEPENDENT}
 """
@@ -326,17 +332,19 @@ gather = Raw('sn_gather', """
 # The end of a forward: norms, sigma and its floor, vectors divided by their
 # norms, u, and Y = gamma f W / max(sigma, eps).  Every block adds up what the
 # blocks of the products left.  What is rare is done by one block alone: a
-# weight or a u of extreme size, and a u that belongs to another weight.
+# weight or a u of extreme size, and a u that belongs to another weight.  So are
+# the further iterations of a tolerance that the first ones do not reach: one
+# multiprocessor reads the weight, at about a fiftieth of the bandwidth.
 #
 # As elementwise kernel it would need a launch of one block before it, which
 # decides, and cannot store u.
 finish_fwd = Raw('sn_finish_fwd', """
     const T* w, U* u, double* numbers, const double* norms,
-    const double* sums, int n_sums, const double* extras, int n_extras,
-    A* sigma_out, const A* gamma, const A* initial_gamma, T* y, int l, int m,
+    const double* sums, int n_sums, const double* next_sums, int n_next_sums,
+    A* next_s, const double* extras, int n_extras, A* sigma_out, const A* gamma, const A* initial_gamma, T* y, int l, int m,
     int r, double factor, int is_wide, int blocks""", """
     int K, double eps, double at_zero, int update, int n_warmup,
-    double limit""", """{
+    double limit, double rtol""", """{
   __shared__ double shared[512];
   const Weight W = {w, l, m, r, 1};
   const State state(numbers, W, K);
@@ -356,7 +364,13 @@ finish_fwd = Raw('sn_finish_fwd', """
   }
   if (last == 0 && largest_of(extras, n_extras, shared) == 0) is_alone = false;
   double turned = turn_of(sigma, norms[0], t_1, u_0);
-  const bool is_stale = !is_alone && n_warmup > 0 && turned > limit;
+  bool is_stale = n_warmup > 0 && turned > limit;
+  if (next_s) {  // |W^T u|^2 is sigma^2 (1 + residual^2)
+    const double square =
+        sum_of(next_sums, n_next_sums, shared) / (sigma * sigma) - 1;
+    is_stale = n_warmup > 0 && sqrt(fmax(square, 0.0)) > rtol;
+  }
+  is_stale = is_stale && !is_alone;
   is_alone = is_alone || is_stale;
   if (is_alone) {
     if (blockIdx.x > 0) return;
@@ -364,8 +378,8 @@ finish_fwd = Raw('sn_finish_fwd', """
       for (int i = threadIdx.x; i < m; i += blockDim.x)
         state.u(0)[i] = state.u(K)[i] / static_cast<A>(last);
     sigma = estimate(
-        W, u, state, K, n_warmup, limit, is_stale ? 0 : 1, is_stale ? K : 0,
-        shared);
+        W, u, state, K, n_warmup, limit, Tolerance{next_s, rtol},
+        is_stale ? 0 : 1, is_stale ? K : 0, shared);
     turned = turn(sigma, state, shared);
   }
   const Outcome outcome(sigma, turned, gamma, initial_gamma, eps, at_zero);
@@ -445,18 +459,18 @@ correct_bwd = Raw('sn_correct_bwd', """
 
 # The whole forward: K iterations, u, and Y unless it is not wanted.
 fused_fwd = Raw('sn_fused_fwd', """
-    const T* w, U* u, double* numbers, A* sigma_out, A* gamma,
+    const T* w, U* u, double* numbers, A* next_s, A* sigma_out, A* gamma,
     A* initial_gamma, T* y, int l, int m, int r, double factor, int is_wide,
     int blocks""", """
     int K, double eps, double at_zero, int update, int n_warmup,
-    double limit""", """{
+    double limit, double rtol""", """{
   __shared__ double shared[512];
   const Weight W = {w, l, m, r, 1};
   const State state(numbers, W, K);
   for (int i = threadIdx.x; i < m; i += blockDim.x)
     state.u(0)[i] = static_cast<A>(u[i]);
   const double sigma = estimate(
-      W, u, state, K, n_warmup, limit, 0, 0, shared);
+      W, u, state, K, n_warmup, limit, Tolerance{next_s, rtol}, 0, 0, shared);
   const double turned = initial_gamma ? turn(sigma, state, shared) : 0;
   const Outcome outcome(sigma, turned, gamma, initial_gamma, eps, at_zero);
   __syncthreads();  // all have read gamma

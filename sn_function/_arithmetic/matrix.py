@@ -32,6 +32,9 @@ SMALL_SIZE = 1 << 14
 # From so many entries on, a weight does not stay in the cache between passes.
 LARGE_SIZE = 1 << 22
 
+# Rows of a medium weight that are multiplied at once by several vectors.
+FEW_ROWS = 64
+
 # Norms, by dtype, whose squares and cubes surely have all their digits.
 ORDINARY = {'f': (1e-12, 1e12), 'd': (1e-100, 1e100)}
 
@@ -211,7 +214,14 @@ class Matrix:
     def tdot_all(self, U: Any) -> Any:
         """Returns ``W^T u`` of each row of ``U``: shape ``(b, n)``."""
         if self._l == 1:
-            return U.dot(self._blocks)
+            if not BLOCK_SIZE <= self.array.size < LARGE_SIZE:
+                return U.dot(self._blocks)
+            # OpenBLAS takes a tenth less time for few rows at once.
+            S = U[:, :FEW_ROWS].dot(self._blocks[:FEW_ROWS])
+            for i in range(FEW_ROWS, self.m, FEW_ROWS):
+                part = slice(i, i + FEW_ROWS)
+                S += U[:, part].dot(self._blocks[part])
+            return S
         if self._r == 1:
             return self._blocks.dot(U.T).T
         return (U @ self._blocks).transpose(1, 0, 2).reshape(-1, self.n)

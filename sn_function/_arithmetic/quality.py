@@ -7,11 +7,15 @@ off is the residual
 
     r = |W^T u - sigma v| / sigma
 
+With several vectors it is the other way round: ``W^T u = sigma v`` holds, and
+``r = |W v - sigma u| / sigma``.
+
 As ``v . W^T u = sigma``, Pythagoras gives ``|W^T u|^2 = sigma^2 (1 + r^2)``,
-so the largest singular value is at least ``sigma sqrt(1 + r^2)``.  And some
-singular value is within ``r sigma / sqrt(2)`` of the estimate: ``(u, v)`` is
-an approximate eigenvector of the symmetric matrix ``[[0, W], [W^T, 0]]``,
-whose eigenvalues are plus and minus the singular values, and 0.
+or that of ``|W v|^2``, so the largest singular value is at least ``sigma
+sqrt(1 + r^2)``.  And some singular value is within ``r sigma / sqrt(2)`` of
+the estimate: ``(u, v)`` is an approximate eigenvector of the symmetric matrix
+``[[0, W], [W^T, 0]]``, whose eigenvalues are plus and minus the singular
+values, and 0.
 """
 from __future__ import annotations
 
@@ -44,7 +48,8 @@ def measure(
 
     Args:
         W: Weight with 2 or more dimensions.
-        u: Start vector, shape ``(m,)``, which is left alone, or ``None``.
+        u: Start vector, shape ``(m,)``, or several, shape ``(b, m)``, which
+            are left alone, or ``None``.
         axis: Output axis.
         n_power_iteration: Number of iterations from ``u``.
         true_sigma: Whether the true sigma is wanted.
@@ -56,7 +61,9 @@ def measure(
     Returns:
         Arrays of shape ``()`` and dtype float64: ``'peak'``, the largest
         magnitude in ``W``; with ``u``, ``'is_sound'``, whether it is finite
-        and not zero, ``'sigma'`` and ``'residual'``; with a renewal,
+        and not zero, ``'sigma'`` and ``'residual'``; with several vectors,
+        ``'sigma2'`` to that of their number, the estimates of the next
+        singular values; with a renewal,
         ``'sigma_of_u'``, the estimate from ``u`` itself; with gamma,
         ``'gamma'``, as the renewal makes it; and ``'true_sigma'``.  What is
         not defined is NaN.
@@ -66,18 +73,21 @@ def measure(
     with numpy.errstate(all='ignore'):
         numbers = {'peak': xp.maximum(W.max(), -W.min())}
         if u is not None:
-            numbers['is_sound'] = xp.isfinite(u).all() & (u != 0).any()
-            settings = Settings(n_power_iteration, axis, True, groups=groups)
+            numbers['is_sound'] = (
+                xp.isfinite(u).all() & (u != 0).any(axis=-1).all())
+            settings = Settings(
+                n_power_iteration, axis, True, groups=groups,
+                n_vectors=len(u) if u.ndim == 2 else None)
             # Copies: the arithmetic makes gamma anew in place.
             gamma, initial = [None if x is None else x.copy() for x in (
                 gamma, renewal.initial_gamma)]
-            numbers['sigma'], numbers['residual'] = _estimate(
+            numbers.update(_estimate(
                 W, u, settings, renewal._replace(initial_gamma=initial),
-                1.0 if gamma is None else gamma)
+                1.0 if gamma is None else gamma))
             if gamma is not None:
                 numbers['gamma'] = gamma
             if renewal.n_warmup:
-                numbers['sigma_of_u'], _ = _estimate(W, u, settings)
+                numbers['sigma_of_u'] = _estimate(W, u, settings)['sigma']
         if true_sigma:
             numbers['true_sigma'] = singular.norm(W, axis, groups)
         return {name: xp.asarray(x).astype(numpy.float64)
@@ -87,22 +97,42 @@ def measure(
 def _estimate(
         W: Any, u: Any, settings: Settings, renewal: Renewal = NEVER,
         gamma: Any = 1.0,
-) -> tuple[Any, Any]:
+) -> dict[str, Any]:
+    names = ['sigma', 'residual', *[
+        f'sigma{k + 1}' for k in range(1, settings.n_vectors or 1)]]
     try:
         ((sigma,), iterations), = arithmetic_of(W).normalize_all([
             Forward(settings, W, u, gamma, ('sigma',), renewal=renewal)])
     except VectorValueError:  # a device replaces it without a word
-        return math.nan, math.nan
+        return dict.fromkeys(names, math.nan)
     axis = settings.axis
     if settings.groups is not None:
         W, axis = settings.groups.split(W, axis)[iterations.largest][0], 1
         iterations = iterations.of_largest()
-    return sigma, residual(W, axis, sigma, iterations)
+    if settings.n_vectors is None:
+        return {'sigma': sigma, 'residual': residual(
+            W, axis, sigma, iterations)}
+    return dict(zip(names, [
+        sigma, residual(W, axis, sigma, iterations, is_of_v=True),
+        *iterations.singular_values[1:]]))
 
 
-def residual(W: Any, axis: int, sigma: Any, iterations: Iterations) -> Any:
-    """Returns ``r``, shape ``()``, of iterations that found sigma."""
+def residual(
+        W: Any, axis: int, sigma: Any, iterations: Iterations,
+        is_of_v: bool = False) -> Any:
+    """Returns ``r``, shape ``()``, of iterations that found sigma.
+
+    Args:
+        W: Weight.
+        axis: Its output axis.
+        sigma: The estimate.
+        iterations: Where it is from.
+        is_of_v: Whether it is that of ``W v = sigma u``.
+
+    """
     matrix = as_matrix(W, axis).astype(accumulator_dtype(W.dtype), copy=False)
     # Divided first: then neither a large nor a small weight leaves the range.
-    difference = (iterations.u / sigma).dot(matrix) - iterations.v
+    difference = (
+        matrix.dot(iterations.v / sigma) - iterations.u if is_of_v
+        else (iterations.u / sigma).dot(matrix) - iterations.v)
     return (difference * difference).sum() ** 0.5

@@ -88,6 +88,29 @@ def largest(A: Any) -> tuple[float, Any, Any]:
     return float(values[0]), u[:, 0], v[0]
 
 
+def leading(A: Any, n: int) -> tuple[float, Any]:
+    """Returns the largest singular value, and left vectors of the ``n`` first.
+
+    Returns:
+        The value; and for one vector shape ``(m,)``, else ``(n, m)``, the
+        rows orthonormal whatever the rank of the matrix is.
+
+    """
+    if n == 1:
+        value, u, _ = largest(A)
+        return value, u
+    scale = float(abs(A).max())
+    A = A / (scale or 1.)  # so that squares are in the range
+    is_wide = A.shape[0] <= A.shape[1]
+    squares, vectors = numpy.linalg.eigh(A @ A.T if is_wide else A.T @ A)
+    vectors = vectors[:, :-n - 1:-1]
+    if not is_wide:
+        # The columns of A V are orthogonal, but zero where singular values
+        # are; those of Q never are.
+        vectors, _ = numpy.linalg.qr(A @ vectors)
+    return math.sqrt(max(squares[-1], 0.)) * scale, vectors.T
+
+
 def _bidiagonalized(A: Any, v: Any) -> tuple[float, Any, Any, float]:
     """:func:`largest` in the span of few vectors, from v, and its residual.
 

@@ -427,10 +427,6 @@ __device__ double solve(
   return values[0] * scale;
 }
 
-// What is added to the square of a singular value: see subspace.py.
-__device__ double shift_of(double largest_square) {
-  return SHIFT * largest_square;
-}
 
 // Squares of |W v| / sigma, of what follows u, and of the residual.
 struct Followed {
@@ -448,8 +444,10 @@ struct Followed {
 __device__ Followed follow(
     const Space& space, const A* mix, const Row* parts, int n_parts, int m,
     double scale, Size first, Size by) {
-  const double largest_square = space.values[0] * scale * space.values[0]
-      * scale, shift = shift_of(largest_square);
+  const double first_value = space.values[0] * scale;
+  const double last_value = space.values[B - 1] * scale;
+  const double square = first_value * first_value;
+  const double shift = SHIFT * last_value * last_value - REGULAR * square;
   Followed sums = {0, 0, 0};
   for (Size i = first; i < m; i += by) {
     Row raw = parts[i];
@@ -468,10 +466,10 @@ __device__ Followed follow(
         u += mix[j * B + k] * row.x[k];
       }
       const double value = space.values[j] * scale;
-      const double next = (t + shift * u) / (value * value + shift);
+      const double next = (t - shift * u) / (value * value - shift);
       space.T[i].x[j] = static_cast<A>(next);
       if (j > 0) continue;
-      const double of_v = t / largest_square;
+      const double of_v = t / square;
       sums.t += of_v * of_v;
       sums.next += next * next;
       sums.off += (of_v - u) * (of_v - u);

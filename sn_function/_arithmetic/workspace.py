@@ -198,6 +198,11 @@ class Plan:
 plan = functools.lru_cache(maxsize=1024)(Plan)
 
 
+def with_vector(of: Plan, dtype: Any) -> int:
+    """The size of what a forward keeps, and a further vector of length n."""
+    return of.size + _padded(int(of.of_n[0]) * dtype.itemsize, 16)
+
+
 class SubspacePlan:
     """The same of a forward of several vectors.
 

@@ -259,10 +259,9 @@ def make_settings(
 
 
 def until(
-        rtol: float | None, max_iterations: int, settings: Settings,
-) -> Renewal:
-    """Checks a tolerance, and returns when it asks for more iterations."""
-    n = settings.n_power_iteration
+        rtol: float | None, max_iterations: int, n: int) -> Renewal:
+    """Checks a tolerance, and returns when it asks for more than n iterations.
+    """
     _checks.check_tolerance(rtol, max_iterations, n)
     if rtol is None:
         return NEVER

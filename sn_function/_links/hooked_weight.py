@@ -45,17 +45,26 @@ class Hook(Protocol):
     eps: float
     cap: float | None
     groups: str | None
+    n_vectors: int
+    rtol: float | None
+    max_iterations: int
 
 
 def renewal_of(
         hook: Hook, is_train: bool, gamma: chainer.Parameter | None = None,
         W: chainer.Variable | None = None) -> Renewal:
-    """Returns when a call makes u and gamma anew."""
-    if hook.n_warmup == 0:
+    """Returns when a call runs more iterations, and makes gamma anew."""
+    if hook.rtol is not None:
+        renewal = _graph.until(
+            hook.rtol, hook.max_iterations, hook.n_power_iteration)
+    elif hook.n_warmup > 0:
+        renewal = Renewal(
+            hook.n_warmup, TRAINED_LIMIT if is_train else SETTLED)
+    else:
         return NEVER
-    return Renewal(
-        hook.n_warmup, TRAINED_LIMIT if is_train else SETTLED,
-        None if gamma is None else _gamma.initial(gamma, W))
+    if gamma is None or hook.n_warmup == 0:
+        return renewal
+    return renewal._replace(initial_gamma=_gamma.initial(gamma, W))
 
 
 class HookedWeight:
@@ -104,42 +113,53 @@ class HookedWeight:
         gamma = None
         if self.state.gamma_name is not None:
             gamma = getattr(link, self.state.gamma_name)
-        u = getattr(link, hook.vector_name)
-        groups = groups_of(link, hook)
+        length = length_of_u(
+            W.shape, output_axis(link), groups_of(link, hook))
         misfits: list[Any] = []
-        if u is not None and u.size != length_of_u(
-                W.shape, output_axis(link), groups):
-            misfits.append(hook.vector_name)
-            self._discard_vector()
+        for ndim, name in enumerate(vector.names(hook), 1):
+            u = getattr(link, name, None)
+            if u is not None and (u.ndim, u.shape[-1]) != (ndim, length):
+                misfits.append(name)
+        if misfits:
+            self._discard(misfits)
         is_gamma_misfit = gamma is not None and not _gamma.fits(gamma, self.W)
         if is_gamma_misfit:
             misfits.append(self.state.gamma_name)
         if misfits:
             self._warn(f'{" and ".join(misfits)} belonged to a weight of '
                        f'another shape than {W.shape}.')
-        u = vector.find(link, hook.vector_name, W, hook.n_warmup, groups)
+        u = vector.find(link, hook, W)
         if gamma is not None:
             _gamma.initialize(gamma, self.W, is_gamma_misfit)
         return u, gamma
 
     def discard_bad_vector(self) -> None:
-        """Has a u that is zero or not finite made anew, and warns of that."""
+        """Has what is wrong in the vectors made anew, and warns of that."""
+        leading, *others = vector.names(self.hook)
+        if others and vector.is_sound(getattr(self.link, leading)):
+            self._warn(f'{others[0]} was zero or not finite, or its rows '
+                       f'were not independent.')
+            self._discard(others)
+            return
         # Other hooks leave such a vector behind after one NaN.
-        self._warn(f'{self.hook.vector_name} was zero or not finite, as in a '
-                   f'snapshot of a model that had met a NaN.')
-        self._discard_vector()
+        self._warn(f'{leading} was zero or not finite, as in a snapshot of a '
+                   f'model that had met a NaN.')
+        self._discard([leading, *others])
 
-    def _discard_vector(self) -> None:
-        setattr(self.link, self.hook.vector_name, None)
+    def _discard(self, names: list[str]) -> None:
+        for name in names:
+            setattr(self.link, name, None)
         self.state.forget_start()
 
+    @property
+    def _where(self) -> str:
+        name = self.link.name  # its name in its chain
+        text = type(self.link).__name__
+        return text if name is None else f'{text} {name!r}'
+
     def _warn(self, why: str) -> None:
-        link = self.link
-        where = type(link).__name__
-        if link.name is not None:  # its name in its chain
-            where += f' {link.name!r}'
         warnings.warn(
-            f'{where}: {why} It was made anew.',
+            f'{self._where}: {why} It was made anew.',
             errors.SpectralNormalizationWarning, stacklevel=5)
 
     def for_node(
@@ -180,4 +200,12 @@ class HookedWeight:
         weight, inputs = self.for_node(
             u, gamma, update_u, is_first=not is_second_run)
         Y, = _graph.apply([(weight, inputs)])
+        self.check_convergence(weight)
         return Y, weight.iterations
+
+    def check_convergence(self, weight: _graph.Normalization) -> None:
+        """Warns, once for the link, where a tolerance was not reached."""
+        if not (weight.has_converged or self.state.has_warned):
+            self.state.has_warned = True
+            warnings.warn(errors.ToleranceWarning(
+                self._where, self.hook.rtol), stacklevel=5)

@@ -14,8 +14,8 @@ from sn_function._links.shared import SharedWeight
 
 # The id of the link, and the name of the weight.
 _Key = Tuple[int, str]
-# Its key, the weight, and what goes into the node.
-_Prepared = Tuple[_Key, SharedWeight, Any]
+# Its key, the weight in two forms, and what goes into the node.
+_Prepared = Tuple[_Key, SharedWeight, HookedWeight, Any]
 
 
 class _Scopes(threading.local):
@@ -129,14 +129,15 @@ class Scope:
             u = old.iterations.start
             new.is_stored = old.is_stored
         new.u = u.copy()
-        return key, new, weight.for_node(
+        return key, new, weight, weight.for_node(
             new.u, gamma, update_u=True, is_first=is_first)
 
     def _make(self, weights: Sequence[_Prepared]) -> None:
-        Ys = normalize.apply([x for _, _, x in weights], is_shared=True)
-        for Y, (key, new, (weight, _)) in zip(Ys, weights):
+        Ys = normalize.apply([x for *_, x in weights], is_shared=True)
+        for Y, (key, new, own, (weight, _)) in zip(Ys, weights):
             new.Y, new.iterations = Y, weight.iterations
             self._shared[key] = new
+            own.check_convergence(weight)
 
 
 def _key(hook: Hook, link: chainer.Link) -> _Key:

@@ -7,6 +7,7 @@ import chainer
 
 from sn_function._arithmetic.interface import Array, Iterations
 from sn_function._graph import node
+from sn_function._links import vector
 from sn_function._links.hooked_weight import Hook
 
 
@@ -55,12 +56,8 @@ class SharedWeight:
         """Moves the link's vector on, once."""
         if self.is_stored:
             return
-        u = getattr(link, self.hook.vector_name)
-        if u is None:
-            setattr(link, self.hook.vector_name,
-                    self.u.astype(self.W.dtype, copy=False))
-        else:
-            u[...] = self.u
+        vector.store(
+            link, self.hook, self.u.astype(self.W.dtype, copy=False))
         self.is_stored = True
 
 

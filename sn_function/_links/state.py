@@ -19,6 +19,8 @@ class LinkState:
     Attributes:
         gamma_name (str or None): Name of the link's parameter gamma.
         settings (tuple): Those of the hook, and the node's, made of them.
+        has_warned (bool): Whether there was a warning of a tolerance that was
+            not reached.
 
     """
 
@@ -31,6 +33,7 @@ class LinkState:
         self._first_run: Any = None  # the iterations of the latest one
         self._latest: Any = None
         self.settings: Any = (None, None)
+        self.has_warned = False
         self._link: Callable[[], Any] = lambda: None  # a weak reference
 
     def put(self, link: chainer.Link) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 
+from sn_function._links import vector
 from sn_function._monitoring.layers import MonitoredWeight
 
 
@@ -18,8 +19,8 @@ def fault(
         return '', ''
     if not numbers['is_sound']:
         return 'vector', (
-            f'the stored vector {weight.hook.vector_name} is zero or not '
-            f'finite.')
+            f'the stored vector {" or ".join(vector.names(weight.hook))} is '
+            f'zero or not finite.')
     if numbers.get('sigma_of_u', numbers['sigma']) < (
             1 - tolerance) * numbers['sigma']:
         return 'stale', (

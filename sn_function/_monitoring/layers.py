@@ -10,7 +10,7 @@ from sn_function import _checks
 from sn_function._arithmetic import quality
 from sn_function._arithmetic.groups import length_of_u
 from sn_function._arithmetic.interface import NEVER
-from sn_function._links import call
+from sn_function._links import call, vector
 from sn_function._links.hooked_weight import renewal_of
 from sn_function._links.weight import groups_of
 from sn_function._models import LinkWeight, gamma_of
@@ -32,6 +32,9 @@ class Layer(NamedTuple):
             weight; ``None`` unless asked for.
         norm (float or None): The largest singular value of the weight as the
             layer uses it; ``None`` unless ``true_sigma`` was asked for.
+        singular_values (tuple of float or None): With several vectors, the
+            hook's estimates of as many singular values of the raw weight, the
+            largest one, ``sigma``, first; else ``None``.
 
     """
 
@@ -41,6 +44,7 @@ class Layer(NamedTuple):
     residual: float | None
     true_sigma: float | None
     norm: float | None
+    singular_values: tuple[float, ...] | None = None
 
 
 class MonitoredWeight:
@@ -53,26 +57,23 @@ class MonitoredWeight:
             parts.append(weight_name)
         self.name = '/'.join(filter(None, parts))
         self.array = call.original(self.link, weight_name).array
-        self.vector = self.hook and getattr(
-            self.link, self.hook.vector_name, None)
 
     @property
     def is_initialized(self) -> bool:
-        if self.array is None or self.hook is None:
+        link, hook = self.link, self.hook
+        if self.array is None or hook is None:
             return self.array is not None
         # A weight of another shape gets another vector in the next call.
-        return self.vector is not None and self.vector.size == length_of_u(
-            self.array.shape, output_axis(self.link),
-            groups_of(self.link, self.hook))
+        u = getattr(link, hook.vector_name, None)
+        return u is not None and u.size == length_of_u(
+            self.array.shape, output_axis(link), groups_of(link, hook))
 
     def measure(self, true_sigma: bool) -> dict[str, Any]:
         """Returns numbers on it, arrays of shape () on its device."""
-        W, u, hook, link = self.array, self.vector, self.hook, self.link
+        W, hook, link = self.array, self.hook, self.link
         if hook is None:
             return quality.measure(W, None, output_axis(link), 1, true_sigma)
-        # A snapshot that was loaded before the first call leaves its own
-        # dtype and device.
-        u = link.device.send(u).astype(W.dtype, copy=False)
+        u = vector.at_hand(link, hook, W)
         is_of_chainer = _is_of_chainer(hook)
         gamma = gamma_of(link, hook)
         if gamma is not None and gamma.array is None:
@@ -92,8 +93,12 @@ class MonitoredWeight:
             factor, eps = _factor_and_eps(self.hook)
             norm *= abs(numbers.get('gamma', 1.)) * factor / (
                 max(sigma, eps) or 1.)
-        return Layer(self.name, self.array.shape, sigma,
-                     numbers.get('residual'), true_sigma, norm)
+        others = [x for name, x in numbers.items()  # sigma2, sigma3, ...
+                  if name[len('sigma'):].isdigit()]
+        return Layer(
+            self.name, self.array.shape, sigma, numbers.get('residual'),
+            true_sigma, norm,
+            (numbers['sigma'], *others) if others else None)
 
 
 def _is_of_chainer(hook: Any) -> bool:

@@ -4,6 +4,7 @@ from typing import Optional
 
 import chainer
 
+from sn_function._links import vector
 from sn_function._links.state import LinkState
 
 
@@ -21,7 +22,11 @@ class Hook(chainer.LinkHook):
     eps: float = 1e-6
     cap: Optional[float] = None
     groups: Optional[str] = None
+    n_vectors: int = 1
+    rtol: Optional[float] = None
+    max_iterations: int = 200
 
     def added(self, link):
         LinkState(self.weight_name, None).put(link)
-        setattr(link, self.vector_name, None)
+        for name in vector.names(self):
+            link.add_persistent(name, None)

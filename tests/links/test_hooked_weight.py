@@ -1,4 +1,6 @@
 """One weight of one link, normalized by the settings of a hook."""
+import warnings
+
 import chainer
 import chainer.links as L
 import numpy as np
@@ -90,3 +92,39 @@ def test_a_link_without_the_hook():
     link = L.Linear(5, 6)
     with pytest.raises(errors.HookNotAddedError):
         HookedWeight(Hook(), link, link.W)
+
+
+@pytest.mark.parametrize('n_vectors', [1, 3])
+@pytest.mark.parametrize('is_train', [True, False])
+def test_tolerance(is_train, n_vectors):
+    link = L.Linear(30, 20)
+    hook = Hook(rtol=1e-4, n_vectors=n_vectors)
+    link.add_hook(hook)
+    with chainer.using_config('train', is_train), warnings.catch_warnings():
+        warnings.simplefilter('error')
+        Y, _ = HookedWeight(hook, link, link.W).normalize(is_train)
+    np.testing.assert_allclose(reference.true_norm(Y.array), 1, rtol=1e-5)
+
+
+def test_a_tolerance_that_is_not_reached_is_named_once():
+    link = L.Linear(30, 20)
+    hook = Hook(rtol=1e-6, max_iterations=2)
+    link.add_hook(hook)
+    own = HookedWeight(hook, link, link.W)
+    with pytest.warns(errors.ToleranceWarning, match=r'^Linear: .*1e-06'):
+        own.normalize(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        own.normalize(True)
+
+
+def test_tolerance_of_a_new_vector():
+    """It ends the iterations that a vector starts with, too."""
+    link = L.Linear(30, 20)
+    hook = Hook(rtol=1e-3, n_warmup=500)
+    link.add_hook(hook)
+    u, _ = HookedWeight(hook, link, link.W).vector_and_gamma()
+    A = link.W.array.astype('d')
+    v = A.T @ u / np.linalg.norm(A.T @ u)
+    residual = np.linalg.norm(A @ v / (u @ A @ v) - u)
+    assert 1e-5 < residual < 1e-3

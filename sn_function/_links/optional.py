@@ -1,0 +1,59 @@
+"""Snapshots that lack the further vectors of a weight, loaded strictly.
+
+``W_u`` is in any snapshot of a link with a hook, Chainer's or ours; ``W_us``
+is in those of hooks with several vectors only.  Chainer's deserializers raise
+an error for what a file lacks, and links have no say in it.  So
+``Link.serialize`` is replaced by one that gives such links a deserializer
+which returns ``None`` for these names: then the next call makes the vectors.
+"""
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import chainer
+
+from sn_function._links import vector
+
+_serialize = chainer.Link.serialize
+
+
+@functools.wraps(_serialize)
+def serialize(link: chainer.Link, serializer: Any) -> None:
+    """Replaces ``Link.serialize``."""
+    if not isinstance(serializer, chainer.Serializer):
+        names = {
+            name for hook in link.local_link_hooks.values()
+            if getattr(hook, 'n_vectors', 1) > 1
+            for name in vector.names(hook)[1:]}
+        if names:
+            serializer = _WithOptional(serializer, names)
+    _serialize(link, serializer)
+
+
+def install() -> None:
+    """Has all links use it."""
+    chainer.Link.serialize = serialize
+
+
+class _WithOptional(chainer.Deserializer):
+    """A deserializer that may lack some names, and have other shapes there."""
+
+    def __init__(self, of_file: Any, names: set[str]) -> None:
+        self._of_file = of_file
+        self._names = names
+
+    def __getitem__(self, key: str) -> Any:
+        return self._of_file[key]
+
+    def __call__(self, key: str, value: Any) -> Any:
+        if key not in self._names:
+            return self._of_file(key, value)
+        try:
+            loaded = self._of_file(key, None)
+        except KeyError:
+            return None
+        if loaded is None or value is None or loaded.shape != value.shape:
+            return loaded
+        chainer.backend.copyto(value, loaded.astype(value.dtype))
+        return value

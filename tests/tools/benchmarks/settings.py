@@ -1,0 +1,125 @@
+"""What a setting of the hook costs, beside another one.
+
+``python -m tests.tools.benchmarks.settings`` prints the time of the
+normalization of a weight and its gradient by the hook: with several vectors,
+for weights of networks, and with ``groups='each'``, for some links.  All
+settings are timed in turn in one process.  Set ``OPENBLAS_NUM_THREADS=1`` and
+``OMP_NUM_THREADS=1``.
+"""
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any, Callable, Iterator, Sequence
+
+import sn_function  # isort: skip  # before chainer, which it repairs
+import chainer.links as L
+import numpy as np
+
+from tests.tools.benchmarks import contenders, cpu
+from tests.tools.benchmarks.report import (
+    Budget,
+    measure,
+    number,
+    shape_of,
+    text_table,
+)
+
+VECTORS: dict[str, dict[str, int]] = {
+    '1 vector': {},
+    'K = 5': {'n_power_iteration': 5},
+    '8 vectors': {'n_vectors': 8},
+    '16 vectors': {'n_vectors': 16},
+}
+GROUPS: dict[str, dict[str, Any]] = {
+    'one matrix': {}, "groups='each'": {'groups': 'each'}}
+LINKS: dict[str, Callable[[], Any]] = {
+    'Convolution2D(64, 64, 3, groups=4)':
+        lambda: L.Convolution2D(64, 64, 3, groups=4),
+    'Convolution2D(256, 256, 3, groups=4)':
+        lambda: L.Convolution2D(256, 256, 3, groups=4),
+    'Convolution2D(256, 256, 3, groups=32)':
+        lambda: L.Convolution2D(256, 256, 3, groups=32),
+    'Convolution2D(256, 256, 3, groups=256)':
+        lambda: L.Convolution2D(256, 256, 3, groups=256),
+    'Convolution2D(1024, 1024, 3, groups=4)':
+        lambda: L.Convolution2D(1024, 1024, 3, groups=4),
+    'Deconvolution2D(256, 256, 4, groups=4)':
+        lambda: L.Deconvolution2D(256, 256, 4, groups=4),
+    'DepthwiseConvolution2D(256, 1, 3)':
+        lambda: L.DepthwiseConvolution2D(256, 1, 3),
+}
+
+
+def step_of(link: Any, gY: Any, settings: dict[str, Any]) -> Any:
+    """A forward and a backward of the normalization in a step."""
+    hook = sn_function.SpectralNormalization(**settings)
+    link.add_hook(hook)
+
+    def step() -> None:
+        Y = hook.normalize_weight(link)
+        Y.grad = gY
+        link.W.cleargrad()
+        Y.backward()
+
+    return step
+
+
+def time_of_processor(step: Any, n: int) -> tuple[float, float]:
+    """Seconds of one of ``n`` calls, which others do not disturb as much."""
+    start = time.process_time()
+    for _ in range(n):
+        step()
+    seconds = (time.process_time() - start) / n
+    return seconds, seconds
+
+
+def of_weight(shape: str) -> Callable[[dict[str, Any]], Any]:
+    case = contenders.case_of(shape_of(shape))
+    return lambda settings: step_of(
+        contenders.Weight(case.W, case.gY), case.gY, settings)
+
+
+def of_link(name: str) -> Callable[[dict[str, Any]], Any]:
+    def make(settings: dict[str, Any]) -> Any:
+        np.random.seed(0)
+        link = LINKS[name]()
+        gY = np.random.normal(size=link.W.shape).astype('f')
+        return step_of(link, gY, settings)
+    return make
+
+
+def row_of(
+        name: str, make: Callable[[dict[str, Any]], Any],
+        settings: dict[str, dict[str, Any]], n_rounds: int,
+) -> tuple[str, ...]:
+    """The medians, the first in microseconds and the others over that."""
+    times = measure(
+        {key: make(setting) for key, setting in settings.items()},
+        time_of_processor, Budget(600), n_rounds, seconds=.02)
+    first, *others = (times[key]['wall']['median'] for key in settings)
+    return name, number(first), *[f'{x / first:.2f}' for x in others]
+
+
+def tables(n_rounds: int) -> Iterator[str]:
+    for title, names, make, settings in (
+            ('weight', cpu.SHAPES, of_weight, VECTORS),
+            ('link', list(LINKS), of_link, GROUPS)):
+        first, *others = settings
+        yield text_table(
+            (title, f'{first}, us', *others),
+            [row_of(name, make(name), settings, n_rounds) for name in names])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--rounds', type=int, default=30,
+                        help='number of times each')
+    args = parser.parse_args(argv)
+    print(cpu.machine())
+    for table in tables(args.rounds):
+        print(f'\n{table}', flush=True)
+
+
+if __name__ == '__main__':
+    main()
