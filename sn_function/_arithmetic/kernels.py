@@ -38,7 +38,6 @@ from sn_function._arithmetic.matrix import accumulator_dtype
 from sn_function._arithmetic.subspace import (
     DEPENDENT,
     INDEPENDENT,
-    REGULAR,
     SHIFT,
 )
 
@@ -163,6 +162,9 @@ class Raw:
         self.threads = threads
         self.bounds = bounds
         self.has_several = has_several
+        # Else the type of u is that of sums.
+        self.has_u = any(text.startswith(('U*', 'const U*'))
+                         for text in self.own)
         # By T, U, number of weights and of vectors.
         self._sources: dict[Any, str] = {}
 
@@ -175,7 +177,7 @@ class Raw:
         if n_vectors is None:
             del shared['subspace']
         else:
-            constants = _constants(n_vectors, T, U)
+            constants = _constants(n_vectors, T)
         types = dict(zip('TUA', map(_c_name, (T, U, accumulator_dtype(T)))))
         own, common = ([text.rsplit(' ', 1) for text in texts]
                        for texts in (self.own, self.common))
@@ -223,14 +225,13 @@ extern "C" __global__ void __launch_bounds__({self.bounds}) {self.name}(
             cuda.raw(source, self.name)((width, n), threads, args)
 
 
-def _constants(n_vectors: int, T: Any, U: Any) -> str:
+def _constants(n_vectors: int, T: Any) -> str:
     """What a kernel of several vectors has to know."""
     rows = rows_of_a_thread(n_vectors, accumulator_dtype(T).itemsize)
     return f"""
 #define N_VECTORS {n_vectors}
 #define N_ROWS {rows}
 #define SHIFT {SHIFT if n_vectors > 1 else 0}
-#define REGULAR {REGULAR[U.char]}
 #define INDEPENDENT {INDEPENDENT}
 #define DEPENDENT {DEPENDENT}
 """
@@ -513,8 +514,8 @@ fused_bwd = Raw('sn_fused_bwd', """
 # others: what belongs to one entry is together.
 
 _OF_FORWARD = """
-    int K, double eps, double at_zero, int moves, int update, int n_warmup,
-    double limit, double rtol"""
+    int K, double eps, double at_zero, double regular, int moves, int update,
+    int n_warmup, double limit, double rtol"""
 
 # The whole forward of a small weight.
 fused_subspace = Raw('sn_fused_subspace', """
@@ -527,7 +528,8 @@ fused_subspace = Raw('sn_fused_subspace', """
   const Space space(numbers, W);
   const Small small(matrices);
   const double sigma = estimate_all(
-      W, u, space, K, moves, Renewal{n_warmup, limit, rtol}, 0, small, shared);
+      W, u, space, K, regular, moves, Renewal{n_warmup, limit, rtol}, 0, small,
+      shared);
   W.scale = numbers[SCALE];
   const Outcome outcome(
       sigma, space.values[TURN], gamma, initial_gamma, eps, at_zero);
@@ -633,13 +635,13 @@ solve_subspace = Raw('sn_solve_subspace', """
 # What follows U, of W S, and the sums that say how far it is.
 follow_subspace = Raw('sn_follow_subspace', """
     double* numbers, const A* parts, int n_parts, const double* found,
-    double* sums, int l, int m, int r, int blocks""", '', """{
+    double* sums, int l, int m, int r, int blocks""", 'double regular', """{
   __shared__ double shared[512];
   if (found[1] == 0) return;
   const Space space(numbers, Weight{0, l, m, r, 1});
   const Followed all = follow(
       space, space.mix, reinterpret_cast<const Row*>(parts), n_parts, m, 1,
-      blockIdx.x * blockDim.x + threadIdx.x, blocks * blockDim.x);
+      regular, blockIdx.x * blockDim.x + threadIdx.x, blocks * blockDim.x);
   const double of_block[] = {
       block_sum(all.t, shared), block_sum(all.next, shared),
       block_sum(all.off, shared)};
@@ -675,7 +677,8 @@ finish_subspace = Raw('sn_finish_subspace', """
   if (is_alone) {
     if (blockIdx.x > 0) return;
     sigma = estimate_all(
-        W, u, space, K, moves, renewal, is_stale ? 0 : 1, small, shared);
+        W, u, space, K, regular, moves, renewal, is_stale ? 0 : 1, small,
+        shared);
     W.scale = numbers[SCALE];
   } else if (blockIdx.x == 0 && threadIdx.x == 0) {
     all.write(space.values);

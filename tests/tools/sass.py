@@ -683,7 +683,7 @@ class _Functions:
 
 def analyze(case: nvrtc.Case) -> Code:
     """Compiles a kernel, and reads its loops from the machine code."""
-    kernel, dtypes, _ = case.signature
+    kernel, dtypes, *_ = case.signature
     return analyze_source(
         kernel.name, nvrtc.source(case), str(case.signature),
         isinstance(kernel, _kernels.Raw),
