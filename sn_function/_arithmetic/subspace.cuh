@@ -383,8 +383,7 @@ __device__ double solve(
   if (!(total > 0 && total < infinity())) {
     __syncthreads();
     total *= 0;
-    for (int j = first; j < N_VALUES; j += by)
-      values[j] = j < B ? total : 0;
+    for (int j = first; j < B; j += by) values[j] = total;
     return total;
   }
   for (int p = first; p < B * B; p += by) {
