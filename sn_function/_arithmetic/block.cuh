@@ -135,13 +135,15 @@ __device__ double turn(double sigma, const State& state, double* shared) {
   return turn_of(sigma, state.s_norm(0), state.t_norm(0), sqrt(sum));
 }
 
-// A tolerance of |W^T u_K - sigma v_K| / sigma, if next_s has room for W^T u_K.
+// A tolerance for |W^T u_K - sigma v_K| / sigma, if next_s has room for W^T
+// u_K.
 struct Tolerance {
   A* next_s;
   double rtol;
 
   __device__ bool is_met(
-      double sigma, const Weight& W, const State& state, double* shared) const {
+      double sigma, const Weight& W, const State& state,
+      double* shared) const {
     if (!(sigma > 0 && isfinite(sigma))) return true;
     product(W, true, state.u(state.K), next_s, shared);
     const A divisor = sigma * W.scale;
@@ -155,9 +157,9 @@ struct Tolerance {
 };
 
 // iterate(), and again from u_K where the first iteration turns u_0 by more
-// than limit, until it hardly does: then u was one of another weight.  Or until
-// the tolerance is met.  Where norms must be ordinary, it ends where one is
-// not.
+// than limit, until it hardly does: then u was one of another weight.  Or
+// until the tolerance is met.  Where norms must be ordinary, it ends where one
+// is not.
 __device__ double iterate_anew(
     const Weight& W, const State& state, int K, int n_warmup, double limit,
     const Tolerance& tolerance, bool must_be_ordinary, bool* ordinary,

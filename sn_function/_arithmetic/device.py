@@ -40,7 +40,7 @@ from sn_function._arithmetic.interface import (
     Forward,
     Settings,
 )
-from sn_function._arithmetic.kernels import COEFFICIENTS, NULL, NUMBERS
+from sn_function._arithmetic.kernels import COEFFICIENTS, NULL
 from sn_function._arithmetic.matrix import accumulator_dtype
 from sn_function._arithmetic.workspace import DOUBLE
 
@@ -307,6 +307,7 @@ class _Backward(_Products):
             W, W if self.gY is NULL else self.gY)
         self.size = plan.bar_size
         # Once: another backward may run at the same time, on another stream.
+        self.at: Any
         self.at, it.bars = it.bars if plan is it.plan else None, None
         wanted = call.wanted
         empty = cuda.cupy.empty

@@ -93,10 +93,11 @@ SHARED = {name: (pathlib.Path(__file__).parent / f'{name}.cuh').read_text(
 def rows_of_a_thread(b: int, itemsize: int) -> int:
     """How many rows a thread of ``sn_product_subspace`` has, by rows.
 
-    Its sums, of ``itemsize`` bytes, have to fit into registers.
+    Its sums have to fit into registers, with the entries, of ``itemsize``
+    bytes, that it reads at once.
     """
-    rows = 8
-    while rows > 1 and rows * b * itemsize > 128:
+    rows = 2 if itemsize == 2 else 8
+    while rows > 1 and rows * b * max(4, itemsize) > 128:
         rows //= 2
     return rows
 
@@ -227,7 +228,7 @@ extern "C" __global__ void __launch_bounds__({self.bounds}) {self.name}(
 
 def _constants(n_vectors: int, T: Any) -> str:
     """What a kernel of several vectors has to know."""
-    rows = rows_of_a_thread(n_vectors, accumulator_dtype(T).itemsize)
+    rows = rows_of_a_thread(n_vectors, T.itemsize)
     return f"""
 #define N_VECTORS {n_vectors}
 #define N_ROWS {rows}
@@ -333,17 +334,18 @@ gather = Raw('sn_gather', """
 # The end of a forward: norms, sigma and its floor, vectors divided by their
 # norms, u, and Y = gamma f W / max(sigma, eps).  Every block adds up what the
 # blocks of the products left.  What is rare is done by one block alone: a
-# weight or a u of extreme size, and a u that belongs to another weight.  So are
-# the further iterations of a tolerance that the first ones do not reach: one
-# multiprocessor reads the weight, at about a fiftieth of the bandwidth.
+# weight or a u of extreme size, and a u that belongs to another weight.  So
+# are the further iterations of a tolerance that the first ones do not reach:
+# one multiprocessor reads the weight, at about a fiftieth of the bandwidth.
 #
 # As elementwise kernel it would need a launch of one block before it, which
 # decides, and cannot store u.
 finish_fwd = Raw('sn_finish_fwd', """
     const T* w, U* u, double* numbers, const double* norms,
     const double* sums, int n_sums, const double* next_sums, int n_next_sums,
-    A* next_s, const double* extras, int n_extras, A* sigma_out, const A* gamma, const A* initial_gamma, T* y, int l, int m,
-    int r, double factor, int is_wide, int blocks""", """
+    A* next_s, const double* extras, int n_extras, A* sigma_out,
+    const A* gamma, const A* initial_gamma, T* y, int l, int m, int r,
+    double factor, int is_wide, int blocks""", """
     int K, double eps, double at_zero, int update, int n_warmup,
     double limit, double rtol""", """{
   __shared__ double shared[512];
@@ -538,9 +540,9 @@ fused_subspace = Raw('sn_fused_subspace', """
     outcome.write(sigma, factor, numbers, sigma_out);
     if (outcome.is_new_gamma) *gamma = *initial_gamma = outcome.gamma;
   }
-  finish(W, space, small.mix, sigma, threadIdx.x, blockDim.x);
+  finish_all(W, space, small.mix, sigma, threadIdx.x, blockDim.x);
   if (update && sigma > 0 && isfinite(sigma))
-    store(space, u, m, 1, threadIdx.x, blockDim.x);
+    store_all(space, u, m, 1, threadIdx.x, blockDim.x);
   if (y)
     multiply_all(W, y, outcome.coefficient(factor), is_wide, threadIdx.x,
                  blockDim.x);
@@ -556,8 +558,8 @@ begin_subspace = Raw('sn_begin_subspace', """
   const Weight W = {0, l, m, r, 1};
   const Space space(numbers, W);
   const Small small(matrices);
-  bool is_replaced = u && begin(u, m, space.start, shared);
-  copy(u ? space.start : space.T, space.U, m);
+  bool is_replaced = u && begin_all(u, m, space.start, shared);
+  copy_all(u ? space.start : space.T, space.U, m);
   if (orthonormalize(space.U, u ? space.start : 0, m, small, shared))
     is_replaced = true;
   for (int p = threadIdx.x; p < B * B; p += blockDim.x)
@@ -690,9 +692,9 @@ finish_subspace = Raw('sn_finish_subspace', """
     outcome.write(sigma, factor, numbers, sigma_out);
   const Size first = blockIdx.x * blockDim.x + threadIdx.x;
   const Size by = is_alone ? blockDim.x : blocks * blockDim.x;
-  finish(W, space, is_alone ? small.mix : space.mix, sigma, first, by);
+  finish_all(W, space, is_alone ? small.mix : space.mix, sigma, first, by);
   if (update && sigma > 0 && isfinite(sigma))
-    store(space, u, m, is_alone ? 1 : sqrt(all.next), first, by);
+    store_all(space, u, m, is_alone ? 1 : sqrt(all.next), first, by);
   if (y) multiply_all(W, y, outcome.coefficient(factor), is_wide, first, by);
 }""", has_several=True)
 

@@ -2,8 +2,8 @@
 // block does for them, and what is rare enough for one block to do it for a
 // weight of any size.
 //
-// The vectors are next to each other, so a thread reads entry i of all of them
-// at once.  A matrix of B x B is in shared memory, or small enough for it.
+// The vectors are next to each other in memory, so a thread reads entry i of
+// all of them at once.  A matrix of B x B is in shared memory.
 enum { B = N_VECTORS, EVEN = (B + 1) / 2 * 2 };
 
 // Entry i of all vectors.
@@ -262,7 +262,7 @@ __device__ void combine(Row* x, int m, const double* E) {
 // start, of the vectors given.  Those that are zero or not finite are
 // replaced, and those of extreme size are made of about length 1.  Returns
 // whether any was replaced.
-__device__ bool begin(const U* u, int m, Row* start, double* shared) {
+__device__ bool begin_all(const U* u, int m, Row* start, double* shared) {
   unsigned bad = 0;
 #pragma unroll 1
   for (int j = 0; j < B; ++j) {
@@ -302,8 +302,9 @@ __device__ bool orthonormalize(
   return is_replaced;
 }
 
-// Takes a symmetric M to diagonal form: C M C^T is it, in one of M and N, which
-// is returned.  Each thread makes squares of 2 x 2 of what comes next.
+// Takes a symmetric M to diagonal form: C M C^T is it, in one of M and N, that
+// is returned.  A sweep turns all pairs of axes, half of EVEN at a time: each
+// thread makes squares of 2 x 2 of what comes next, from M to N and back.
 __device__ double* diagonalize(
     double* M, double* N, double* C, double* shared) {
   enum { HALF = EVEN / 2, ROUND = EVEN - 1 };
@@ -319,7 +320,7 @@ __device__ double* diagonalize(
         off = fmax(off, fabs(M[p]));
     most = block_max(most, shared);
     if (block_max(off, shared) <= 1e-15 * most) break;
-    for (int step = 0; step < ROUND; ++step) {  // all pairs, as in a tournament
+    for (int step = 0; step < ROUND; ++step) {  // as in a tournament
       for (int square = first; square < HALF * HALF; square += by) {
         int at[2][2];
         double c[2], s[2];
@@ -478,14 +479,14 @@ __device__ Followed follow(
 }
 
 // Y <- X, for all entries of all vectors.
-__device__ void copy(const Row* x, Row* y, int m) {
+__device__ void copy_all(const Row* x, Row* y, int m) {
   __syncthreads();
   for (int i = threadIdx.x; i < m; i += blockDim.x) y[i] = x[i];
 }
 
 // One pass of U over the weight, or two, with what follows it in T.  Returns
 // sigma.
-__device__ double step(
+__device__ double pass_of_all(
     const Weight& W, const Space& space, double regular, bool moves,
     const Small& small, double* shared) {
   double sigma = 0;
@@ -527,7 +528,7 @@ struct Renewal {
 
 // K passes from start, and again from what follows them where the renewal says
 // so.  Where sigma must be ordinary, it ends where it is not.
-__device__ double step_anew(
+__device__ double passes_anew(
     const Weight& W, const Space& space, int K, double regular, bool moves,
     const Renewal& renewal, bool must_be_ordinary, bool* ordinary,
     bool* is_replaced, const Small& small, double* shared) {
@@ -536,11 +537,11 @@ __device__ double step_anew(
   for (int i = 0;; i += K) {
     double sigma = 0;
     for (int k = 0; k < K; ++k) {
-      copy(k == 0 ? space.start : space.T, space.U, W.m);
+      copy_all(k == 0 ? space.start : space.T, space.U, W.m);
       if (orthonormalize(space.U, k == 0 ? space.start : 0, W.m, small,
                          shared))
         *is_replaced = true;
-      sigma = step(
+      sigma = pass_of_all(
           W, space, regular, moves || k < K - 1, small, shared);
       *ordinary = *ordinary && is_ordinary(sigma);
       if (!(sigma > 0 && isfinite(sigma))) break;
@@ -550,24 +551,25 @@ __device__ double step_anew(
             space.values[TURN], space.values[RESIDUAL], limit))
       return sigma;
     limit = SETTLED;
-    copy(space.T, space.start, W.m);
+    copy_all(space.T, space.start, W.m);
   }
 }
 
 // Sigma and all that belongs to it, as estimate() of one vector.
 __device__ double estimate_all(
     Weight W, const U* u, const Space& space, int K, double regular,
-    bool moves, const Renewal& renewal, int attempt, const Small& small, double* shared) {
+    bool moves, const Renewal& renewal, int attempt, const Small& small,
+    double* shared) {
   double sigma = 0;
   bool is_replaced = false, ordinary;
   for (;; ++attempt) {
     __syncthreads();
-    is_replaced = begin(u, W.m, space.start, shared);
+    is_replaced = begin_all(u, W.m, space.start, shared);
     if (attempt == 1) {
       const double w_largest = largest(W.w, W.size(), shared);
       if (w_largest == 0 || isinf(w_largest)) {
         sigma = w_largest == 0 ? 0 : infinity() - infinity();
-        copy(space.start, space.U, W.m);
+        copy_all(space.start, space.U, W.m);
         for (int j = threadIdx.x; j < N_VALUES; j += blockDim.x)
           space.values[j] = j < B ? sigma : 0;
         for (int j = threadIdx.x; j < W.n(); j += blockDim.x)
@@ -583,7 +585,7 @@ __device__ double estimate_all(
       for (int i = threadIdx.x; i < W.m; i += blockDim.x)
         space.start[i].x[0] = x[i];
     }
-    sigma = step_anew(
+    sigma = passes_anew(
         W, space, K, regular, moves, renewal, attempt == 0, &ordinary,
         &is_replaced, small, shared);
     if (attempt == 0 ? ordinary : attempt == 2 || sigma != 0) break;
@@ -598,9 +600,9 @@ __device__ double estimate_all(
 }
 
 // u, v, and the basis, which takes the place of U.
-__device__ void finish(
-    const Weight& W, const Space& space, const A* mix, double sigma, Size first,
-    Size by) {
+__device__ void finish_all(
+    const Weight& W, const Space& space, const A* mix, double sigma,
+    Size first, Size by) {
   const bool is_good = sigma > 0 && isfinite(sigma);
   const A divisor = sigma * W.scale, nothing = 0 * sigma;
   for (Size i = first; i < W.m; i += by) {
@@ -627,7 +629,7 @@ __device__ void finish(
 }
 
 // U of the caller <- T, its first vector divided by norm.
-__device__ void store(
+__device__ void store_all(
     const Space& space, U* u, int m, double norm, Size first, Size by) {
   const A divisor = norm;
   for (Size p = first; p < static_cast<Size>(m) * B; p += by) {

@@ -230,7 +230,7 @@ class SubspacePlan:
         a = max(4, itemsize)
         self.s, self.t = s, t = [
             product(l, m, r, is_transposed, itemsize, is_aligned, threads,
-                    kernels.rows_of_a_thread(b, a))
+                    kernels.rows_of_a_thread(b, itemsize))
             for is_transposed in (True, False)]
         of_m, of_n = _padded(m * b * a, 4 * a), _padded(n * b * a, 4 * a)
         self.values = plan(

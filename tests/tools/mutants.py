@@ -2,10 +2,11 @@
 
 Every operator of every kernel, and of the functions that kernels share, is
 replaced by another, one at a time, and the tests of
-:mod:`tests.arithmetic.test_device` are run until one fails.  A mutant that no
-test notices is printed with its line; the exit status is the number of those
-that are not listed, with the reason, in :data:`EQUIVALENT`, and of those that
-are listed but do not exist.
+:mod:`tests.arithmetic.test_device` and of
+:mod:`tests.arithmetic.test_device_subspace` are run until one fails.  A mutant
+that no test notices is printed with its line; the exit status is the number of
+those that are not listed, with the reason, in :data:`EQUIVALENT`, and of those
+that are listed but do not exist.
 """
 from __future__ import annotations
 
@@ -300,6 +301,42 @@ def tests():
         yield products, not axis, t.test_several_rows_in_a_block, (axis, 'f')
     many = t.TestManyWeights()
     yield both, False, many.test_as_on_the_host, (16, 20, False)
+    yield from tests_of_several_vectors(both, products)
+
+
+def tests_of_several_vectors(both, products):
+    """The same, of test_device_subspace."""
+    from tests.arithmetic import test_device_subspace as t
+    for shape, axis in t.SHAPES:
+        yield both, axis == 0, t.test_as_on_the_host, (shape, axis, 3, 'ff')
+    yield both, False, t.test_as_on_the_host, (*t.SHAPES[0], 8, 'ff')
+    yield both, False, t.test_weights_of_a_kind_share_launches, ()
+    for scale in ('huge', 'tiny'):
+        yield both, scale == 'huge', t.test_extreme_weights, (scale, 'f')
+    yield both, False, t.test_lengths_of_the_vectors_do_not_matter, (
+        (1e25, 1, 1e-25),)
+    yield both, False, t.test_vectors_that_are_nearly_dependent, (1e-3,)
+    for name in t.BAD_ROWS:
+        yield both, name == 'dependent', t.test_bad_vectors_are_replaced, (
+            name,)
+    for value in (0, np.nan):
+        test = t.test_a_weight_without_a_direction_stores_nothing
+        yield both, not value, test, (value,)
+    yield both, True, t.test_a_span_that_W_takes_to_zero_is_left, ()
+    for name in ('rank 1', 'identity'):
+        yield both, False, t.test_hard_weights, (name,)
+    for initial in (0.9, 1.02, 30.0):
+        yield both, False, t.test_gamma_is_made_anew, (initial,)
+    yield both, False, t.test_100_random_gradients, ()
+    for shape, axis in t.DEALT_OUT:
+        for few, long in ((1000, 0), (1, 8)):
+            yield products, few > 1, t.test_dealt_out_otherwise, (
+                shape, axis, few, long)
+    for K in (1, 2):
+        yield both, K == 1, t.test_tolerance_of_one_vector, (
+            (5, 12, 7), 1, 1e-2, K)
+    yield both, False, t.test_tolerance_of_a_weight_without_a_residual, (
+        (40,), 0)
 
 
 MODES = {
@@ -328,7 +365,8 @@ def run(job):
         patch.setattr(kernels, 'FUSED_SIZE', test_device.PATHS[path])
         patch.setattr(kernels, 'BLOCK_SIZE', 64)
         patch.setattr(kernels, 'FUSED_BLOCK_SIZE', 64)
-        if test.__module__ != test_device.__name__:
+        if test.__module__ not in (
+                test_device.__name__, test_device.__name__ + '_subspace'):
             test_device.patch_functions(patch)
         fixtures = {'monkeypatch': patch, 'path': path}
         try:

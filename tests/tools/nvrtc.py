@@ -54,7 +54,7 @@ THREADS = {_kernels.Reduction: 512, _kernels.Elementwise: 128}
 REGISTERS = 1 << 16     # of a multiprocessor, on all of these architectures
 
 # Numbers of vectors for those kernels that have several of a weight; with the
-# second, which takes more registers, only for one weight of float32 or float64.
+# second, which takes more registers, for one weight of float32 or float64.
 VECTORS = (8, 16)
 # A weight and a vector that may go together.
 _PAIRS = ('ee', 'ef', 'ff', 'dd')
