@@ -14,7 +14,7 @@ from chainer.backends import cuda
 from sn_function import errors
 from sn_function._arithmetic import matrix
 from sn_function._arithmetic.choose import is_on_device
-from sn_function._arithmetic.groups import Groups, length_of_u
+from sn_function._arithmetic.groups import Groups, length_of_u, most_vectors
 
 
 def check_settings(
@@ -93,8 +93,11 @@ def check_weight(W: Any) -> None:
 
 def check_arrays(
         W: Any, u: Any, axis: int, update_u: bool,
-        groups: Groups | None = None) -> int:
-    """Checks W and u, and returns the axis counted from the front."""
+        groups: Groups | None = None, is_part: bool = False) -> int:
+    """Checks W and u, and returns the axis counted from the front.
+
+    There may be more vectors than rows where these are only a part of them.
+    """
     array = W.array if isinstance(W, chainer.Variable) else W
     vector = u.array if isinstance(u, chainer.Variable) else u
     if groups is None and _are_plain(array, vector, axis) and (
@@ -110,8 +113,8 @@ def check_arrays(
             and vector.dtype in (array.dtype, accumulator)):
         raise errors.VectorTypeError(u, array.dtype)
     length = length_of_u(shape, axis, groups)
-    most = 0 if groups is not None else min(
-        length, math.prod(shape) // length)
+    most = (math.prod(shape) // length if is_part
+            else most_vectors(shape, axis, groups))
     if vector.shape[-1:] != (length,) or not (
             vector.ndim == 1
             or (vector.ndim == 2 and 1 <= len(vector) <= most)):

@@ -120,8 +120,8 @@ class SpectralNormalization(LocalHook):
             leading singular values are close, so its estimate is below the
             norm there; several vectors, such as 8 or 16, can: sigma is the
             largest that any vector of their span gives.  A matrix of m x n
-            has no more than m and n of them.  A convolution whose groups are
-            normalized each keeps one for each group.
+            has no more than m and n of them.  With ``groups='each'`` this is
+            their number for each group.
         rtol (float or None): Iterate in each call until the residual of the
             estimate is at most this, such as 1e-3; see
             :func:`~sn_function.functions.spectral_normalize`.  ``None`` means

@@ -181,6 +181,8 @@ def _report(reader: Reader, weight: WeightKeys, axes: Axes) -> WeightReport:
     arrays = entries.read(reader, weight, axes)
     W = arrays.W
     notes = [entries.note_of(reader, weight)]
+    if arrays.us is not None and len(arrays.us):
+        notes.append(f'{len(arrays.us) + 1} vectors')
     if arrays.axis_is_unclear:
         notes.append(f'axis 0 or 1; u fits 1: give --axis {weight.W}=1')
     report = WeightReport(
@@ -191,8 +193,9 @@ def _report(reader: Reader, weight: WeightKeys, axes: Axes) -> WeightReport:
     with numpy.errstate(all='ignore'):
         sigma, condition = singular.singular_values(W, arrays.axis)
     report = report._replace(sigma=sigma, condition=condition)
-    if arrays.fault is not None:
-        return report._replace(status=arrays.fault)
+    fault = entries.fault_of(weight, arrays)
+    if fault is not None:
+        return report._replace(status=fault)
     return _with_estimate(report, weight, arrays, sigma)
 
 
@@ -333,7 +336,8 @@ def convert(
     PyTorch with none, are equal up to rounding.  For that, PyTorch gets the
     vectors that the iterations end with, and Chainer a vector from which one
     iteration comes to the sigma of PyTorch, if there is one; :class:`Outcome`
-    has the difference that is left.
+    has the difference that is left.  Of several vectors of one weight, PyTorch
+    gets those that they come to, and sngan_projection the leading one.
 
     Here Chainer is its own hook, or that of this package with ``n_warmup=0``.
     By default that of this package iterates further, in test mode, from a
@@ -409,10 +413,12 @@ def convert(
             _check_target(reader, weight, new, arrays)
             n = weight.iterations(n_power_iteration)
             converted = vectors.converted(arrays, to_torch, n, converge)
+            if new.us is None:
+                converted = converted._replace(us=None)
             sigma, difference = vectors.compare(converted, arrays, n)
             changes.append(WeightChange(
                 plan.name_of(new.W), 'converted', sigma, difference,
-                entries.note_of(reader, weight)))
+                entries.note_of(reader, weight, new)))
             return entries.named(new, converted)
 
         weights = entries.find(reader, plan.prefix, axes)
@@ -484,6 +490,7 @@ def repair(
 
     Vectors that are zero, not finite, of the wrong shape, or were never
     initialized are replaced by the first singular vectors of their weights.
+    Where one of several is bad, or they are not independent, all are.
     Everything else is copied.
 
     Args:
@@ -546,18 +553,22 @@ def _repair_weight(
         always: bool) -> WeightChange:
     arrays = entries.read(reader, weight, axes)
     entries.check_finite(reader, weight.W, arrays.W)
-    if arrays.fault is None and not always:
+    fault = entries.fault_of(weight, arrays)
+    if fault is None and not always:
         return WeightChange(weight.W, 'kept', vectors.estimate(
             arrays, n_warmup=weight.warmup(N_WARMUP)))
     entries.check_axis(reader, weight, arrays)
-    sigma, u, v = vectors.converged(arrays)
+    n_others = entries.n_others(reader, weight, arrays)
+    sigma, u, v, us = vectors.converged(arrays, n_others or 0)
     dtype = entries.vector_dtype(reader, weight, arrays.W)
     new = {weight.u: u.astype(dtype).reshape(weight.u_shape(u.size))}
     if weight.v is not None:
         new[weight.v] = v.astype(dtype)
+    if weight.us is not None and n_others is not None:
+        new[weight.us] = us.astype(dtype)
     _plan_vectors(plan, reader, weight, new)
-    note = ('it had no vector' if arrays.fault == 'missing'
-            else f'its vector was {arrays.fault or "usable"}')
+    note = ('it had no vector' if fault == 'missing'
+            else f'its vector was {fault or "usable"}')
     if entries.axis_is_guessed(reader, weight, arrays, axes):
         note += '; taken as a convolution, unless --axis says otherwise'
     return WeightChange(

@@ -78,10 +78,10 @@ def moved(W, U, axis=0):
 
 
 def shift(A, Q):
-    """0.45 times the least Ritz value of ``A A^T``, or 0 for one vector."""
-    if Q.shape[1] == 1:
-        return 0.0
-    return 0.45 * np.linalg.svd(A.T @ Q, compute_uv=False)[-1] ** 2
+    """0.45 times the least Ritz value of ``A A^T``, or nothing for one vector,
+    less a little of the largest."""
+    squares = np.linalg.svd(A.T @ Q, compute_uv=False) ** 2
+    return 0.45 * squares[-1] * (len(squares) > 1) - 1e-4 * squares[0]
 
 
 def complex_step(f, x):

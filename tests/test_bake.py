@@ -45,6 +45,7 @@ SETTINGS = {
     'K = 3': {'n_power_iteration': 3, 'n_warmup': 0},
     'detached': {'detach_uv': True, 'n_warmup': 0},
     'floor': {'eps': 100.},
+    'several vectors': {'n_vectors': 3},
 }
 
 

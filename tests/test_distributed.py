@@ -3,6 +3,7 @@
 With MPI the same is asserted by tests/mpi: ``make test-mpi``.
 """
 import copy
+import functools
 
 import sn_function  # isort: skip  # before chainer, which it repairs
 import chainer
@@ -23,6 +24,7 @@ from sn_function.optimizer_hooks import (
 from tests.mpi import threads
 
 HOOKS = {'sn_function': SpectralNormalization,
+         'several': functools.partial(SpectralNormalization, n_vectors=3),
          'chainer': link_hooks.SpectralNormalization}
 KINDS = pytest.mark.parametrize('kind', HOOKS)
 SIZES = pytest.mark.parametrize('size', [
@@ -453,13 +455,35 @@ class TestBcastData:
         assert np.isfinite(models[0][0].W_u).all()
         assert self.call(models)
 
-    def test_vectors_that_links_share_stay_shared(self):
-        models = make_models(2)
+    @pytest.mark.parametrize('rank', [0, 1])
+    @pytest.mark.parametrize('is_missing', [False, True])
+    def test_others_of_several_that_are_bad_or_missing(
+            self, rank, is_missing):
+        # As of a snapshot of one vector, which one rank has loaded, or all.
+        models = make_models(2, 'several')
+        for model in models[rank:]:
+            if is_missing:
+                model[0].W_us = None
+            else:
+                model[0].W_us[1] = 0
+        u = models[0][0].W_us[0].copy() if rank == 1 else None
+        self.run(models)
+        assert is_one(models)
+        assert models[1][0].W_us.shape == (2, 6)
+        assert models[1][0].W_us.any(axis=1).all()
+        if rank == 1:
+            np.testing.assert_array_equal(models[1][0].W_us[0], u)
+        assert self.call(models)
+
+    @pytest.mark.parametrize('kind', ['sn_function', 'several'])
+    def test_vectors_that_links_share_stay_shared(self, kind):
+        models = make_models(2, kind)
         twin = models[1].copy('share')
         assert twin[0].W_u is models[1][0].W_u
         self.run(models)
-        assert twin[0].W_u is models[1][0].W_u
-        assert threads.same([m[0].W_u for m in models])
+        for name in distributed.vector_names(twin[0]):
+            assert getattr(twin[0], name) is getattr(models[1][0], name)
+            assert threads.same([getattr(m[0], name) for m in models])
 
     @KINDS
     def test_vector_of_another_dtype(self, kind):

@@ -3,6 +3,7 @@ import sn_function  # isort: skip  # before chainer, which it repairs
 
 import builtins
 import copy
+import functools
 import io
 import json
 import os
@@ -35,6 +36,9 @@ def measure(link, **kwargs):
     return SpectralNormReport(link, true_sigma=True, **kwargs).measure()
 
 
+SEVERAL = functools.partial(SpectralNormalization, n_vectors=3)
+
+
 class Model(chainer.Chain):
 
     def __init__(self, n_in=6, make_hook=SpectralNormalization):
@@ -62,7 +66,8 @@ def make_trainer(out, model=None, n=6, hook=None):
 
 def arrays_of(model):
     return {**{path: param.array for path, param in model.namedparams()},
-            'u1': model.l1.W_u, 'u2': model.l2.W_u}
+            'u1': model.l1.W_u, 'u2': model.l2.W_u,
+            'us1': getattr(model.l1, 'W_us', np.empty(0))}
 
 
 def assert_same(model, other):
@@ -136,8 +141,23 @@ class TestInTraining:
         observation = trainer.observation
         assert observation['dis/sigma/l1'] == observation['sigma/l1']
 
+    def test_several_vectors(self, tmp_path):
+        trainer, model = make_trainer(
+            tmp_path, Model(make_hook=SEVERAL), n=2)
+        trainer.extend(SpectralNormReport(model), trigger=(1, 'iteration'))
+        trainer.run()
+        last = {layer.name: layer for layer in measure(model)}
+        assert len(last['l1'].singular_values) == 3
+        assert last['l2'].singular_values is None  # it has one row
+        found = trainer.observation
+        assert found['sigma/l1'] == last['l1'].sigma
+        assert found['sigma2/l1'] == last['l1'].singular_values[1]
+        assert 0 < found['sigma2/l1'] < found['sigma/l1']
+        assert {'sigma/l2', 'residual/l1'} <= found.keys()
+        assert 'sigma2/l2' not in found
+
     @pytest.mark.parametrize('make_hook', [
-        SpectralNormalization, pytest.param(
+        SpectralNormalization, SEVERAL, pytest.param(
             link_hooks.SpectralNormalization, marks=pytest.mark.slow)])
     def test_training_is_not_disturbed(self, tmp_path, make_hook):
         """It ends with the same numbers, and draws the same at random."""
@@ -294,6 +314,20 @@ class TestWarnings:
         # Of another cause it is told, too.
         damage(model, 'zero' if cause != 'zero' else 'NaN')
         assert len(call(report, trainer)[1]) == 1
+
+    @pytest.mark.parametrize(('value', 'row'), [(0, 1), (np.nan, 0)])
+    def test_one_of_several_vectors(self, value, row, tmp_path):
+        trainer, model = make_trainer(tmp_path)
+        hook, = model.l1.local_link_hooks.values()
+        hook.n_vectors = 3
+        trainer.run()
+        report = SpectralNormReport(model)
+        assert call(report, trainer)[1] == []
+        model.l1.W_us[row] = value
+        values, (warning,) = call(report, trainer)
+        assert 'W_u or W_us is zero or not finite' in str(warning.message)
+        assert np.isnan(values['sigma/l1'])
+        assert np.isnan(values['sigma2/l1'])
 
     def test_at_least_what_the_residual_tells(self, tmp_path):
         trainer, model = make_trainer(tmp_path)

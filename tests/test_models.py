@@ -214,6 +214,15 @@ class TestModelsGiven:
             self.TOOLS['cached'](link, 3)
 
 
+def test_names_of_vectors():
+    link = L.Linear(3, 3)
+    link.V = link.W
+    link.add_hook(sn_function.SpectralNormalization(n_vectors=2))
+    link.add_hook(link_hooks.SpectralNormalization(
+        weight_name='V', name='V'))
+    assert _models.vector_names(link) == ['W_u', 'W_us', 'V_u']
+
+
 def test_all_tools_see_the_same():
     """The report, the summary, and what is broadcast."""
     model = Model()

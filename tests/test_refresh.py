@@ -46,6 +46,47 @@ def test_vectors(kind, hook, device):
     assert_leading(link)
 
 
+@pytest.mark.parametrize('dtype', ['e', 'f', 'd'])
+@pytest.mark.parametrize('kind', LINKS)
+def test_several_vectors(kind, dtype):
+    """The leading ones, in order, whatever n is; also of low rank."""
+    with chainer.using_config('dtype', np.dtype(dtype)):
+        link = LINKS[kind]().add_hook(SpectralNormalization(n_vectors=4))
+    W = link.W.array[...] = np.random.normal(size=link.W.shape)
+    sn_function.refresh(link)
+    A = reference.as_matrix(link.W.array.astype('d'), axis_of(link))
+    u, s, _ = np.linalg.svd(A, full_matrices=False)
+    found = np.array([link.W_u, *link.W_us], 'd')
+    k = min(4, *A.shape)
+    tolerance = 4e-3 if dtype == 'e' else 1e-5
+    np.testing.assert_allclose(
+        abs(np.sum(found * u.T[:k], axis=1)), 1, rtol=tolerance)
+    np.testing.assert_allclose(
+        found @ found.T, np.eye(k), atol=tolerance)
+    assert link.W_us.dtype == link.W.dtype
+    with chainer.using_config('train', False):
+        Y = link.local_link_hooks['SpectralNormalization'].normalize_weight(
+            link).array
+    np.testing.assert_allclose(
+        Y, W / s[0], rtol=tolerance, atol=tolerance)
+
+
+def test_several_vectors_of_a_matrix_of_low_rank():
+    for shape in [(6, 9), (9, 6)]:
+        with chainer.using_config('dtype', np.float64):
+            link = L.Linear(*shape).add_hook(
+                SpectralNormalization(n_vectors=4))
+        x, y = np.random.normal(size=(2, 9))
+        link.W.array[...] = np.outer(x, y)[:len(link.W)][:, :shape[0]]
+        link.W.array *= 1e-200  # its square is zero
+        arrays = link.W_u, link.W_us
+        sn_function.refresh(link)
+        assert (link.W_u, link.W_us) == arrays  # in place
+        assert_leading(link)
+        found = np.array([link.W_u, *link.W_us], 'd')
+        np.testing.assert_allclose(found @ found.T, np.eye(4), atol=1e-6)
+
+
 def test_several_models():
     models = [chainer.Sequential(L.Linear(4, 3), L.Linear(3, 2)).add_hook(
         ChainSpectralNormalization(n_warmup=0)) for _ in range(2)]
@@ -106,6 +147,17 @@ def test_a_lazy_weight():
     link = L.Linear(None, 5).add_hook(SpectralNormalization())
     sn_function.refresh(link)
     assert link.W_u is None
+
+
+def test_several_vectors_of_which_some_are_missing():
+    link = L.Linear(6, 5).add_hook(SpectralNormalization(n_vectors=3))
+    link.W_us = None
+    sn_function.refresh(link)
+    assert link.W_us.shape == (2, 5)
+    before = [link.W_u, *link.W_us]
+    with chainer.using_config('train', False):
+        link(np.ones((2, 6), 'f'))
+    np.testing.assert_array_equal([link.W_u, *link.W_us], before)
 
 
 @pytest.mark.parametrize('given', [

@@ -39,6 +39,8 @@ SETTINGS = {
     'detached': {'detach_uv': True, 'n_power_iteration': 2},
     'factor': {'factor': 2.0, 'n_warmup': 0},
     'lazy': {'lazy': True, 'use_gamma': True},
+    'several': {'n_vectors': 4},
+    'several, lazy': {'n_vectors': 8, 'lazy': True, 'n_power_iteration': 2},
 }
 each_setting = pytest.mark.parametrize(
     'settings', SETTINGS.values(), ids=list(SETTINGS))
@@ -297,12 +299,11 @@ class TestResume:
         training.assert_same(state(resumed), state(whole))
         assert_sound(model_of(resumed))
 
-    @pytest.mark.parametrize('name', ['lazy', 'gamma'])
+    @pytest.mark.parametrize('name', ['lazy', 'gamma', 'several'])
     def test_into_a_model_that_is_lazy_or_not(self, name):
         """Shapes come from the snapshot."""
         settings = SETTINGS[name]
-        whole = run(make_trainer('whole', use_gamma=True,
-                                 lazy=settings.get('lazy', False)))
+        whole = run(make_trainer('whole', **settings))
         first = make_trainer('first', 10, **settings)
         training.take_snapshots(first)
         run(first)

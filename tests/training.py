@@ -127,9 +127,10 @@ def run(trainer):
 
 
 def vectors(model):
-    """The vector u of each link, by name."""
-    return {f'{name}/W_u': link.W_u for name, link in model.namedlinks()
-            if hasattr(link, 'W_u')}
+    """The vectors of each link, by name."""
+    return {f'{path}/{name}': getattr(link, name)
+            for path, link in model.namedlinks()
+            for name in ('W_u', 'W_us') if hasattr(link, name)}
 
 
 def state(trainer):

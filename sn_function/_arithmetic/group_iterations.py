@@ -14,7 +14,7 @@ always.  What a scale does to the letters:
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import chainer
 import numpy
@@ -44,6 +44,30 @@ class Vectors(NamedTuple):
     s_norms: list[Any]
     t_norms: list[Any]
 
+    @property
+    def start(self) -> Any:
+        return self.us[0]
+
+    @property
+    def following(self) -> Any:
+        return self.us[-1]
+
+    def turns(self) -> Any:
+        """``1 - u_0 . u_1 / |u_0|`` of each group; 0 for a zero or a NaN."""
+        # u_0 . W v_1 = |W^T u_0|
+        return self.or_zero(1 - self.s_norms[0] / (
+            self.t_norms[0] * length(self.us[0])))
+
+    def residuals(self, A: Any) -> Any:
+        """``|W^T u - sigma v| / sigma`` of each group; 0 as in turns."""
+        return self.or_zero(length(
+            _tdot(A, self.us[-1]) / self.t_norms[-1] - self.vs[-1]))
+
+    def or_zero(self, numbers: Any) -> Any:
+        """Numbers of the groups, or 0 where sigma is zero or not finite."""
+        xp, sigma = chainer.backend.get_array_module(numbers), self.t_norms[-1]
+        return xp.where((sigma > 0) & (sigma < math.inf), numbers, 0.0)
+
 
 class OfGroup(NamedTuple):
     """What :class:`.interface.Iterations` has, of one group."""
@@ -52,6 +76,8 @@ class OfGroup(NamedTuple):
     v: Any
     start: Any
     restarted: Any
+    basis: Any = None
+    singular_values: Any = None
 
 
 class Iterations(NamedTuple):
@@ -63,11 +89,18 @@ class Iterations(NamedTuple):
         sigma: The largest: a float, or an array of shape ``()`` of a device.
         largest: Index of that group: a slice of length 1, or an array of
             shape ``(1,)`` of a device.
-        given: The start vector that was given, shape ``(G m,)``.
+        given: The start vector that was given, shape ``(G m,)``; or the
+            several that were used, shape ``(b, G m)``.
         scale: What each group was divided by, shape ``(G, 1, 1, 1)``, or 1.
         u_norm: What each vector was divided by, likewise.
         restarts: Whether ``u_0`` of a group is not the one that was given,
             likewise, or ``False``.
+        basis: With several vectors, an orthonormal basis of their span in
+            each group, shape ``(G, 1, b, m)``.
+        moved: With several vectors, what follows them, likewise.
+        singular_values: With several vectors, the estimates of the largest
+            ones of each group, shape ``(G, 1, b, 1)``.
+        residuals: That of each group, if there is a tolerance.
 
     """
 
@@ -79,6 +112,10 @@ class Iterations(NamedTuple):
     scale: Any = 1.0
     u_norm: Any = 1.0
     restarts: Any = False
+    basis: Any = None
+    moved: Any = None
+    singular_values: Any = None
+    residuals: Any = None
 
     @property
     def u(self) -> Any:
@@ -87,6 +124,11 @@ class Iterations(NamedTuple):
     @property
     def v(self) -> Any:
         return self.vectors.vs[-1].reshape(-1)
+
+    @property
+    def following(self) -> Any:
+        """What each group goes on from, shape ``(G, 1, b, m)``."""
+        return self.vectors.us[-1] if self.moved is None else self.moved
 
     @property
     def start(self) -> Any:
@@ -122,16 +164,35 @@ class Iterations(NamedTuple):
 
     def turn(self) -> Any:
         """Returns how much the first iteration turns that of the largest."""
-        turn = _turns(self.vectors)[self.largest].reshape(())
+        turn = self.vectors.turns()[self.largest].reshape(())
         return float(turn) if isinstance(self.largest, slice) else turn
+
+    def residual(self) -> Any:
+        """Returns the largest of all groups, which a tolerance is for."""
+        return self.residuals.max()
 
     def of_largest(self) -> OfGroup:
         """Returns the vectors of the largest group."""
         us, vs, *_ = self.vectors
-        start = self.start.reshape(us[0].shape)
-        u, v, start = [
-            x[self.largest].reshape(-1) for x in (us[-1], vs[-1], start)]
-        return OfGroup(u, v, start, self.restarted)
+        start = as_groups(self.start, len(us[0]))
+        u, v, start = [x[self.largest].reshape(-1)
+                       for x in (us[-1], vs[-1], start)]
+        of_group = OfGroup(u, v, start, self.restarted)
+        if self.basis is None:
+            return of_group
+        return of_group._replace(
+            basis=self.basis[self.largest][0, 0],
+            singular_values=self.singular_values[self.largest].reshape(-1))
+
+
+def as_groups(u: Any, G: int) -> Any:
+    """Vectors of all groups, one after another, as ``(G, 1, b, m)``."""
+    return u.reshape(1, -1, G, u.shape[-1] // G).transpose(2, 0, 1, 3)
+
+
+def as_rows(U: Any) -> Any:
+    """What :func:`as_groups` takes, shape ``(b, G m)``."""
+    return U.transpose(1, 2, 0, 3).reshape(U.shape[2], -1)
 
 
 def iterate(A: Any, u: Any, n: int) -> Vectors:
@@ -167,53 +228,60 @@ def _dot(A: Any, v: Any) -> Any:
 
 def _unit(x: Any) -> tuple[Any, Any]:
     """Unit vectors, or zero where x is zero; and the norms, in float64."""
-    norm = _norm(x)
-    return (x / _or_one(norm)).astype(x.dtype, copy=False), norm
+    norm = length(x)
+    return (x / or_one(norm)).astype(x.dtype, copy=False), norm
 
 
-def _norm(x: Any) -> Any:
+def length(x: Any) -> Any:
     x = x.astype(numpy.float64, copy=False).reshape(len(x), 1, 1, -1)
     return (x * x).sum(axis=3, keepdims=True) ** 0.5
 
 
-def _or_one(x: Any) -> Any:
+def or_one(x: Any) -> Any:
     """``x``, or 1 where that is zero."""
     return x + (x == 0)
 
 
-def _peak(x: Any) -> Any:
+def peak(x: Any) -> Any:
     """The largest magnitude of each group, or 1 where it is 0 or not finite.
     """
     xp = chainer.backend.get_array_module(x)
-    peak = abs(x).max(axis=(1, 2, 3), keepdims=True).astype(numpy.float64)
-    return xp.where((peak > 0) & xp.isfinite(peak), peak, 1.0)
+    largest = abs(x).max(axis=(1, 2, 3), keepdims=True).astype(numpy.float64)
+    return xp.where((largest > 0) & xp.isfinite(largest), largest, 1.0)
 
 
 def iterate_anew(
-        A: Any, vectors: Vectors, n: int, renewal: Renewal) -> Vectors:
-    """Runs ``n`` iterations again where a vector is one of another weight.
+        A: Any, run: Callable[[Any], Any], start: Any, n: int,
+        renewal: Renewal) -> Any:
+    """Runs ``n`` iterations, again where the renewal says so.
 
-    Each group has a vector of its own, and is decided for by itself: from
-    where it is taken to, until it is settled.  On the host only.
+    Each group has vectors of its own, and is decided for by itself: from
+    where these are taken to, until it is settled.  On a device that is done
+    with a tolerance only, as all iterations are run there.
+
+    Args:
+        A: Array of shape ``(G, l, m, r)``.
+        run: Runs them from vectors of all groups; returns :class:`Vectors`,
+            or what has their methods, and ``start`` and ``following``.
+        start: The vectors, with the groups along the first axis.
+        n: Number of iterations of a run.
+        renewal: When more are needed.
+
     """
-    limit, is_stale = renewal.limit, True
+    xp = chainer.backend.get_array_module(A)
+    found, limit, is_off = run(start), renewal.limit, True
+    if xp is not numpy and renewal.rtol is None:
+        return found
     for _ in range(0, renewal.n_warmup, n):
-        is_stale = is_stale & (_turns(vectors) > limit)
-        if not is_stale.any():
+        if renewal.rtol is None:
+            is_off = is_off & (found.turns() > limit)
+        else:
+            is_off = is_off & (found.residuals(A) > renewal.rtol)
+        if xp is numpy and not is_off.any():
             break
         limit = SETTLED
-        vectors = iterate(
-            A, numpy.where(is_stale, vectors.us[-1], vectors.us[0]), n)
-    return vectors
-
-
-def _turns(vectors: Vectors) -> Any:
-    """``1 - u_0 . u_1 / |u_0|`` of each group; 0 for a zero or a NaN."""
-    xp = chainer.backend.get_array_module(vectors.us[0])
-    # u_0 . W v_1 = |W^T u_0|
-    cosine = vectors.s_norms[0] / (vectors.t_norms[0] * _norm(vectors.us[0]))
-    sigma = vectors.t_norms[-1]
-    return xp.where((sigma > 0) & (sigma < math.inf), 1 - cosine, 0.0)
+        found = run(xp.where(is_off, found.following, found.start))
+    return found
 
 
 def power_iteration(
@@ -224,7 +292,8 @@ def power_iteration(
         A: Array of shape ``(G, l, m, r)``.
         u: Array of shape ``(G m,)``, which is copied.
         n: Number of iterations.
-        renewal: When they start from another vector; on the host only.
+        renewal: When they start from another vector, by
+            :func:`iterate_anew`.
 
     Raises:
         VectorValueError: On the host, ``u`` is zero or not finite.
@@ -234,13 +303,14 @@ def power_iteration(
     given = u.astype(A.dtype)
     start = given.reshape(len(A), 1, 1, A.shape[2])
     if not isinstance(A, numpy.ndarray):
-        return _carefully(A, start, n, NEVER)
-    vectors = iterate_anew(A, iterate(A, start, n), n, renewal)
+        return _carefully(A, start, n, renewal)
+    vectors = iterate_anew(
+        A, lambda u: iterate(A, u, n), start, n, renewal)
     low, high = ORDINARY[A.dtype.char]
     norms = numpy.array([vectors.s_norms, vectors.t_norms])
     if norms.min() > low and norms.max() < high:
-        return _finished(
-            vectors, vectors.t_norms[-1], vectors.us[0].reshape(-1))
+        return _measured(A, renewal, finished(
+            vectors, vectors.t_norms[-1], vectors.us[0].reshape(-1)))
     if not (numpy.isfinite(given).all() and given.any()):
         raise errors.VectorValueError(u)
     return _carefully(A.astype(numpy.float64), start, n, renewal)
@@ -255,28 +325,29 @@ def _carefully(
     norm.
     """
     xp = chainer.backend.get_array_module(A)
-    scale, u_peak = _peak(A), _peak(given)
+    scale, u_peak = peak(A), peak(given)
     A = (A / scale).astype(A.dtype, copy=False)
-    start, length = _unit(given / u_peak)  # in float64, as peaks are
+    start, start_norm = _unit(given / u_peak)  # in float64, as peaks are
     start = start.astype(A.dtype, copy=False)
     rows = (A * A).sum(axis=(1, 3)).reshape(given.shape)
     is_zero = rows.max(axis=3, keepdims=True) == 0
-    is_usable = xp.isfinite(length) & (is_zero | (
+    is_usable = xp.isfinite(start_norm) & (is_zero | (
         _tdot(A, start) != 0).any(axis=(1, 3), keepdims=True))
     largest_row = xp.arange(A.shape[2]) == xp.expand_dims(
         rows.argmax(axis=3), 3)
     start = xp.where(is_usable, start, largest_row.astype(A.dtype))
-    vectors = iterate_anew(A, iterate(A, start, n), n, renewal)
+    vectors = iterate_anew(
+        A, lambda u: iterate(A, u, n), start, n, renewal)
     restarts = ~is_usable
-    if renewal.n_warmup:
+    if vectors.start is not start:
         restarts |= (vectors.us[0] != start).any(axis=3, keepdims=True)
-    iterations = _finished(
+    iterations = finished(
         vectors, vectors.t_norms[-1] * scale, given.reshape(-1))
-    return iterations._replace(
-        scale=scale, u_norm=_or_one(length) * u_peak, restarts=restarts)
+    return _measured(A, renewal, iterations._replace(
+        scale=scale, u_norm=or_one(start_norm) * u_peak, restarts=restarts))
 
 
-def _finished(vectors: Vectors, sigmas: Any, given: Any) -> Iterations:
+def finished(vectors: Vectors, sigmas: Any, given: Any) -> Iterations:
     sigmas = sigmas.reshape(-1)
     sigma, largest = sigmas.max(), sigmas.argmax()  # NaN is the largest
     if isinstance(sigmas, numpy.ndarray):
@@ -284,6 +355,12 @@ def _finished(vectors: Vectors, sigmas: Any, given: Any) -> Iterations:
     else:
         largest = largest.reshape(1)
     return Iterations(vectors, sigmas, sigma, largest, given)
+
+
+def _measured(A: Any, renewal: Renewal, iterations: Iterations) -> Iterations:
+    if renewal.rtol is None:
+        return iterations
+    return iterations._replace(residuals=iterations.vectors.residuals(A))
 
 
 def adjoint(
@@ -302,11 +379,11 @@ def adjoint(
     for k in range(len(vs) - 1, -1, -1):
         sbar = _tdot(A, tbar)
         sbar = sbar - vs[k] * (vs[k] * sbar).sum()
-        sbar = (sbar / _or_one(s_norms[k])).astype(dtype, copy=False)
+        sbar = (sbar / or_one(s_norms[k])).astype(dtype, copy=False)
         P += [tbar, us[k]]
         Q += [vs[k], sbar]
         if k > 0:
-            tbar = (_dot(A, sbar) / _or_one(t_norms[k - 1])).astype(
+            tbar = (_dot(A, sbar) / or_one(t_norms[k - 1])).astype(
                 dtype, copy=False)
         elif need_u:
             ubar = _dot(A, sbar)

@@ -5,9 +5,9 @@ the norm of all of them is that of the largest:
 
     sigma = max_g sigma_g        Y = gamma f W / max(sigma, eps)
 
-Each ``sigma_g`` is from iterations of its own, of :mod:`.group_iterations`,
-and the gradient of sigma is that of the largest one.  As there, all is for
-NumPy and for CuPy.
+Each ``sigma_g`` is from iterations of its own, of :mod:`.group_iterations`, or
+of :mod:`.group_subspace` from several vectors, and the gradient of sigma is
+that of the largest one.  As there, all is for NumPy and for CuPy.
 """
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ import numpy
 from sn_function._arithmetic import (
     buffers,
     group_iterations,
+    group_subspace,
     power_iteration,
 )
 from sn_function._arithmetic.group_iterations import (
     Iterations,
     Vectors,
+    as_groups,
+    as_rows,
     transposed,
 )
 from sn_function._arithmetic.interface import (
@@ -49,9 +52,13 @@ def normalize(call: Forward) -> tuple[Arrays, Iterations]:
     settings, W = call.settings, call.W
     dtype = accumulator_dtype(W.dtype)
     array = W.astype(dtype, copy=False)
-    iterations = group_iterations.power_iteration(
-        _split(settings, array), call.u, settings.n_power_iteration,
-        call.renewal)
+    A, n = _split(settings, array), settings.n_power_iteration
+    if settings.n_vectors is None:
+        iterations = group_iterations.power_iteration(
+            A, call.u, n, call.renewal)
+    else:
+        iterations = group_subspace.subspace_iteration(
+            A, call.u, n, call.update_u, call.renewal)
     outputs: Arrays = ()
     _renew_gamma(call, iterations)
     if 'Y' in call.output_names:
@@ -104,17 +111,17 @@ def normalize_and_store(call: Forward) -> tuple[Arrays, Iterations]:
 
 
 def store(u: Any, iterations: Iterations) -> None:
-    """Overwrites ``u`` with ``u_K``, where no sigma is zero or not finite.
+    """Overwrites ``u`` with what follows, where sigma is positive and finite.
 
     Nothing is changed where one is not finite; the vector of a group whose
     sigma is zero stays as it is.
     """
     xp = chainer.backend.get_array_module(u)
-    new = iterations.vectors.us[-1]
     is_good = (iterations.sigmas > 0) & xp.isfinite(iterations.sigma)
-    old = u.reshape(new.shape)
-    u[...] = xp.where(
-        is_good.reshape(-1, 1, 1, 1), new, old).reshape(-1)
+    old = as_groups(u, len(is_good))
+    u[...] = as_rows(xp.where(
+        is_good.reshape(-1, 1, 1, 1), iterations.following, old)).reshape(
+            u.shape)
 
 
 def gradients(call: Backward) -> Arrays:
@@ -180,7 +187,7 @@ def _of_sigma(
     largest = iterations.largest
     vectors = Vectors(*[
         [x[largest] for x in column] for column in iterations.vectors])
-    if settings.detach_uv:
+    if settings.detach_uv or settings.n_vectors is not None:
         return transposed(vectors.us[-1]) * vectors.vs[-1], None
     scale, u_norm, restarts = [
         x[largest] if hasattr(x, 'shape') else x for x in (

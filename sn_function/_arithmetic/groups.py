@@ -70,3 +70,11 @@ def length_of_u(
         return m
     G = groups.count_in(shape)
     return m if groups.axis == axis else G * m
+
+
+def most_vectors(
+        shape: Sequence[int], axis: int, groups: Groups | None) -> int:
+    """Returns how many vectors a weight, or each group of it, has at most."""
+    length = length_of_u(shape, axis, groups)
+    m = length if groups is None else length // groups.count_in(shape)
+    return min(m, math.prod(shape) // length if length else 0)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy
 
@@ -184,6 +184,14 @@ class Matrix:
         """Returns ``U U^T`` of ``U``, shape ``(b, m)``, in float64."""
         U = U.astype(numpy.float64, copy=False)
         return U.dot(U.T)
+
+    def peaks(self, U: Any) -> Any:
+        """Returns the largest magnitude in each row of ``U``, in float64."""
+        return abs(U).max(axis=1).astype(numpy.float64)
+
+    def agreed(self, *arrays: Any) -> Sequence[Any]:
+        """Returns arrays of float64 as one of the processes has them."""
+        return arrays
 
     def dot(self, v: Any) -> Any:
         """Returns ``W v``, shape ``(m,)``, of ``v``, shape ``(n,)``."""

@@ -16,7 +16,7 @@ It takes one pass over W, with b right-hand sides, and matrices of b by b:
 
 and a second pass moves the vectors on, leading one first:
 
-    U_j <- (W (B S)_j - c (B U)_j) / (l_j - c)    c = 0.45 l_b - d l_1
+    U_j <- (W (B S)_j - c (B U)_j) / (l_j - c)    c = 0.45 l_b - 0.0001 l_1
 
 The span is a constant of the gradient, and u is the best vector in it, so to
 first order no change of u changes sigma: ``d sigma / d W = u v^T``, of rank 1,
@@ -27,9 +27,9 @@ the b-th largest lie around zero, so that the vectors converge nearly twice as
 fast.  With half of ``l_b``, where the b largest are equal, what W takes to
 zero would stay for ever.
 
-The small d keeps the vectors independent whatever W is.  With E the part of
-the new U outside of the old span, the new ``U U^T`` is ``I + E E^T``, and the
-rows of E are no longer than ``0.7 / sqrt(d)``.
+The small part of ``l_1`` keeps the vectors independent whatever W is.  With E
+the part of the new U outside of the old span, the new ``U U^T`` is ``I + E
+E^T``, and no row of E is longer than 70.
 
 See G. H. Golub and C. F. Van Loan, Matrix Computations, 4th edition, section
 8.2.  Extreme sizes are treated as in :mod:`.power_iteration`.
@@ -58,10 +58,9 @@ from sn_function._arithmetic.matrix import (
     is_ordinary,
 )
 
-# The part of l_b in the shift.
+# The parts of l_b and of l_1 in the shift.
 SHIFT = 0.45
-# The d, by the dtype that vectors are stored in.
-REGULAR = {'e': 1e-3, 'f': 2e-6, 'd': 1e-10}
+REGULAR = 1e-4
 # Of vectors of length 1, the part of each that is orthogonal to those before
 # it: below the first they are made orthonormal before they are used, and below
 # the second they are not independent.
@@ -163,45 +162,44 @@ def subspace_iteration(
         VectorValueError: ``U`` is not finite, or its rows not independent.
 
     """
-    d = REGULAR[U.dtype.char]
     U = U.astype(A.array.dtype, copy=False)
     try:
-        return _iterate_anew(A, U, n, d, moves, False, renewal)
+        return _iterate_anew(A, U, n, moves, False, renewal)
     except ExtremeNormError:
         pass
     A = A.astype(numpy.float64)
-    start = _unit_rows(U)
+    start = _unit_rows(A, U)
     try:
-        iterations = _iterate_anew(A, start, n, d, moves, True, renewal)
+        iterations = _iterate_anew(A, start, n, moves, True, renewal)
     except ExtremeNormError:
         raise errors.VectorValueError(U) from None
     is_restarted = iterations.sigma == 0 and not A.is_zero()
     if is_restarted:  # the span is orthogonal to all columns of W
         start[0] = A.start_at_largest_row(start.dtype)
-        iterations = _iterate_anew(A, start, n, d, moves, True, renewal)
+        iterations = _iterate_anew(A, start, n, moves, True, renewal)
     return iterations._replace(
         start=iterations.start.astype(U.dtype), restarted=is_restarted)
 
 
-def _unit_rows(U: Any) -> Any:
+def _unit_rows(A: Matrix, U: Any) -> Any:
     """Returns rows of length 1, in float64.
 
     Raises:
         VectorValueError: One is zero or not finite.
 
     """
-    largest = abs(U).max(axis=1, keepdims=True).astype(numpy.float64)
-    if not (numpy.isfinite(largest).all() and largest.all()):
+    peaks = A.peaks(U)
+    if not (numpy.isfinite(peaks).all() and peaks.all()):
         raise errors.VectorValueError(U)
-    U = U / largest
-    return U / numpy.sqrt((U * U).sum(axis=1, keepdims=True))
+    U = U / peaks[:, None]
+    return U / numpy.sqrt(A.gram(U).diagonal())[:, None]
 
 
 def _iterate_anew(
-        A: Matrix, U: Any, n: int, d: float, moves: bool, careful: bool,
+        A: Matrix, U: Any, n: int, moves: bool, careful: bool,
         renewal: Renewal) -> SubspaceIteration:
     """As in :mod:`.power_iteration`, outside of the graph."""
-    iterations = _iterate(A, U, n, d, moves, careful)
+    iterations = _iterate(A, U, n, moves, careful)
     if renewal != NEVER and 0 < iterations.sigma < math.inf and not moves:
         iterations = iterations._replace(
             t=A.dot(iterations.v) / iterations.sigma)
@@ -211,17 +209,17 @@ def _iterate_anew(
             break
         limit = SETTLED
         if iterations.following is None:
-            iterations = _iterate(A, U, n, d, True, careful)
-        iterations = _iterate(A, iterations.following, n, d, True, careful)
+            iterations = _iterate(A, U, n, True, careful)
+        iterations = _iterate(A, iterations.following, n, True, careful)
     return iterations
 
 
 def _iterate(
-        A: Matrix, U: Any, n: int, d: float, moves: bool, careful: bool,
+        A: Matrix, U: Any, n: int, moves: bool, careful: bool,
 ) -> SubspaceIteration:
     start = U
     for k in range(1, n + 1):
-        iterations = _step(A, U, start, d, moves or k < n, careful)
+        iterations = _step(A, U, start, moves or k < n, careful)
         if not 0 < iterations.sigma < math.inf:
             break
         U = iterations.following
@@ -229,30 +227,27 @@ def _iterate(
 
 
 def _step(
-        A: Matrix, U: Any, start: Any, d: float, moves: bool, careful: bool,
+        A: Matrix, U: Any, start: Any, moves: bool, careful: bool,
 ) -> SubspaceIteration:
     """One pass over ``A``, or two to move the vectors on."""
     U, E = _orthonormal(A, U)
     S = A.tdot_all(U)
-    unit = float(abs(S).max()) if careful else 1.0
-    if careful and 0 < unit < math.inf:
+    unit = 1.0
+    if careful:
+        unit = float(abs(S).max())
+        if not 0 < unit < math.inf:  # zero, or NaN in all that follows
+            sigma = 0.0 * unit
+            return SubspaceIteration(
+                U[0] + U.dtype.type(sigma), S[0] * 0, sigma,
+                numpy.full(len(U), sigma), unit, U, start, A)
         S = S / unit
-    H = S.dot(S.T).astype(numpy.float64, copy=False)
-    total = math.sqrt(H.trace())
-    if not careful and not is_ordinary(total, S.dtype):
+    squares, B = A.agreed(*_ritz(S, E))
+    sigma = math.sqrt(squares[0])
+    if not careful and not is_ordinary(sigma, S.dtype):
         raise ExtremeNormError
-    if not 0 < total < math.inf:  # zero, or NaN in all that follows
-        sigma = 0.0 * total
-        return SubspaceIteration(
-            U[0] + U.dtype.type(sigma), S[0] * 0, sigma,
-            numpy.full(len(U), sigma), unit, U, start, A)
-    squares, C = numpy.linalg.eigh(E.dot(H).dot(E.T))
-    squares = squares[::-1].clip(0)
-    B = C.T[::-1].dot(E).astype(S.dtype, copy=False)
+    B = B.astype(S.dtype, copy=False)
     basis = B.dot(U)
-    v = B[0].dot(S)
-    sigma = A.norm_of_s(v, careful)
-    v /= sigma
+    v = B[0].dot(S) / sigma
     t = following = None
     if moves:
         following = B.dot(A.dot_all(S))
@@ -260,7 +255,8 @@ def _step(
             following /= unit
         t = following[0] * (1 / sigma ** 2)
         # One vector alone would not leave what W takes to zero.
-        c = (SHIFT * squares[-1] if len(U) > 1 else 0) - d * squares[0]
+        c = SHIFT * squares[-1] if len(U) > 1 else 0.0
+        c -= REGULAR * squares[0]
         following -= basis * c
         following /= (squares - c)[:, None]
         following[0] /= A.norm_of_t(following[0], careful)
@@ -281,17 +277,31 @@ def _orthonormal(A: Matrix, U: Any) -> tuple[Any, Any]:
     for _ in range(3):
         G = A.gram(U)
         norms = numpy.sqrt(G.diagonal())
-        if not all([is_ordinary(norm, U.dtype) for norm in norms.tolist()]):
+        if not all([is_ordinary(x, U.dtype) for x in norms.tolist()]):
             raise ExtremeNormError
-        try:
-            L = numpy.linalg.cholesky(G / norms / norms[:, None])
-        except numpy.linalg.LinAlgError:
-            raise ExtremeNormError from None
-        E = numpy.linalg.inv(L) / norms
+        L, = A.agreed(_cholesky(G / norms / norms[:, None]))
         pivot = L.diagonal().min()
-        if pivot > INDEPENDENT:
-            break
         if pivot < DEPENDENT:
             raise ExtremeNormError
+        E = numpy.linalg.inv(L) / norms
+        if pivot > INDEPENDENT:
+            break
         U = E.dot(U).astype(U.dtype)
     return U, E
+
+
+def _ritz(S: Any, E: Any) -> tuple[Any, Any]:
+    """Returns ``l_1, l_2, ...`` and B; zeros where a square overflows."""
+    H = S.dot(S.T).astype(numpy.float64, copy=False)
+    if not math.isfinite(H.trace()):
+        return numpy.zeros(len(H)), numpy.zeros_like(H)
+    squares, C = numpy.linalg.eigh(E.dot(H).dot(E.T))
+    return squares[::-1].clip(0), C.T[::-1].dot(E)
+
+
+def _cholesky(G: Any) -> Any:
+    """Returns ``L`` with ``L L^T = G``, or zeros where there is none."""
+    try:
+        return numpy.linalg.cholesky(G)
+    except numpy.linalg.LinAlgError:
+        return numpy.zeros_like(G)

@@ -81,7 +81,7 @@ def _estimate(
     if settings.detach_uv:
         return F.sum(of_group.u * A.dot(chainer.as_variable(of_group.v)))
     if settings.n_vectors is not None:
-        return _largest_in_span(A, iterations)
+        return _largest_in_span(A, of_group)
     u = _start(of_group, u)
     for _ in range(settings.n_power_iteration):
         t = A.dot(_unit(A.tdot(u)))

@@ -18,9 +18,17 @@ and of n numbers in each step of the adjoint of
 
 ``<gY, W>`` goes with the first of these.
 
+With several vectors, the rows of ``U``, each pass of
+:mod:`sn_function._arithmetic.subspace` has the sums of
+
+    G = sum_r U_r U_r^T      S = sum_r U_r W_r      |T_1|^2 = sum_r |T_{1,r}|^2
+
+and rank 0 sends what LAPACK makes of the small matrices G and ``S S^T``.  The
+gradient has rank 1, and needs ``<gY, W>`` alone.
+
 No rank may take a branch or raise alone: the others would wait for it forever.
 So each decision depends on a result of ``MPI_Allreduce``, which MPI requires
-to be identical on all ranks.
+to be identical on all ranks, or on what rank 0 has sent.
 """
 from __future__ import annotations
 
@@ -32,7 +40,7 @@ import chainer
 import numpy
 
 from sn_function import _checks, errors
-from sn_function._arithmetic import power_iteration
+from sn_function._arithmetic import power_iteration, subspace
 from sn_function._arithmetic.choose import is_on_device
 from sn_function._arithmetic.interface import Arithmetic, Arrays, Settings
 from sn_function._arithmetic.matrix import (
@@ -49,6 +57,7 @@ from sn_function._graph.normalize import ArrayOrVariable, Number
 # Settings that must be equal on all ranks, or they would send different data.
 FACTS = (
     'the number of columns of W', 'the bytes of an entry of W',
+    'the number of vectors (0 for a u of one axis)',
     'n_power_iteration', 'factor (or cap)', 'eps (or cap)', 'detach_uv',
     'update_u', 'return_sigma', 'whether W needs a gradient')
 
@@ -82,6 +91,11 @@ class Ranks:
         x = numpy.array(numbers, numpy.float64)
         self._comm.Allreduce(self._mpi.IN_PLACE, x, self._mpi.MAX)
         return x.tolist()
+
+    def of_first(self, x: Any) -> Any:
+        """Overwrites an array with that of rank 0; returns it."""
+        self._comm.Bcast(x, 0)
+        return x
 
     def has_largest(self, number: float) -> bool:
         """Whether this rank is the first of those with the largest number."""
@@ -127,9 +141,9 @@ def _size(x: Any) -> float:
 class ShardedMatrix(Matrix):
     """The rows of a matrix that this rank holds, and what all ranks sum.
 
-    :func:`.power_iteration.power_iteration` and its adjoint run on it as on a
-    whole matrix.  A vector of m entries is this rank's part of it; one of n
-    entries is whole.
+    :func:`.power_iteration.power_iteration`, its adjoint, and
+    :func:`.subspace.subspace_iteration` run on it as on a whole matrix.  A
+    vector of m entries is this rank's part of it; one of n entries is whole.
     """
 
     __slots__ = ('_is_ordinary', 'ranks')
@@ -139,6 +153,7 @@ class ShardedMatrix(Matrix):
     def of(cls, ranks: Ranks, W: Any, dtype: Any) -> ShardedMatrix:
         rows = cls(W.astype(dtype, copy=False), 0)
         rows.ranks = ranks
+        rows._is_ordinary = True
         return rows
 
     def astype(self, dtype: Any) -> ShardedMatrix:
@@ -146,6 +161,23 @@ class ShardedMatrix(Matrix):
 
     def tdot(self, u: Any) -> Any:
         return self.ranks.sum(super().tdot(u))
+
+    def tdot_all(self, U: Any) -> Any:
+        return self.ranks.sum(super().tdot_all(U))
+
+    def gram(self, U: Any) -> Any:
+        return self.ranks.sum(super().gram(U))
+
+    def peaks(self, U: Any) -> Any:
+        return numpy.array(self.ranks.max([_size(u) for u in U]))
+
+    def agreed(self, *arrays: Any) -> Sequence[Any]:
+        # LAPACK need not give the same on all kinds of machines.
+        message = self.ranks.of_first(
+            numpy.concatenate([x.ravel() for x in arrays]))
+        ends = numpy.cumsum([x.size for x in arrays])[:-1]
+        return [part.reshape(x.shape) for part, x in zip(
+            numpy.split(message, ends), arrays)]
 
     def norm_of_s(self, s: Any, careful: bool) -> float:
         if careful:
@@ -213,9 +245,9 @@ class ShardedNormalize(node.Node):
         # NaN and overflow show in the outputs; they need no warning as well.
         with numpy.errstate(all='ignore'):
             # A copy: the owner of u is free to change it.
-            iterations = power_iteration.power_iteration(
-                ShardedMatrix.of(self.ranks, W, dtype), u.astype(dtype),
-                self.settings.n_power_iteration)
+            iterations = _iterations(
+                ShardedMatrix.of(self.ranks, W, dtype), u.copy(),
+                self.settings.n_power_iteration, update_u)
             divisor, _ = iterations.floored(self.settings)
             Y = iterations.matrix.array * (self.settings.factor / divisor)
             outputs: Arrays = Y.astype(W.dtype, copy=False),
@@ -234,6 +266,12 @@ class ShardedNormalize(node.Node):
         given = {name: g for name, g in given.items() if g is not None}
         return ShardedNormalizeGrad(self, list(given)).apply(
             (*self.get_retained_inputs(), *given.values()))
+
+
+def _iterations(A: ShardedMatrix, u: Any, n: int, moves: bool) -> Any:
+    if u.ndim == 1:
+        return power_iteration.power_iteration(A, u, n)
+    return subspace.subspace_iteration(A, u, n, moves)
 
 
 class ShardedNormalizeGrad(node.Node):
@@ -333,12 +371,16 @@ def sharded_spectral_normalize(
             Sums over float16 are made and sent in float32.
         u (numpy.ndarray): This rank's part of the start vector, of shape
             ``(W.shape[0],)`` and of the dtype of ``W`` (or float32 for a
-            float16 weight).  It may be zero, but not on all ranks.
+            float16 weight).  It may be zero, but not on all ranks.  Or its
+            parts of ``b`` vectors, of shape ``(b, W.shape[0])``, as in
+            :func:`~sn_function.functions.spectral_normalize`; there may be
+            more of them than rows on one rank, but not than on all.
         n_power_iteration (int): Number ``K`` of iterations, 1 or more.
         factor (float): A constant factor above 0.
         eps (float): Floor on sigma.
         detach_uv (bool): Take ``u`` and ``v`` as constants in the gradient.
-            Backward then sends one number instead of ``K`` vectors.
+            Backward then sends one number instead of ``K`` vectors, as it
+            always does with several vectors.
         update_u (bool): Overwrite ``u`` with this rank's part of the last
             one, unless that is zero or not finite on any rank.
         return_sigma (bool): Return sigma, too.  Its gradients on all ranks
@@ -389,16 +431,18 @@ def sharded_spectral_normalize(
         _check_shard(W, u, update_u)
         needs_gradient = isinstance(W, chainer.Variable) and (
             W.requires_grad and chainer.config.enable_backprop)
+        n_vectors = len(u) if u.ndim == 2 else 0
         facts = [float(x) for x in (
-            W.size // W.shape[0], W.dtype.itemsize, n_power_iteration, factor,
-            eps, bool(detach_uv), bool(update_u), bool(return_sigma),
-            needs_gradient)]
+            W.size // W.shape[0], W.dtype.itemsize, n_vectors,
+            n_power_iteration, factor, eps, bool(detach_uv), bool(update_u),
+            bool(return_sigma), needs_gradient)]
         u_max = _size(u)
     except errors.SpectralNormalizationError as error:
         problem = error
     ranks.agree(problem, facts, u_max)
+    # The gradient of several vectors is that of constant ones.
     settings = Settings(
-        int(n_power_iteration), 0, bool(detach_uv), *numbers)
+        int(n_power_iteration), 0, bool(detach_uv) or u.ndim == 2, *numbers)
     outputs = ShardedNormalize(
         ranks, settings, u, update_u, bool(return_sigma)).apply((W,))
     return outputs if return_sigma else outputs[0]
@@ -410,4 +454,4 @@ def _check_shard(W: Any, u: Any, update_u: bool) -> None:
         raise errors.ShardedDeviceError
     if isinstance(u, chainer.Variable):
         raise errors.ShardedVectorTypeError
-    _checks.check_arrays(W, u, 0, update_u)
+    _checks.check_arrays(W, u, 0, update_u, is_part=True)

@@ -126,8 +126,10 @@ class HookedWeight:
         if is_gamma_misfit:
             misfits.append(self.state.gamma_name)
         if misfits:
-            self._warn(f'{" and ".join(misfits)} belonged to a weight of '
-                       f'another shape than {W.shape}.')
+            *others, last = misfits
+            names = f'{", ".join(others)} and {last}' if others else last
+            self._warn(f'{names} belonged to a weight of another shape than '
+                       f'{W.shape}.')
         u = vector.find(link, hook, W)
         if gamma is not None:
             _gamma.initialize(gamma, self.W, is_gamma_misfit)

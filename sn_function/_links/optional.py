@@ -53,7 +53,9 @@ class _WithOptional(chainer.Deserializer):
             loaded = self._of_file(key, None)
         except KeyError:
             return None
-        if loaded is None or value is None or loaded.shape != value.shape:
+        if loaded is None:  # it was saved so, or is to be left alone
+            return self._of_file(key, value)
+        if value is None or loaded.shape != value.shape:
             return loaded
         chainer.backend.copyto(value, loaded.astype(value.dtype))
         return value

@@ -37,7 +37,7 @@ def start_vector(link: chainer.Link, state: LinkState, u: Any) -> Any:
     # Without a Forget node the latest call is run again.
     start = state.start
     is_usable = type(start) is type(u) and (
-        start.dtype == accumulator_dtype(u.dtype) and start.shape == u.shape)
+        start.dtype == accumulator_dtype(u.dtype))
     return start if is_usable else u
 
 

@@ -3,18 +3,18 @@
 The leading one is ``W_u``, of shape ``(m,)``.  A hook with several vectors
 keeps the others in ``W_us``, of shape ``(b - 1, m)``.  The arithmetic gets all
 of them as one array of shape ``(b, m)``, of which both are views until one is
-replaced.
+replaced.  With groups each vector is that of all groups, one after another,
+and ``(m,)`` is ``(G m,)``.
 """
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import chainer
 
 from sn_function import _checks
 from sn_function._arithmetic.choose import arithmetic_of, is_on_device
-from sn_function._arithmetic.groups import length_of_u
+from sn_function._arithmetic.groups import length_of_u, most_vectors
 from sn_function._arithmetic.interface import Array
 from sn_function._links.weight import groups_of, output_axis
 
@@ -28,10 +28,10 @@ def names(hook: Any) -> list[str]:
 def count(link: chainer.Link, hook: Any, shape: tuple[int, ...]) -> int:
     """Returns how many vectors a weight of that shape has."""
     n = getattr(hook, 'n_vectors', 1)
-    if n == 1 or groups_of(link, hook) is not None:
+    if n == 1:
         return 1
-    axis = output_axis(link)
-    return min(n, shape[axis], math.prod(shape[:axis] + shape[axis + 1:]))
+    return min(n, most_vectors(
+        shape, output_axis(link), groups_of(link, hook)))
 
 
 def find(link: chainer.Link, hook: Any, W: Array) -> Array:
@@ -123,6 +123,8 @@ def put(link: chainer.Link, name: str, x: Array | None) -> None:
     if x is None or old is None or (old.shape, old.dtype) != (
             x.shape, x.dtype):
         _set(link, name, None if x is None else link.device.send(x))
+    elif type(old) is type(x):  # copyto takes longer to find that out
+        old[...] = x
     else:
         chainer.backend.copyto(old, x)
 
@@ -168,7 +170,7 @@ def _send(link: chainer.Link, u: Array, W: Array) -> Array:
 
 def _concatenate(link: chainer.Link, *us: Array) -> Array:
     with chainer.using_device(link.device):
-        return link.xp.concatenate(us)
+        return link.xp.ascontiguousarray(link.xp.concatenate(us))
 
 
 def _draw(link: chainer.Link, hook: Any, W: Array, *n: int) -> Array:

@@ -44,9 +44,32 @@ def read(reader: Reader, weight: WeightKeys, axes: Axes) -> WeightArrays:
     if weight.layout == layouts.WRAPPER:
         v = None  # made anew from u in each call
     arrays = WeightArrays(W, axis, u, v, gamma, fault, is_unclear)
+    if fault is None and weight.us is not None:
+        arrays = _with_others(reader, weight.us, arrays)
     if fault is None and weight.is_torch:
         with numpy.errstate(all='ignore'):  # of a weight that is not finite
             return _checked_of_torch(weight, arrays)
+    return arrays
+
+
+def _with_others(
+        reader: Reader, key: str, arrays: WeightArrays) -> WeightArrays:
+    """Adds the vectors beside ``u``, or says what is wrong with them."""
+    shape = reader.entry(key).shape
+    if shape is None:  # the hook makes them in its next call
+        return arrays
+    expected = _rows(shape), len(arrays.u)
+    if shape != expected:
+        return arrays._replace(
+            fault_of_us=f'of shape {shape} instead of {expected}')
+    us = reader.read(key)
+    if us.dtype.char not in 'efd':
+        return arrays._replace(fault_of_us=f'of dtype {us.dtype}')
+    us = us[:arrays.most_vectors - 1]
+    fault = _fault_of(us) if us.size else None
+    arrays = arrays._replace(us=us, fault_of_us=fault)
+    if fault is None and not vectors.are_independent(arrays):
+        return arrays._replace(fault_of_us='not independent')
     return arrays
 
 
@@ -71,13 +94,38 @@ def read_usable(
     arrays = read(reader, weight, axes)
     check_finite(reader, weight.W, arrays.W)
     check_axis(reader, weight, arrays)
-    if arrays.fault is not None:
+    fault = fault_of(weight, arrays)
+    if fault is not None:
         raise errors.SnapshotVectorError(
-            reader.path, weight.u,
-            f'the vector of {weight.W!r} is {arrays.fault}')
+            reader.path, weight.u if arrays.fault else weight.us or '',
+            f'the vector of {weight.W!r} is {fault}')
     if weight.gamma is not None:
         check_finite(reader, weight.gamma, arrays.gamma)
     return arrays
+
+
+def fault_of(weight: WeightKeys, arrays: WeightArrays) -> str | None:
+    """Says what is wrong with the vectors, if so."""
+    if arrays.fault_of_us is None:
+        return arrays.fault
+    return f'{arrays.fault_of_us} in {layouts.split(weight.us or "")[1]}'
+
+
+def n_others(
+        reader: Reader, weight: WeightKeys, arrays: WeightArrays,
+) -> int | None:
+    """Returns how many vectors are to be made beside ``u``.
+
+    That is ``None`` where there are none, or none yet.
+    """
+    shape = None if weight.us is None else reader.entry(weight.us).shape
+    if shape is None:
+        return None
+    return min(_rows(shape), arrays.most_vectors - 1)
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) == 2 else 0
 
 
 def named(
@@ -85,6 +133,8 @@ def named(
     """Yields the entries of a weight, in the shapes of its layout."""
     yield weight.W, arrays.W
     yield weight.u, arrays.u.reshape(weight.u_shape(arrays.u.size))
+    if weight.us is not None and arrays.us is not None:
+        yield weight.us, arrays.us
     if weight.v is not None:
         yield weight.v, arrays.v
     if weight.gamma is not None:
@@ -102,8 +152,13 @@ def repaired_name(weight: WeightKeys) -> str:
     return weight.W
 
 
-def note_of(reader: Reader, weight: WeightKeys) -> str:
-    """Says what belongs to a weight and is of no use."""
+def note_of(
+        reader: Reader, weight: WeightKeys, new: WeightKeys | None = None,
+) -> str:
+    """Says what belongs to a weight and is of no use, there or in ``new``."""
+    if new is not None and weight.us is not None and new.us is None:
+        return (f'{weight.us!r} is dropped, as {new.layout} has no place for '
+                f'it')
     if weight.layout == layouts.BIGGAN:
         return '' if weight.extras[0] in reader.keys else (
             f'{weight.extras[0]!r} is missing, and is not needed')
@@ -165,11 +220,14 @@ def _read_vector(
     x = reader.read(key)
     if x.dtype.char not in 'efd':
         return None, f'of dtype {x.dtype}'
+    fault = _fault_of(x)
+    return (x.reshape(-1), None) if fault is None else (None, fault)
+
+
+def _fault_of(x: Any) -> str | None:
     if not numpy.isfinite(x).all():
-        return None, 'NaN' if numpy.isnan(x).any() else 'Inf'
-    if not x.any():
-        return None, 'zero'
-    return x.reshape(-1), None
+        return 'NaN' if numpy.isnan(x).any() else 'Inf'
+    return None if x.any(axis=-1).all() else 'zero'
 
 
 def vector_dtype(reader: Reader, weight: WeightKeys, W: Any) -> Any:

@@ -43,8 +43,8 @@ def find_any(reader: Reader, prefix: str) -> list[WeightKeys]:
             'them', [weight.W for weight in found])
     known = set(keys)
     return _in_order(reader, [
-        weight._replace(gamma=_gamma(reader, weight, found, known))
-        for weight in found])
+        weight._replace(gamma=_gamma(reader, weight, found, known),
+                        us=_others(weight, known)) for weight in found])
 
 
 def with_plain(
@@ -71,8 +71,10 @@ def with_plain(
                 reader.path, pattern, 'no weight without a vector fits the '
                 'pattern', plain)
         new += fitting
-    return _in_order(reader, [
-        *found, *map(_plain_keys, dict.fromkeys(new))])
+    known = set(reader.keys)
+    return _in_order(reader, [*found, *[
+        weight._replace(us=_others(weight, known))
+        for weight in map(_plain_keys, dict.fromkeys(new))]])
 
 
 def prefix_for(reader: Reader, model: str | None, layout: str) -> str:
@@ -116,6 +118,12 @@ def _plain_keys(key: str) -> WeightKeys:
 
 
 # Of Chainer
+
+def _others(weight: WeightKeys, known: set[str]) -> str | None:
+    """Returns the entry of the vectors beside ``u``, if it has one."""
+    us = f'{weight.u}s'
+    return us if weight.layout == layouts.CHAINER and us in known else None
+
 
 def _find_chainer(reader: Reader, keys: Sequence[str]) -> list[WeightKeys]:
     found, known = [], set(keys)

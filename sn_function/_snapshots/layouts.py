@@ -3,7 +3,8 @@
 =================== ====================================================
 layout              entries of a weight ``W`` of a link ``l``
 =================== ====================================================
-chainer             ``l/W``, ``l/W_u (m,)``, ``l/gamma ()``
+chainer             ``l/W``, ``l/W_u (m,)``, ``l/gamma ()``; with several
+                    vectors ``l/W_us (b - 1, m)``, those beside ``W_u``
 sngan-projection    ``l/W``, ``l/u (1, m)``, ``l/gamma (1, ..., 1)``
 torch               ``l.weight_orig``, ``l.weight_u (m,)``,
                     ``l.weight_v (n,)``
@@ -54,7 +55,8 @@ class WeightKeys(NamedTuple):
 
     ``path`` is that of its link, with a separator, and ``name`` that of the
     weight there.  ``child`` is the path of the layer in a module that wraps
-    it.  ``extras`` are entries that have no use without the vectors.
+    it.  ``extras`` are entries that have no use without the vectors, and
+    ``us`` has the vectors beside ``u``, if there are any.
     """
 
     layout: str
@@ -66,6 +68,7 @@ class WeightKeys(NamedTuple):
     gamma: str | None = None
     child: str = ''
     extras: tuple[str, ...] = ()
+    us: str | None = None
 
     @property
     def is_torch(self) -> bool:
@@ -73,7 +76,7 @@ class WeightKeys(NamedTuple):
 
     @property
     def keys(self) -> list[str]:
-        return [key for key in (self.W, self.u, self.v, self.gamma)
+        return [key for key in (self.W, self.u, self.us, self.v, self.gamma)
                 if key is not None] + list(self.extras)
 
     @property

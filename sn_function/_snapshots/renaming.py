@@ -68,7 +68,9 @@ class Names:
         gamma = None if weight.gamma is None else path + (
             'gamma' if layout == layouts.SNGAN
             else layouts.split(weight.gamma)[1])
-        return WeightKeys(layout, path, name, path + name, u, None, gamma)
+        us = f'{u}s' if weight.us and layout == layouts.CHAINER else None
+        return WeightKeys(
+            layout, path, name, path + name, u, None, gamma, us=us)
 
     def plain(self, weight: WeightKeys) -> str:
         """Returns the name of a weight that nothing normalizes."""

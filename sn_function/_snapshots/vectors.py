@@ -20,6 +20,8 @@ from sn_function._arithmetic.interface import (
 )
 from sn_function._arithmetic.matrix import Matrix
 from sn_function._arithmetic.power_iteration import power_iteration
+from sn_function._arithmetic.subspace import subspace_iteration
+from sn_function.errors import VectorValueError
 
 
 class WeightArrays(NamedTuple):
@@ -32,6 +34,20 @@ class WeightArrays(NamedTuple):
     gamma: Any = None  # ()
     fault: str | None = None
     axis_is_unclear: bool = False
+    us: Any = None     # (b - 1, m), of this package only
+    fault_of_us: str | None = None
+
+    @property
+    def start(self) -> Any:
+        """What iterations begin with: ``(m,)``, or ``(b, m)``."""
+        if self.us is None or len(self.us) == 0:
+            return self.u
+        return numpy.concatenate([self.u[None], self.us])
+
+    @property
+    def most_vectors(self) -> int:
+        m = self.W.shape[self.axis]
+        return min(m, self.W.size // m)
 
 
 # Sigma
@@ -75,8 +91,11 @@ def _forward(
         arrays: WeightArrays, settings: Settings, n_warmup: int, *names: str,
 ) -> Any:
     """Returns ``Y`` and sigma, as named: those of a hook in test mode."""
+    u = arrays.start.astype(arrays.W.dtype)
+    if u.ndim == 2:
+        settings = settings._replace(n_vectors=len(u))
     (outputs, _), = host.normalize_all([Forward(
-        settings, arrays.W, arrays.u.astype(arrays.W.dtype),
+        settings, arrays.W, u,
         1.0 if arrays.gamma is None else arrays.gamma, names,
         renewal=Renewal(n_warmup, SETTLED))])
     return outputs
@@ -111,9 +130,31 @@ def fit(A: Any, u: Any) -> float:
 
 # Conversion
 
-def converged(arrays: WeightArrays) -> tuple[float, Any, Any]:
-    """Returns the largest singular value and its vectors, in float64."""
-    return singular.largest(singular.as_matrix(arrays.W, arrays.axis))
+def converged(
+        arrays: WeightArrays, n_others: int = 0,
+) -> tuple[float, Any, Any, Any]:
+    """Returns the largest singular value, its vectors, and others, in float64.
+
+    The others are left singular vectors of the next ones, shape
+    ``(n_others, m)``.
+    """
+    A = singular.as_matrix(arrays.W, arrays.axis)
+    if n_others == 0:
+        sigma, u, v = singular.largest(A)
+        return sigma, u, v, numpy.empty((0, len(u)))
+    # In one go: where singular values are equal, vectors are any of a space.
+    sigma, us = singular.leading(A, n_others + 1)
+    return sigma, us[0], partner(A, us[0]), us[1:]
+
+
+def are_independent(arrays: WeightArrays) -> bool:
+    """Whether a hook can start from the vectors as they are."""
+    try:
+        with numpy.errstate(all='ignore'):
+            estimate(arrays)
+    except VectorValueError:
+        return False
+    return True
 
 
 def converted(
@@ -123,14 +164,17 @@ def converted(
 
     Args:
         arrays: A weight with its vectors, of either library.
-        to_torch: With vectors for PyTorch, otherwise for Chainer.
+        to_torch: With vectors for PyTorch, otherwise for Chainer.  There the
+            leading one of several is the same.
         n_power_iteration: Number of iterations in Chainer, where the vectors
             come from there.
         converge: With converged vectors instead.
 
     """
+    us = arrays.us
     if converge:
-        _, u, v = converged(arrays)
+        _, u, v, others = converged(arrays, 0 if us is None else len(us))
+        us = None if us is None else others.astype(us.dtype)
     elif to_torch == (arrays.v is not None):
         return arrays
     elif to_torch:
@@ -140,7 +184,7 @@ def converted(
         u = start_vector(A, arrays.u, arrays.v)
     dtype = arrays.u.dtype
     return arrays._replace(
-        u=u.astype(dtype), v=v.astype(dtype) if to_torch else None)
+        u=u.astype(dtype), v=v.astype(dtype) if to_torch else None, us=us)
 
 
 def compare(
@@ -161,10 +205,12 @@ def _iterated(arrays: WeightArrays, n: int) -> tuple[Any, Any]:
     # As the hook makes them: also from a u that W takes to zero.
     A = Matrix(arrays.W.astype(numpy.float64), arrays.axis)
     with numpy.errstate(all='ignore'):
-        iterations = power_iteration(A, arrays.u, n)
+        u = arrays.start
+        iterations: Any = power_iteration(A, u, n) if u.ndim == 1 else (
+            subspace_iteration(A, u, n, False))
     if iterations.sigma:
         return iterations.u, iterations.v
-    _, u, v = converged(arrays)
+    _, u, v, _ = converged(arrays)
     return u, v
 
 

@@ -53,7 +53,7 @@ def test_large_weight(size):
     done = run(size, '--measure', '--rounds', '1')
     assert done.code == 0, done.text
     found = json.loads(done.text)
-    n, facts = 4096, 160
+    n, facts = 4096, 176
     forward = [facts, 4 * n, 8]
     assert found['exact']['bytes'] == [forward, [4 * (n + 1)]]
     assert found['detached']['bytes'] == [forward, [8]]

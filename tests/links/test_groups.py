@@ -450,3 +450,122 @@ def test_a_weight_that_has_no_such_groups():
     link.W.array = np.ones((5, 2, 3, 3), 'f')
     with pytest.raises(errors.GroupCountError, match='2, for W of shape'):
         link.add_hook(SpectralNormalization(groups='each'))
+
+
+class TestSeveralVectors:
+    """Of each group, as many as its matrix has."""
+
+    @each
+    def test_the_norm_in_the_spans(self, name):
+        link, x, matrices = make(name, n_vectors=3, n_warmup=0)
+        link(x)
+        found = matrices(link.W.array.astype('d'))
+        G, m, n = found.shape
+        b = min(3, m, n)
+        assert (link.W_u.shape, link.W_us.shape) == (
+            (G * m,), (b - 1, G * m))
+        U = np.array([link.W_u, *link.W_us]).reshape(b, G, m)
+        expected = max(
+            reference.true_norm(np.linalg.qr(U[:, g].T.astype('d'))[0].T @ A)
+            for g, A in enumerate(found))
+        with chainer.using_config('train', False):
+            Y = hook_of(link).normalize_weight(link).array
+        if b > 1:
+            np.testing.assert_allclose(
+                Y, link.W.array / expected, rtol=1e-5, atol=1e-7)
+        for _ in range(30):
+            link(x)
+        Y = hook_of(link).normalize_weight(link).array
+        np.testing.assert_allclose(max(norms(matrices(Y))), 1, rtol=1e-4)
+
+    @each
+    def test_refresh(self, name):
+        link, _, matrices = make(name, n_vectors=2)
+        link.W.array[...] = np.random.normal(size=link.W.shape)
+        sn_function.refresh(link)
+        found = matrices(link.W.array.astype('d'))
+        G, m, n = found.shape
+        b = min(2, m, n)
+        U = np.array([link.W_u, *link.W_us][:b]).reshape(b, G, m)
+        for g, A in enumerate(found):
+            first = np.linalg.svd(A)[0][:, :b].T
+            np.testing.assert_allclose(
+                abs(np.sum(first * U[:, g], axis=1)), 1, rtol=1e-4)
+
+    def test_report(self):
+        link, x, matrices = make('Convolution2D, 4', n_vectors=3)
+        for _ in range(60):
+            link(x)
+        layer, = extensions.SpectralNormReport(
+            chainer.Sequential(link)).measure()
+        largest = max(matrices(link.W.array), key=reference.true_norm)
+        expected = np.linalg.svd(largest.astype('d'), compute_uv=False)[:3]
+        np.testing.assert_allclose(
+            layer.singular_values, expected, rtol=1e-2)
+        np.testing.assert_allclose(layer.sigma, expected[0], rtol=1e-4)
+        assert layer.residual < 1e-2
+
+    def test_copies_and_files_go_on_with_the_same_numbers(self, tmp_path):
+        link, x, _ = make('Convolution2D, 4', n_vectors=3)
+        link(x)
+        link(x)
+        other = pickle.loads(pickle.dumps(link))
+        serializers.save_npz(tmp_path / 'link.npz', link)
+        third, *_ = make('Convolution2D, 4', n_vectors=3)
+        serializers.load_npz(tmp_path / 'link.npz', third)
+        y = link(x).array
+        for twin in other, third:
+            np.testing.assert_array_equal(twin(x).array, y)
+            np.testing.assert_array_equal(twin.W_us, link.W_us)
+
+    def test_a_snapshot_without_them(self, tmp_path):
+        link, x, _ = make('Convolution2D, 4')
+        link(x)
+        serializers.save_npz(tmp_path / 'link.npz', link)
+        other, *_ = make('Convolution2D, 4', n_vectors=3)
+        serializers.load_npz(tmp_path / 'link.npz', other)
+        other(x)
+        assert other.W_us.shape == (2, 16)
+
+    def test_bake_and_forget(self):
+        link, x, _ = make('Convolution2D, 4', n_vectors=3)
+        link(x)
+        with chainer.using_config('train', False):
+            expected = link(x).array
+            baked = sn_function.bake(link)
+            np.testing.assert_allclose(baked(x).array, expected, rtol=1e-6)
+        results = []
+        for function in (lambda f, x: f(x), F.forget):
+            twin = copy.deepcopy(link)
+            twin.cleargrads()
+            F.sum(function(twin, chainer.Variable(x)) ** 2).backward()
+            results.append((twin.W.grad, twin.W_u, twin.W_us))
+        for a, b in zip(*results):
+            np.testing.assert_array_equal(a, b)
+
+    @pytest.mark.parametrize('n_vectors', [1, 3])
+    def test_a_tolerance(self, n_vectors):
+        link, x, matrices = make(
+            'Convolution2D, 4', n_vectors=n_vectors, rtol=1e-4,
+            max_iterations=5000)
+        for _ in range(2):
+            link.W.array[...] = np.random.normal(size=link.W.shape)
+            link(x)
+            Y = hook_of(link).normalize_weight(link).array
+            np.testing.assert_allclose(
+                max(norms(matrices(Y))), 1, rtol=1e-4)
+
+    @pytest.mark.gpu
+    def test_on_a_device(self):
+        link, x, matrices = make('Convolution2D, 4', n_vectors=3)
+        host = copy.deepcopy(link)
+        link.to_device('@cupy:0')
+        for twin in link, host:
+            with chainer.using_device(twin.device):
+                for _ in range(40):
+                    twin(twin.device.send(x))
+        Y, W = (chainer.backends.cuda.to_cpu(y) for y in (
+            hook_of(link).normalize_weight(link).array, link.W.array))
+        np.testing.assert_allclose(max(norms(matrices(Y))), 1, rtol=1e-4)
+        np.testing.assert_allclose(W, host.W.array)
+        assert link.W_us.shape == host.W_us.shape == (2, 16)

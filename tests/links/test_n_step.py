@@ -440,7 +440,7 @@ def test_snapshots_are_read_without_the_model(tmp_path):
 
 @pytest.mark.parametrize('in_place', [False, True])
 @pytest.mark.parametrize('settings', [
-    {}, {'use_gamma': True}, {'factor': 2.}, {'cap': 2.}])
+    {}, {'use_gamma': True}, {'factor': 2.}, {'cap': 2.}, {'n_vectors': 2}])
 @pytest.mark.parametrize('kind', KINDS[::3])
 def test_bake(kind, settings, in_place):
     model = chainer.ChainList(make(kind, **settings))

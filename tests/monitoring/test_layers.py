@@ -103,6 +103,53 @@ class TestMeasure:
         layer, = measure(link)
         np.testing.assert_allclose(layer[2:6], expected(link), rtol=1e-5)
 
+    @pytest.mark.parametrize('K', [1, 2])
+    @pytest.mark.parametrize('kind', LINKS)
+    def test_several_vectors(self, kind, K):
+        link = LINKS[kind]().add_hook(
+            SpectralNormalization(K, n_vectors=3, n_warmup=0))
+        A = reference.as_matrix(
+            link.W.array.astype(np.float64), output_axis(link))
+        if min(A.shape) == 1:
+            assert measure(link)[0].singular_values is None
+            return
+        Q = np.array([link.W_u, *link.W_us], np.float64)
+        if K == 2:
+            Q = reference.moved(A, Q)
+        Q = np.linalg.qr(Q.T)[0].T
+        w, s, v = np.linalg.svd(Q @ A)
+        u = w[:, 0] @ Q
+        layer, = measure(link)
+        np.testing.assert_allclose(
+            layer.singular_values, s[:3], rtol=1e-4, atol=1e-4)
+        assert layer.singular_values[0] == layer.sigma
+        assert layer.residual == pytest.approx(
+            np.linalg.norm(A @ v[0] - s[0] * u) / s[0], abs=2e-4)
+        assert layer.norm == pytest.approx(
+            expected(link)[2] / s[0], rel=1e-5)
+        true = np.linalg.svd(A, compute_uv=False)
+        r = layer.residual
+        assert true[0] * (1 + 1e-5) >= layer.sigma * np.sqrt(1 + r ** 2)
+
+    def test_several_vectors_of_which_some_are_missing(self):
+        """Nothing is drawn: those that are there count."""
+        link = L.Linear(7, 5).add_hook(
+            SpectralNormalization(n_vectors=4, n_warmup=0))
+        W = link.W.array.astype(np.float64)
+        for k in (2, 0):
+            link.W_us = link.W_us[:k].astype(np.float64)
+            before, state = link.W_us, np.random.get_state()[1].copy()
+            layer, = measure(link)
+            np.testing.assert_array_equal(np.random.get_state()[1], state)
+            assert link.W_us is before
+            Q, _ = np.linalg.qr(np.array([link.W_u, *link.W_us]).T)
+            s = np.linalg.svd(Q.T @ W)[1]
+            assert layer.sigma == pytest.approx(s[0], rel=1e-5)
+            assert layer.singular_values == (
+                pytest.approx(tuple(s), rel=1e-4) if k else None)
+        link.W_us = None
+        assert measure(link)[0].sigma == layer.sigma
+
     def test_it_converges(self):
         link = L.Linear(20, 30).add_hook(SpectralNormalization())
         for _ in range(500):

@@ -58,6 +58,10 @@ class Counting(MPI.Intracomm):
         self.sent.append(recvbuf.nbytes)
         super().Allreduce(sendbuf, recvbuf, op)
 
+    def Bcast(self, buf, root=0):
+        self.sent.append(buf.nbytes)
+        super().Bcast(buf, root)
+
     def allgather(self, sendobj):
         self.sent.append(len(MPI.pickle.dumps(sendobj)))
         return super().allgather(sendobj)
@@ -71,25 +75,30 @@ class Counting(MPI.Intracomm):
 class Case:
     """A weight: all of it, on every rank, and the rows of this rank."""
 
-    def __init__(self, rows='unequal', columns=(7,), dtype='d', seed=0):
+    def __init__(
+            self, rows='unequal', columns=(7,), dtype='d', seed=0,
+            vectors=()):
         rng = np.random.RandomState(seed)
         self.counts = ROWS[rows]
         m = sum(self.counts)
         start = sum(self.counts[:RANK])
         self.part = slice(start, start + self.counts[RANK])
         self.W = rng.randn(m, *columns).astype(dtype)
-        self.u = rng.randn(m).astype(dtype)
+        self.u = rng.randn(*vectors, m).astype(dtype)
         self.gY = rng.randn(m, *columns).astype(dtype)
         self.gsigmas = rng.randn(SIZE).astype('f' if dtype == 'e' else dtype)
 
     def run(self, comm=COMM, **settings):
         """Y and gradient of this rank's rows, its u, and sigma."""
         W = chainer.Variable(self.W[self.part])
-        u = self.u[self.part].copy()
+        u = self.part_of_u().copy()
         outputs = sharded_spectral_normalize(
             comm, W, u, update_u=True, **settings)
         backward(outputs, self.gY[self.part], self.gsigmas[RANK])
         return result(outputs, W, u)
+
+    def part_of_u(self):
+        return self.u[..., self.part]
 
     def run_whole(self, **settings):
         W, u = chainer.Variable(self.W), self.u.copy()
@@ -104,9 +113,12 @@ class Case:
             expected = whole[name]
             assert x.dtype == expected.dtype
             if x.shape:
-                x = np.concatenate(COMM.allgather(x))
+                x = np.concatenate(
+                    COMM.allgather(x), axis=-1 if name == 'u' else 0)
             # Relative to the largest: the small ones are differences.
             x, expected = x.astype('d'), expected.astype('d')
+            if name == 'u' and x.ndim == 2:  # signs are those of LAPACK
+                x *= np.sign((x * expected).sum(1, keepdims=True))
             np.testing.assert_allclose(
                 x, expected, rtol=0, atol=tolerance * abs(expected).max(),
                 err_msg=f'{name}, {settings}')
@@ -538,6 +550,7 @@ def ranks_disagree():
             ({'W': chainer.Parameter(np.ones((3, 2), 'f')),
               'u': np.ones(3, 'f')}, 'bytes of an entry'),
             ({'W': x.array}, 'needs a gradient'),
+            ({'u': np.ones((1, 3))}, 'number of vectors'),
             ({'n_power_iteration': 2}, 'n_power_iteration'),
             ({'factor': 2}, 'factor'), ({'eps': 0}, 'eps'),
             ({'cap': 1}, 'cap'),
@@ -570,11 +583,183 @@ def double_backward():
     raises(errors.ShardedDoubleBackwardError, F.sum(gW ** 2).backward)
 
 
+# Several vectors
+
+VECTORS = [(1,), (2,), (3,)]
+
+
+def cases_of_several(dtypes='d', **settings):
+    """There are more vectors than rows of some ranks, but not of them all."""
+    for dtype, vectors, rows, columns in itertools.product(
+            dtypes, VECTORS, ROWS, [(7,), (2, 3)]):
+        if vectors[0] <= sum(ROWS[rows]):
+            yield Case(rows, columns, dtype, vectors=vectors, **settings)
+
+
+@check
+def several_equal_single_process():
+    for tolerance, case in itertools.chain(
+            ((1e-12, case) for case in cases_of_several()),
+            ((2e-5, case) for case in cases_of_several('f')),
+            ((5e-3, case) for case in cases_of_several('e'))):
+        for K, detach_uv in itertools.product([1, 3], [False, True]):
+            case.compare(
+                tolerance, n_power_iteration=K, detach_uv=detach_uv,
+                factor=1.3, return_sigma=K == 1)
+
+
+@check
+def several_equal_reference():
+    for case in cases_of_several(seed=1):
+        Q = np.linalg.qr(case.u.T)[0]
+        x, values, vt = np.linalg.svd(
+            Q.T @ case.W.reshape(len(case.W), -1), full_matrices=False)
+        u, v = Q @ x[:, 0], vt[0].reshape(case.W.shape[1:])
+        sigma, gsigma = values[0], case.gsigmas.sum()
+        actual = case.run(return_sigma=True)
+        np.testing.assert_allclose(actual['sigma'], sigma, rtol=1e-12)
+        np.testing.assert_allclose(
+            actual['Y'], case.W[case.part] / sigma, rtol=1e-12)
+        c = gsigma - np.sum(case.gY * case.W) / sigma ** 2
+        expected = case.gY / sigma + c * np.multiply.outer(u, v)
+        np.testing.assert_allclose(
+            actual['gW'], expected[case.part], rtol=1e-9, atol=1e-11)
+
+
+@check
+def several_follow_close_singular_values():
+    case = Case('equal', columns=(9,), vectors=(3,))
+    if SIZE == 1:
+        return  # as many vectors as rows
+    x, _, y = np.linalg.svd(case.W, full_matrices=False)
+    values = np.linspace(1, 0.2, len(y))
+    values[1] = 1 - 1e-9
+    case.W = x * values @ y
+    u = case.part_of_u().copy()
+    for _ in range(60):
+        sigma = sharded_spectral_normalize(
+            COMM, case.W[case.part], u, update_u=True, return_sigma=True)[1]
+    np.testing.assert_allclose(sigma.array, 1, rtol=1e-12)
+
+
+@check
+def several_have_the_same_bits():
+    for dtype, n in itertools.product('efd', [5, 64, 1001]):
+        case = Case('equal', columns=(n,), dtype=dtype, vectors=(3,))
+        W, u = chainer.Variable(case.W[case.part]), case.part_of_u()
+        Y, sigma = sharded_spectral_normalize(
+            COMM, W, u, 2, return_sigma=True)
+        assert are_identical(sigma.array)
+        assert are_identical(Y.creator.iterations.v)
+        assert are_identical(Y.creator.iterations.singular_values)
+        backward((Y, sigma), case.gY[case.part], case.gsigmas[RANK])
+        again = case.run(n_power_iteration=2, return_sigma=True)
+        assert again['gW'].tobytes() == W.grad.tobytes()
+
+
+@check
+def rank_0_decides():
+    """The others take what its LAPACK gives, whatever theirs does."""
+    case = Case('equal', vectors=(3,))
+    expected = case.run(n_power_iteration=2)
+
+    def other_eigh(H, eigh=np.linalg.eigh):
+        values, vectors = eigh(H)
+        return values, vectors * [-1, 1, -1]
+
+    def other_cholesky(G):
+        raise np.linalg.LinAlgError
+
+    with pytest.MonkeyPatch.context() as patch:
+        if RANK != 0:
+            patch.setattr(np.linalg, 'eigh', other_eigh)
+            patch.setattr(np.linalg, 'cholesky', other_cholesky)
+        actual = case.run(n_power_iteration=2)
+    for name, x in expected.items():
+        assert actual[name].tobytes() == x.tobytes(), name
+
+
+@check
+def several_of_extreme_size():
+    for dtype, scales, tolerance in (
+            ('d', [1e-300, 1e-160, 1e160, 1e300], 1e-11),
+            ('f', [1e-35, 1e-20, 1e20, 1e35], 1e-4)):
+        for scale, K in itertools.product(scales, [1, 3]):
+            case = Case('equal', dtype=dtype, vectors=(2,))
+            expected = case.run_whole(n_power_iteration=K, eps=0)
+            case.W = case.W * np.asarray(scale, dtype)
+            actual = case.run(n_power_iteration=K, eps=0)
+            np.testing.assert_allclose(
+                actual['Y'], expected['Y'][case.part],
+                rtol=tolerance, atol=tolerance)
+            case.compare(tolerance, n_power_iteration=K, eps=0)
+    for dtype, scale in ('d', 1e-200), ('d', 1e200), ('f', 1e-30), ('f', 1e30):
+        case = Case('equal', dtype=dtype, vectors=(2,))
+        expected = case.run_whole()
+        case.u[-1] *= np.asarray(scale, dtype)
+        actual = case.run()
+        np.testing.assert_allclose(
+            actual['Y'], expected['Y'][case.part], rtol=1e-4)
+
+
+@check
+def several_of_a_weight_without_direction():
+    for value in 0, np.nan, np.inf:
+        case = Case('equal', vectors=(2,))
+        case.W[slice(None) if value == 0 else -1] = value
+        actual = case.run(return_sigma=True)
+        assert (actual['u'] == case.part_of_u()).all()
+        if value == 0:
+            assert actual['sigma'] == 0
+            assert not actual['Y'].any()
+        else:
+            for name in 'Y', 'sigma', 'gW':
+                assert np.isnan(actual[name]).all(), name
+
+
+@check
+def several_restart_from_the_largest_row():
+    for dtype in 'fd':
+        case = Case('equal', dtype=dtype, vectors=(2,))
+        case.W[:-1] = 0
+        case.u[:, -1] = 0  # so W^T u is zero
+        case.compare(1e-6, return_sigma=True)
+
+
+@check
+def dependent_vectors():
+    for value in 0, np.nan, 'double', 'too many':
+        case = Case('single', columns=(9,), vectors=(
+            SIZE + 1 if value == 'too many' else 2,))
+        if value == 'double':
+            case.u[1] = 2 * case.u[0]
+        elif value == 0:
+            case.u[1] = 0
+        elif value != 'too many':
+            case.u[1, -1] = value
+        elif SIZE == 1:
+            continue
+        before = case.u.copy()
+        is_nan = isinstance(value, float)
+        message = raises(
+            errors.ShardedVectorValueError if is_nan
+            else errors.VectorValueError, case.run)
+        assert ('NaN' if is_nan else 'depends on others') in message
+        np.testing.assert_array_equal(case.u, before)
+
+
+@check
+def too_many_vectors_for_the_columns():
+    case = Case('equal', columns=(2,), vectors=(3,))
+    assert '(b, 3) with b from 1 to 2' in raises(
+        errors.VectorShapeError, case.run)
+
+
 # What is sent
 
 @check
 def bytes_sent():
-    n, facts = 7, 8 * (2 + 2 * 9)
+    n, facts = 7, 8 * (2 + 2 * 10)
     for K, detach_uv, dtype in itertools.product(
             [1, 3], [False, True], 'efd'):
         itemsize = 8 if dtype == 'd' else 4
@@ -594,6 +779,23 @@ def bytes_sent():
         comm.pop()
         F.sum(F.cast(Y, 'd') * 2).backward()
         assert comm.pop() == []
+
+
+@check
+def bytes_of_several():
+    b, n, facts = 3, 7, 8 * (2 + 2 * 10)
+    for K, update_u in itertools.product([1, 2], [False, True]):
+        comm = Counting(COMM)
+        case = Case('equal', columns=(n,), vectors=(b,))
+        W = chainer.Variable(case.W[case.part])
+        Y = sharded_spectral_normalize(
+            comm, W, case.part_of_u(), K, update_u=update_u)
+        gram, small, number = 8 * b * b, 8 * b * (b + 1), 8
+        one = [gram, gram, 8 * b * n, small]
+        assert comm.pop() == [facts] + (K - 1) * [*one, number] + one + (
+            [number] if update_u else [])
+        F.sum(Y * 2).backward()
+        assert comm.pop() == [number]
 
 
 @check

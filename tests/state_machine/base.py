@@ -37,6 +37,8 @@ COUNTS: collections.Counter = collections.Counter()
 
 
 def without_conflict(settings):
+    if settings['n_vectors'] > 1:  # gamma is followed with one vector only
+        settings = dict(settings, use_gamma=False)
     if settings['cap'] is None:
         return settings
     return dict(settings, use_gamma=False, factor=None)
@@ -49,6 +51,7 @@ SETTINGS = st.fixed_dictionaries({
     'factor': st.sampled_from([None, 0.5, 2.5]),
     'n_warmup': st.sampled_from([15, 15, 2, 0]),
     'cap': st.sampled_from([None, None, None, 0.5, 2.5]),
+    'n_vectors': st.sampled_from([1, 1, 1, 2, 4, 9]),
 }).map(without_conflict)
 INDEX = st.integers(0, MAX_LINKS - 1)
 SEED = st.integers(0, 9)
@@ -130,7 +133,7 @@ class Base(stateful.RuleBasedStateMachine):
         return sn_function.SpectralNormalization(
             hook.n_power_iteration, hook.eps, hook.use_gamma, hook.factor,
             hook.weight_name, hook.name, detach_uv=hook.detach_uv,
-            n_warmup=hook.n_warmup, cap=hook.cap)
+            n_warmup=hook.n_warmup, cap=hook.cap, n_vectors=hook.n_vectors)
 
     def twin(self, rec, lazy):
         """A new link of the same kind with the same hooks and dtype."""

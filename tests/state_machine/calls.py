@@ -138,7 +138,8 @@ class Calls(Base):
         starts = {n: copy_of(rec.u[n]) for n in names}
         is_known = (
             all(u is not None for u in starts.values())
-            and not rec.has_poison() and not rec.standardized)
+            and not rec.has_poison() and not rec.standardized
+            and all(h.n_vectors == 1 for h in our_hooks(rec.link)))
         rec.link.cleargrads()
         y = self.call(
             rec, x, train, F.forget if forget else None, depth)

@@ -19,9 +19,11 @@ from tests.state_machine.links import (
     axis_of,
     hooked,
     hooks_of,
+    others_of,
     vector_of,
 )
 from tests.state_machine.oracle import (
+    TOLERANCES,
     assert_close,
     copy_of,
     factor_and_floor,
@@ -131,9 +133,13 @@ def check_call(rec, before, seen, n_calls, train, on_device):
         assert u.shape == (W.shape[axis_of(rec.link)],)
         assert np.isfinite(u).all()
         assert u.any()
-        check_weight(
-            rec, name, before[name], seen, n_calls, train, on_device)
+        if hooks_of(rec.link)[name].n_vectors > 1:
+            check_several(rec, name, before[name], seen, n_calls, train)
+        else:
+            check_weight(
+                rec, name, before[name], seen, n_calls, train, on_device)
         rec.u[name] = u.copy()
+        rec.others[name] = copy_of(others_of(rec.link, name))
         gamma_name = rec.gamma_of(name)
         if gamma_name is not None:
             gamma = rec.params[gamma_name].array
@@ -142,6 +148,38 @@ def check_call(rec, before, seen, n_calls, train, on_device):
                     rec.updates[name] = rec.n_updates(name)
                 rec.data[gamma_name] = rec.made[name] = gamma.copy()
                 rec.is_unsure.discard(name)
+
+
+def check_several(rec, name, before, seen, n_calls, train):
+    """Checks a weight with several vectors, as far as those are known."""
+    W, hook = rec.params[name].array, hooks_of(rec.link)[name]
+    axis, others = axis_of(rec.link), others_of(rec.link, name)
+    A = reference.as_matrix(W, axis)
+    n = min(hook.n_vectors, *A.shape)
+    assert (others.shape, others.dtype) == ((n - 1, len(A)), W.dtype)
+    assert np.isfinite(others).all()
+    assert others.any(axis=1).all()
+    if name == 'W' and rec.standardized:
+        return
+    for weights in seen:
+        norm_is_right(rec, name, weights[name].array,
+                      at_most=None if before.u is None else np.inf)
+    old = rec.others[name]
+    if before.u is None or old is None or old.shape != others.shape:
+        return
+    if not (train and np.isfinite(W).all() and W.any()):
+        assert same_bits(vector_of(rec.link, name), before.u.astype(W.dtype))
+        assert same_bits(others, old.astype(W.dtype))
+    if rec.is_ordinary and seen and hook.n_power_iteration == 1 and (
+            hook.n_warmup == 0):
+        u = np.array([before.u, *old], 'd')
+        u /= np.linalg.norm(u, axis=1, keepdims=True)
+        if np.linalg.cond(u) < 10:
+            sigma = reference.true_norm(np.linalg.qr(u.T)[0].T @ A)
+            factor, floor = factor_and_floor(hook)
+            assert_close(
+                seen[0][name].array, W.astype('d') * factor / max(
+                    sigma, floor), 10 * TOLERANCES[W.dtype.char])
 
 
 def check_weight(rec, name, before, seen, n_calls, train, on_device):

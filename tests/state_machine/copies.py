@@ -57,6 +57,7 @@ class Copies(Base):
         is_new = 'init' in how
         for name in hooked(link):
             assert same_bits(other.u[name], rec.u[name])
+            assert same_bits(other.others[name], rec.others[name])
             if not is_new:
                 assert same_bits(other.data[name], rec.data[name])
         if 'share' in how:
@@ -85,6 +86,7 @@ class Copies(Base):
             self.call(rec, rec.x(np.random.RandomState(seed)))
             file = save(rec.link)
             data, u = dict(rec.data), dict(rec.u)
+            others = dict(rec.others)
             self.call(rec, rec.x(np.random.RandomState(seed)))
             for name, param in rec.params.items():
                 if 'gamma' not in name:
@@ -94,6 +96,7 @@ class Copies(Base):
             rec.accept()
             for name in rec.u:
                 assert same_bits(rec.u[name], u[name])
+                assert same_bits(rec.others[name], others[name])
             for name in rec.data:
                 assert same_bits(rec.data[name], data[name])
             self.share(rec)
@@ -115,6 +118,9 @@ class Copies(Base):
                 assert same_bits(other.u[name], u)
             else:
                 assert same_bits(other.u[name], u.astype(rec.dtype))
+                if rec.others[name] is not None:
+                    assert same_bits(other.others[name], rec.others[
+                        name].astype(other.others[name].dtype))
             assert same_bits(other.data[name], rec.data[name])
             gamma = rec.gamma_of(name)
             if gamma and rec.data[gamma] is not None:
@@ -166,6 +172,7 @@ class Copies(Base):
             serializers.load_npz(save(theirs), link)
         assert same_bits(link.W_u, theirs.W_u)
         assert same_bits(link.W.array, rec.W)
+        assert getattr(link, 'W_us', None) is None
         other = self.loaded(link, rec.kind)
         if other.is_poisoned('W'):
             COUNTS['fault: poisoned u'] += 1

@@ -225,6 +225,12 @@ def vector_of(link, name):
     return owner.__dict__[name + '_u']
 
 
+def others_of(link, name):
+    """Its other vectors, if the hook has several."""
+    owner, name = place_of(link, name)
+    return owner.__dict__.get(name + '_us')
+
+
 def keys_of(link):
     """Its attributes, but those that Chainer makes when it needs them."""
     return {(path, key) for path, owner in link.namedlinks()

@@ -11,6 +11,7 @@ from tests.state_machine.links import (
     hooked,
     hooks_of,
     keys_of,
+    others_of,
     params_of,
     persistent_of,
     place_of,
@@ -49,6 +50,8 @@ class Record:
         self.persistent = persistent_of(self.link)
         self.u = {n: copy_of(vector_of(self.link, n))
                   for n in hooked(self.link)}
+        self.others = {n: copy_of(others_of(self.link, n))
+                       for n in hooked(self.link)}
 
     def accept_shared(self, other):
         """The same for what is shared with a link that was changed."""
@@ -63,6 +66,9 @@ class Record:
             u = vector_of(self.link, name)
             if any(u is vector_of(other.link, n) for n in other.u):
                 self.u[name] = copy_of(u)
+            others = others_of(self.link, name)
+            if any(others is others_of(other.link, n) for n in other.u):
+                self.others[name] = copy_of(others)
 
     def remember(self):
         """Keeps the parameters, to recover them later."""
@@ -86,6 +92,7 @@ class Record:
         for name in hooked(link):
             u, W = vector_of(link, name), self.params[name].array
             assert same_bits(u, self.u[name])
+            assert same_bits(others_of(link, name), self.others[name])
             if u is not None and W is not None:
                 assert u.shape == (W.shape[axis_of(link)],)
             if self.is_rnn:

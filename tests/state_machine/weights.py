@@ -17,6 +17,8 @@ from tests.state_machine.links import (
     CALL,
     axis_of,
     hooked,
+    hooks_of,
+    others_of,
     vector_of,
 )
 from tests.state_machine.oracle import smallest_subnormal
@@ -103,6 +105,9 @@ class Weights(Base):
                 COUNTS['fault: orthogonal u'] += 1
                 u[...] = 0
                 u[0] = 1
+                others = others_of(rec.link, name)
+                if others is not None:
+                    others[...] = np.eye(len(u))[1:1 + len(others)]
                 np.moveaxis(W, axis_of(rec.link), 0)[0] = 0
         self.accept(rec)
 
@@ -184,7 +189,8 @@ class Weights(Base):
         # There are kernels to compile, and what is subnormal is zero for
         # them: see docs/gpu.rst.
         is_called = is_called and cuda_on_host.available() and not any(
-            is_nearly_subnormal(rec.params[n].array) for n in hooked(link))
+            is_nearly_subnormal(rec.params[n].array)
+            or hooks_of(link)[n].n_vectors > 1 for n in hooked(link))
         with stand_in.installed():
             self.call(rec, rec.x(np.random.RandomState(seed)), train, run,
                       outputs=False, on_device=is_called)
