@@ -15,12 +15,7 @@ from typing import Any, Sequence
 import numpy
 
 from sn_function import errors
-from sn_function._arithmetic import (
-    interface,
-    kernels,
-    subspace,
-    workspace,
-)
+from sn_function._arithmetic import interface, kernels, workspace
 from sn_function._arithmetic.device_weight import (
     Part,
     SubspaceIterations,
@@ -58,8 +53,7 @@ class Forward(Part):
         # In common with others in one launch.
         self.kind = (self.it.is_small, self.W.dtype, self.u.dtype, b,
                      numpy.int32(settings.n_power_iteration), settings.eps,
-                     settings.at_zero, subspace.REGULAR[self.u.dtype.char],
-                     numpy.int32(moves),
+                     settings.at_zero, numpy.int32(moves),
                      numpy.int32(call.update_u),
                      numpy.int32(renewal.n_warmup), renewal.limit,
                      -1.0 if renewal.rtol is None else renewal.rtol)
@@ -125,7 +119,7 @@ def launch(kind: tuple[Any, ...], parts: Sequence[Forward]) -> None:
         run(kernels.fused_subspace, [part.fused() for part in parts], K,
             *common)
         return
-    regular, moves = common[2:4]
+    moves = common[2]
     for k in range(int(K)):
         run(kernels.begin_subspace, [part.begin(k) for part in parts])
         run(kernels.product_subspace, [part.product(True) for part in parts])
@@ -134,8 +128,7 @@ def launch(kind: tuple[Any, ...], parts: Sequence[Forward]) -> None:
         if moves or k < int(K) - 1:
             run(kernels.product_subspace, [
                 part.product(False) for part in parts])
-            run(kernels.follow_subspace, [part.follow() for part in parts],
-                regular)
+            run(kernels.follow_subspace, [part.follow() for part in parts])
     run(kernels.finish_subspace, [part.finish() for part in parts], K,
         *common)
     renew_gammas(parts)

@@ -38,6 +38,7 @@ from sn_function._arithmetic.matrix import accumulator_dtype
 from sn_function._arithmetic.subspace import (
     DEPENDENT,
     INDEPENDENT,
+    REGULAR,
     SHIFT,
 )
 
@@ -233,6 +234,7 @@ def _constants(n_vectors: int, T: Any) -> str:
 #define N_VECTORS {n_vectors}
 #define N_ROWS {rows}
 #define SHIFT {SHIFT if n_vectors > 1 else 0}
+#define REGULAR {REGULAR}
 #define INDEPENDENT {INDEPENDENT}
 #define DEPENDENT {DEPENDENT}
 """
@@ -516,8 +518,8 @@ fused_bwd = Raw('sn_fused_bwd', """
 # others: what belongs to one entry is together.
 
 _OF_FORWARD = """
-    int K, double eps, double at_zero, double regular, int moves, int update,
-    int n_warmup, double limit, double rtol"""
+    int K, double eps, double at_zero, int moves, int update, int n_warmup,
+    double limit, double rtol"""
 
 # The whole forward of a small weight.
 fused_subspace = Raw('sn_fused_subspace', """
@@ -530,8 +532,7 @@ fused_subspace = Raw('sn_fused_subspace', """
   const Space space(numbers, W);
   const Small small(matrices);
   const double sigma = estimate_all(
-      W, u, space, K, regular, moves, Renewal{n_warmup, limit, rtol}, 0, small,
-      shared);
+      W, u, space, K, moves, Renewal{n_warmup, limit, rtol}, 0, small, shared);
   W.scale = numbers[SCALE];
   const Outcome outcome(
       sigma, space.values[TURN], gamma, initial_gamma, eps, at_zero);
@@ -637,13 +638,13 @@ solve_subspace = Raw('sn_solve_subspace', """
 # What follows U, of W S, and the sums that say how far it is.
 follow_subspace = Raw('sn_follow_subspace', """
     double* numbers, const A* parts, int n_parts, const double* found,
-    double* sums, int l, int m, int r, int blocks""", 'double regular', """{
+    double* sums, int l, int m, int r, int blocks""", '', """{
   __shared__ double shared[512];
   if (found[1] == 0) return;
   const Space space(numbers, Weight{0, l, m, r, 1});
   const Followed all = follow(
       space, space.mix, reinterpret_cast<const Row*>(parts), n_parts, m, 1,
-      regular, blockIdx.x * blockDim.x + threadIdx.x, blocks * blockDim.x);
+      blockIdx.x * blockDim.x + threadIdx.x, blocks * blockDim.x);
   const double of_block[] = {
       block_sum(all.t, shared), block_sum(all.next, shared),
       block_sum(all.off, shared)};
@@ -679,8 +680,7 @@ finish_subspace = Raw('sn_finish_subspace', """
   if (is_alone) {
     if (blockIdx.x > 0) return;
     sigma = estimate_all(
-        W, u, space, K, regular, moves, renewal, is_stale ? 0 : 1, small,
-        shared);
+        W, u, space, K, moves, renewal, is_stale ? 0 : 1, small, shared);
     W.scale = numbers[SCALE];
   } else if (blockIdx.x == 0 && threadIdx.x == 0) {
     all.write(space.values);

@@ -443,11 +443,11 @@ struct Followed {
 // T <- what follows U, of W S in parts; its first vector is not of length 1.
 __device__ Followed follow(
     const Space& space, const A* mix, const Row* parts, int n_parts, int m,
-    double scale, double regular, Size first, Size by) {
+    double scale, Size first, Size by) {
   const double first_value = space.values[0] * scale;
   const double last_value = space.values[B - 1] * scale;
   const double square = first_value * first_value;
-  const double shift = SHIFT * last_value * last_value - regular * square;
+  const double shift = SHIFT * last_value * last_value - REGULAR * square;
   Followed sums = {0, 0, 0};
   for (Size i = first; i < m; i += by) {
     Row raw = parts[i];
@@ -487,8 +487,8 @@ __device__ void copy_all(const Row* x, Row* y, int m) {
 // One pass of U over the weight, or two, with what follows it in T.  Returns
 // sigma.
 __device__ double pass_of_all(
-    const Weight& W, const Space& space, double regular, bool moves,
-    const Small& small, double* shared) {
+    const Weight& W, const Space& space, bool moves, const Small& small,
+    double* shared) {
   double sigma = 0;
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {  // so that it is compiled once
@@ -504,8 +504,7 @@ __device__ double pass_of_all(
     return sigma;
   }
   Followed all = follow(
-      space, small.mix, space.T, 1, W.m, W.scale, regular, threadIdx.x,
-      blockDim.x);
+      space, small.mix, space.T, 1, W.m, W.scale, threadIdx.x, blockDim.x);
   all.t = block_sum(all.t, shared);
   all.next = block_sum(all.next, shared);
   all.off = block_sum(all.off, shared);
@@ -529,7 +528,7 @@ struct Renewal {
 // K passes from start, and again from what follows them where the renewal says
 // so.  Where sigma must be ordinary, it ends where it is not.
 __device__ double passes_anew(
-    const Weight& W, const Space& space, int K, double regular, bool moves,
+    const Weight& W, const Space& space, int K, bool moves,
     const Renewal& renewal, bool must_be_ordinary, bool* ordinary,
     bool* is_replaced, const Small& small, double* shared) {
   double limit = renewal.limit;
@@ -542,7 +541,7 @@ __device__ double passes_anew(
                          shared))
         *is_replaced = true;
       sigma = pass_of_all(
-          W, space, regular, moves || k < K - 1, small, shared);
+          W, space, moves || k < K - 1, small, shared);
       *ordinary = *ordinary && is_ordinary(sigma);
       if (!(sigma > 0 && isfinite(sigma))) break;
     }
@@ -557,9 +556,8 @@ __device__ double passes_anew(
 
 // Sigma and all that belongs to it, as estimate() of one vector.
 __device__ double estimate_all(
-    Weight W, const U* u, const Space& space, int K, double regular,
-    bool moves, const Renewal& renewal, int attempt, const Small& small,
-    double* shared) {
+    Weight W, const U* u, const Space& space, int K, bool moves,
+    const Renewal& renewal, int attempt, const Small& small, double* shared) {
   double sigma = 0;
   bool is_replaced = false, ordinary;
   for (;; ++attempt) {
@@ -586,7 +584,7 @@ __device__ double estimate_all(
         space.start[i].x[0] = x[i];
     }
     sigma = passes_anew(
-        W, space, K, regular, moves, renewal, attempt == 0, &ordinary,
+        W, space, K, moves, renewal, attempt == 0, &ordinary,
         &is_replaced, small, shared);
     if (attempt == 0 ? ordinary : attempt == 2 || sigma != 0) break;
   }

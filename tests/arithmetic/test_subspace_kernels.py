@@ -28,7 +28,6 @@ from tests.arithmetic.test_kernels import (  # NOQA: F401  used by a fixture
 from tests.cuda_on_host import array as on_host
 
 gpu = pytest.mark.gpu
-REGULAR = 1e-3
 
 
 class Case(one.Case):
@@ -229,7 +228,7 @@ def follow_case(T, U, shape, b, n_parts, blocks, is_ordinary=1.0):
         t, basis = parts.sum(axis=0) @ mix.T, X @ mix.T
         squares = values ** 2
         shift = (subspace.SHIFT if b > 1 else 0) * squares[-1] - (
-            REGULAR * squares[0])
+            subspace.REGULAR * squares[0])
         T_ = (t - shift * basis) / (squares - shift)
         check(space['T'], T_, 3 * TOLERANCE[A])
         of_v = t[:, 0] / squares[0]
@@ -241,7 +240,7 @@ def follow_case(T, U, shape, b, n_parts, blocks, is_ordinary=1.0):
     return Case(b, (
         space.array, start, np.int32(n_parts),
         send(np.array([1.5, is_ordinary])), sums, *integers(*shape, blocks)),
-        check_follow, REGULAR)
+        check_follow)
 
 
 def outputs_of(space, W, T, A, sigma, gamma, initial, turn, eps, is_fused,
@@ -308,7 +307,7 @@ def finish_case(T, U, shape, b, blocks, update=1, moves=1, eps=1e-12,
         send(np.array([divided(x, n_sums) for x in squares])),
         np.int32(n_sums), *out, *integers(*shape), factor,
         *integers(is_wide, blocks)), check_finish, np.int32(1), eps, at_zero,
-        REGULAR, *integers(moves, update, 0), 2.0, -1.0)
+        *integers(moves, update, 0), 2.0, -1.0)
 
 
 def fused_case(T, U, shape, b, K=1, update=1, eps=1e-12, gamma=0.7,
@@ -352,15 +351,15 @@ def fused_case(T, U, shape, b, K=1, update=1, eps=1e-12, gamma=0.7,
     return Case(b, (
         w, device_u, space.array, *out, *integers(*shape), factor,
         *integers(is_wide, 1)), check_fused, np.int32(K), eps, at_zero,
-        REGULAR, *integers(update, update, 0), 2.0, -1.0)
+        *integers(update, update, 0), 2.0, -1.0)
 
 
 def moved(M, V):
-    """As reference.moved, with the d that the kernels are given here."""
+    """What follows the rows of V, of any length."""
     Q = np.linalg.qr(V.T)[0]
     C, values, _ = np.linalg.svd(Q.T @ M, full_matrices=False)
     Q, l = Q @ C, values ** 2  # NOQA: E741
-    shift = subspace.SHIFT * l[-1] * (len(V) > 1) - REGULAR * l[0]
+    shift = subspace.SHIFT * l[-1] * (len(V) > 1) - subspace.REGULAR * l[0]
     return ((M @ (M.T @ Q) - shift * Q) / (l - shift)).T
 
 
