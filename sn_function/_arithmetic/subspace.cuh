@@ -107,7 +107,7 @@ __device__ void add_all(
 __device__ void product_of_all(
     const Weight& W, bool is_transposed, const Row* x, Row* y,
     double* shared) {
-  const int N = 32 / sizeof(A) / (ROW_SIZE > 32 ? 2 : 1);
+  const int N = ROW_SIZE <= 32 ? 32 / sizeof(A) : sizeof(A) == 4 ? 4 : 1;
   A* part = reinterpret_cast<A*>(shared);
   __syncthreads();
   if (is_by_rows(W, is_transposed)) {

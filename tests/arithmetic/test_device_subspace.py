@@ -160,7 +160,7 @@ def test_more_vectors_than_the_kernels_have_room_for():
 
 @pytest.mark.slow
 def test_as_many_vectors_as_there_is_room_for():
-    compare(*make((40, 50), 0, 32), 0)
+    compare(*make((40, 50), 0, 32), 0, tolerance=1e-3)
 
 
 # Weights and vectors that one block alone computes.
