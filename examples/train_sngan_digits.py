@@ -67,7 +67,8 @@ def normalize(args: argparse.Namespace, dis: Discriminator) -> None:
     """Adds the hook to all layers of the discriminator."""
     settings = {'n_power_iteration': args.n_power_iteration}
     if args.hook == 'sn_function':
-        dis.add_hook(sn_function.ChainSpectralNormalization(**settings))
+        dis.add_hook(sn_function.ChainSpectralNormalization(
+            n_vectors=args.n_vectors, **settings))
     elif args.hook == 'chainer':
         for link in dis.links():
             if hasattr(link, 'W'):
@@ -256,10 +257,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('--batchsize', '-b', type=positive_int, default=32,
         help='images in a step')
     # In training the largest singular values of a normalized weight come
-    # within a percent of each other, which makes power iteration slow: while
-    # the weights move, norms are wrong by some 10% with one iteration a call,
-    # and by 3% with five.
-    add('--n-power-iteration', '-k', type=positive_int, default=5,
+    # within a percent of each other, and change places.  One vector lags
+    # behind: docs/accuracy.rst.
+    add('--n-vectors', type=positive_int, default=16,
+        help='vectors that follow each weight; of --hook sn_function')
+    add('--n-power-iteration', '-k', type=positive_int, default=1,
         help='power iterations in a call of a layer')
     add('--n-dis', type=positive_int, default=1,
         help='steps of the discriminator for one of the generator')

@@ -168,7 +168,8 @@ def spectral_normalize(
             another along its first axis, as in a grouped convolution.  Each
             has iterations of its own, and :math:`\\sigma` is the largest of
             their norms.  ``u`` is their vectors, one after another: of shape
-            ``(m,)`` with ``axis=0``, else ``(G m,)``.
+            ``(m,)`` with ``axis=0``, else ``(G m,)``.  Several vectors of each
+            are ``b`` such rows, with ``b`` up to the smaller side of a group.
         rtol (float or None): Iterate until the residual :math:`\\|W^T u -
             \\sigma v\\|_2 / \\sigma` (with several vectors :math:`\\|W v -
             \\sigma u\\|_2 / \\sigma`) is at most this.  The gradient is that

@@ -86,7 +86,8 @@ class TestEachImageShape:
     @pytest.mark.parametrize('hook', ['sn_function', 'chainer', 'none'])
     def test_one_step_of_training(self, shape, hook):
         images = make_images(shape)
-        args = argparse.Namespace(hook=hook, n_power_iteration=1)
+        args = argparse.Namespace(
+            hook=hook, n_power_iteration=1, n_vectors=3)
         gen = sngan_models.Generator(shape, ch=2)
         dis = sngan_models.Discriminator(shape, ch=4)
         example.normalize(args, dis)

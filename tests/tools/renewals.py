@@ -104,8 +104,9 @@ def watching() -> Iterator[Count]:
 def demo(K: int, n_iterations: int) -> None:
     """The example, without what it prints."""
     with tempfile.TemporaryDirectory() as out, mock.patch.object(
-            sys, 'argv', ['demo', '--iteration', str(n_iterations), '-k',
-                          str(K), '--out', out]), mock.patch.object(
+            sys, 'argv', [
+                'demo', '--iteration', str(n_iterations), '-k', str(K),
+                '--n-vectors', '1', '--out', out]), mock.patch.object(
             sys, 'path', [str(EXAMPLES), *sys.path]), \
             contextlib.redirect_stdout(io.StringIO()), \
             contextlib.suppress(SystemExit):

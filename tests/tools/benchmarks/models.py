@@ -261,13 +261,14 @@ def gan_contender(
 
 def demo_contender(
         hook: str, is_detached: bool, gpu: int = -1) -> Contender:
-    """A step of ``make demo``, as it is there."""
+    """A step of ``make demo``, with one vector and five iterations."""
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
     demo: Any = importlib.import_module('train_sngan_digits')
     np.random.seed(0)
-    args = demo.parse_args(['--hook', hook, '--out', tempfile.gettempdir(),
-                            '--gpu', str(gpu)])
+    args = demo.parse_args([
+        '--hook', hook, '--n-vectors', '1', '-k', '5', '--out',
+        tempfile.gettempdir(), '--gpu', str(gpu)])
     images = demo.digits_data.load(args.dataset)
     shape = images.train.shape[1:]
     gen, dis = demo.Generator(shape), demo.Discriminator(shape)
