@@ -52,55 +52,65 @@ struct Small {
 };
 #define SMALL_SIZE (4 * EVEN * EVEN)
 
-// W[base + at(q)] x[q], as in products.cuh, in units of V entries.
+// Where entries q + i * by are, in units of V entries: as Blocks and Steps of
+// products.cuh.
 template <int V>
 struct InRows {
   int length;
   Size block;
-  __device__ Size operator()(int q) const {
-    return q * V / length * block + q * V % length;
+  __device__ Size operator()(int q, int i, int by) const {
+    const int j = (q + i * by) * V;
+    return j / length * block + j % length;
   }
 };
 
-struct InColumns {
-  Size step;
-  __device__ Size operator()(int q) const { return q * step; }
-};
-
-// Adds the products of W with all vectors, at q = first, first + by, ... <
-// end; of V entries each, N of them on their way at once.  By rows they are of
-// R rows, the first at w; of these the last is there, and stands for others.
-// sum[r] is of row r; by columns, sum[v] is of column v.
-template <int N, int R, int V, bool is_row, typename At>
-__device__ void add_all(
+// Adds the products of W with all vectors, at q, q + by, ... of V entries
+// each, N of them on their way at once; those before end, unless all are.  By
+// rows they are of R rows, the first at w; of these the last is there, and
+// stands for others.  sum[r] is of row r; by columns, sum[v] is of column v.
+template <int N, int R, int V, bool is_row, bool is_full, typename At>
+__device__ void add_batch_of_all(
     const T* __restrict__ w, Size row, int last, const Row* __restrict__ x,
-    A scale, const At& at, int first, int end, int by, Row* sum) {
-  for (int q = first; q < end; q += N * by) {
-    Pack<T, V> ws[N][R];
+    A scale, const At& at, int q, int end, int by, Row* sum) {
+  Pack<T, V> ws[N][R];
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (q + i * by < end) {
-        const T* here = w + at(q + i * by);
+  for (int i = 0; i < N; ++i)
+    if (is_full || q + i * by < end) {
+      const T* here = w + at(q, i, by);
 #pragma unroll
-        for (int r = 0; r < R; ++r)
-          ws[i][r] = *pack<V>(here + (r < last ? r : last) * row);
-      }
+      for (int r = 0; r < R; ++r)
+        ws[i][r] = *pack<V>(here + (r < last ? r : last) * row);
+    }
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (q + i * by < end) {
+  for (int i = 0; i < N; ++i)
+    if (is_full || q + i * by < end) {
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          const Row of_x = x[is_row ? (q + i * by) * V + v : q + i * by];
+      for (int v = 0; v < V; ++v) {
+        const Row of_x = x[is_row ? (q + i * by) * V + v : q + i * by];
 #pragma unroll
-          for (int r = 0; r < R; ++r) {
-            const A a = static_cast<A>(ws[i][r].x[v]) * scale;
-            Row& y = sum[is_row ? r : v];
+        for (int r = 0; r < R; ++r) {
+          const A a = static_cast<A>(ws[i][r].x[v]) * scale;
+          Row& y = sum[is_row ? r : v];
 #pragma unroll
-            for (int j = 0; j < B; ++j) y.x[j] += a * of_x.x[j];
-          }
+          for (int j = 0; j < B; ++j) y.x[j] += a * of_x.x[j];
         }
       }
-  }
+    }
+}
+
+// All of q = first, first + by, ... < end.  Full batches apart from others
+// take fewer instructions, and more registers.
+template <int N, int R, int V, bool is_row, bool is_apart, typename At>
+__device__ void add_all(
+    const T* w, Size row, int last, const Row* x, A scale, const At& at,
+    int first, int end, int by, Row* sum) {
+  int q = first;
+  for (; is_apart && q + (N - 1) * by < end; q += N * by)
+    add_batch_of_all<N, R, V, is_row, true>(
+        w, row, last, x, scale, at, q, end, by, sum);
+  for (; (N > 1 || !is_apart) && q < end; q += N * by)
+    add_batch_of_all<N, R, V, is_row, false>(
+        w, row, last, x, scale, at, q, end, by, sum);
 }
 
 // y = W x, or W^T x, for all vectors.
@@ -114,7 +124,7 @@ __device__ void product_of_all(
     const Rows rows(W, is_transposed);
     for (int o = threadIdx.x / 32; o < rows.n_out; o += blockDim.x / 32) {
       Row sum = {};
-      add_all<N, 1, 1, true>(
+      add_all<N, 1, 1, true, false>(
           W.w + rows.base(o), 0, 0, x, W.scale,
           InRows<1>{rows.length, rows.block}, threadIdx.x % 32, rows.n_in, 32,
           &sum);
@@ -133,9 +143,10 @@ __device__ void product_of_all(
     const int o = start + lane;
     Row sum = {};
     if (o < columns.n_out)
-      add_all<N, 1, 1, false>(
-          W.w + columns.base(o), 0, 0, x, W.scale, InColumns{columns.step},
-          group, columns.n_in, blockDim.x / width, &sum);
+      add_all<N, 1, 1, false, false>(
+          W.w + columns.base(o), 0, 0, x, W.scale,
+          Steps(columns.step, blockDim.x / width), group, columns.n_in,
+          blockDim.x / width, &sum);
 #pragma unroll
     for (int j = 0; j < B; ++j) {
       part[threadIdx.x] = sum.x[j];
@@ -382,7 +393,6 @@ __device__ double solve(
   __syncthreads();
   for (int j = 0; j < B; ++j) total += H[j * B + j];
   if (!(total > 0 && total < infinity())) {
-    __syncthreads();
     total *= 0;
     for (int j = first; j < B; j += by) values[j] = total;
     return total;
@@ -421,9 +431,8 @@ __device__ double solve(
     double sum = 0;
     for (int k = 0; k < B; ++k)
       sum += C[j * EVEN + k] * small.E[k * B + p % B];
-    small.mix[p] = sum;
+    small.mix[p] = sum;  // behind the next barrier
   }
-  __syncthreads();
   return values[0] * scale;
 }
 
@@ -579,7 +588,6 @@ __device__ double estimate_all(
     if (attempt == 2) {
       A* x = space.T[0].x;  // there is room
       start_from_largest_row(W, x, shared);
-      __syncthreads();
       for (int i = threadIdx.x; i < W.m; i += blockDim.x)
         space.start[i].x[0] = x[i];
     }
@@ -664,9 +672,9 @@ __device__ void product_of_all_by_columns(const TaskOfAll& task) {
     Row* y = task.y + static_cast<Size>(p) * columns.n_out;
     Row sum[V] = {};
     if (o < columns.n_out)
-      add_all<N, 1, V, false>(
+      add_all<N, 1, V, false, sizeof(A) == 4>(
           W.w + columns.base(o), 0, 0, task.x, W.scale,
-          InColumns{columns.step}, p * chunk + threadIdx.x / lanes,
+          Steps(columns.step, by), p * chunk + threadIdx.x / lanes,
           min(columns.n_in, (p + 1) * chunk), by, sum);
 #pragma unroll
     for (int first = 0; first < V * B; first += AT_ONCE) {
@@ -705,7 +713,7 @@ __device__ void product_of_all_by_rows(const TaskOfAll& task) {
     const int o = start + threadIdx.x / lanes * R;
     Row sum[R] = {};
     if (o < rows.n_out)
-      add_all<N, R, V, true>(
+      add_all<N, R, V, true, false>(
           W.w + rows.base(o), rows.length, rows.n_out - 1 - o, task.x, W.scale,
           InRows<V>{rows.length, rows.block},
           p * chunk + threadIdx.x % lanes, min(n, (p + 1) * chunk), lanes,

@@ -4,11 +4,13 @@ with every kernel executed on the host (:mod:`tests.cuda_on_host`).
 Both ways are run: one block that does all, and many.
 """
 import chainer
+import chainer.functions as CF
+import chainer.links as L
 import numpy as np
 import pytest
 from chainer.backends import cuda
 
-from sn_function import errors, functions
+from sn_function import SpectralNormalization, errors, functions
 from sn_function._arithmetic import (
     device,
     device_subspace,
@@ -26,6 +28,7 @@ from sn_function._arithmetic.interface import (
 from tests import reference
 from tests.arithmetic import test_subspace
 from tests.arithmetic.test_device import (  # NOQA: F401  path is a fixture
+    DEVICE,
     patch_functions,
     path,
     send,
@@ -394,3 +397,38 @@ def test_tolerance_of_a_weight_without_a_residual(shape, value):
     functions.spectral_normalize(
         W, device_u, rtol=1e-3, max_iterations=5, update_u=True)
     np.testing.assert_array_equal(get(device_u), u)
+
+
+# The hook.
+
+def test_training_with_a_hook_does_not_wait(path):  # NOQA: F811
+    link = L.Linear(30, 40).add_hook(SpectralNormalization(
+        n_vectors=3, use_gamma=True))
+    link.to_device(DEVICE)
+    x = send(random(5, 30).astype('f'))
+    link(x)  # makes what is made once
+    before = get(link.W_us)
+    with watched() as launches:
+        y = link(x)
+        y.grad = y.array
+        y.backward()
+    several = [name for name in launches if name.endswith('_subspace')]
+    assert len(several) == (1 if path == 'one block' else 7)
+    assert not np.array_equal(get(link.W_us), before)
+
+
+def test_the_hook_is_as_on_the_host():
+    weights = []
+    for name in ('@numpy', DEVICE):
+        np.random.seed(0)
+        link = L.Linear(30, 40).add_hook(SpectralNormalization(n_vectors=3))
+        link(random(5, 30).astype('f'))
+        link.to_device(name)
+        optimizer = chainer.optimizers.SGD(0.1).setup(link)
+        x = chainer.get_device(name).send(random(5, 30).astype('f'))
+        for _ in range(3):
+            optimizer.update(lambda: CF.sum(link(x) ** 2))  # NOQA: B023
+        with chainer.using_config('train', False):
+            link(x)
+        weights.append(get(link.W.array))
+    np.testing.assert_allclose(*weights, rtol=1e-4, atol=1e-5)

@@ -317,8 +317,8 @@ def tests_of_several_vectors(both, products):
         (1e25, 1, 1e-25),)
     yield both, False, t.test_vectors_that_are_nearly_dependent, (1e-3,)
     for name in t.BAD_ROWS:
-        yield both, name == 'dependent', t.test_bad_vectors_are_replaced, (
-            name,)
+        yield both, name in ('zero', 'dependent'), (
+            t.test_bad_vectors_are_replaced), (name,)
     for value in (0, np.nan):
         test = t.test_a_weight_without_a_direction_stores_nothing
         yield both, not value, test, (value,)
