@@ -53,8 +53,9 @@ ONE_ARCH = 'sm_80'
 THREADS = {_kernels.Reduction: 512, _kernels.Elementwise: 128}
 REGISTERS = 1 << 16     # of a multiprocessor, on all of these architectures
 
-# Numbers of vectors for those kernels that have several of a weight; with the
-# second, which takes more registers, for one weight of float32 or float64.
+# Numbers of vectors for those kernels that have several of a weight.  With the
+# second, which takes more registers, they are compiled for one weight of
+# float32 or float64.  Not for many of float64, where some spill a few bytes.
 VECTORS = (8, 16)
 # A weight and a vector that may go together.
 _PAIRS = ('ee', 'ef', 'ff', 'dd')
@@ -159,7 +160,8 @@ def signatures(kernel: Any) -> list[Signature]:
                 if (kernel.has_u or pair[1] == accumulator_dtype(
                     numpy.dtype(pair[0])).char)
                 and (b != VECTORS[1] or (
-                    pair in ('ff', 'dd') and not is_for_many))]
+                    pair in ('ff', 'dd') and not is_for_many))
+                and not (b and is_for_many and pair == 'dd')]
     names = {kind for kind, _ in parameters(kernel) if len(kind) == 1}
     found = {}
     for T, U in _PAIRS:
