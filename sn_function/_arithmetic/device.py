@@ -9,8 +9,9 @@ of the largest row.
 A small weight takes one launch forward and one backward.  A large one takes
 ``2 K + 1`` and, with the exact gradient, 2 for K = 1 and ``3 K`` for more, or
 2 with u and v constant; ``docs/gpu.rst`` says which take more.  Weights of one
-kind share their launches.  One of several groups is computed by
-:mod:`.grouped`, without kernels of its own.
+kind share their launches.  One with several vectors is computed by
+:mod:`.device_subspace`, and one of several groups by :mod:`.grouped`, without
+kernels of its own.
 """
 from __future__ import annotations
 

@@ -14,6 +14,9 @@ one piece each (:mod:`.workspace` has the places):
               tbars (K, m), sbars (K, n)       A
               what blocks leave for the next   float64
 
+A forward of b vectors keeps what one of K = 1 does, and behind that singular
+values, vectors of shape (m, b) and (n, b), and matrices of b x b.
+
 Where a norm is so large or small that products may have left the range of
 ``A``, one block does all again with a weight in units of about its largest
 entry.
@@ -514,8 +517,9 @@ fused_bwd = Raw('sn_fused_bwd', """
                 coefficients[GY], coefficients[GSIGMA], m, is_wide, 1);
 }""", 'FUSED_BLOCK_SIZE', '512, 1')
 
-# Several vectors, see subspace.py.  S = U W is [n, b], and so are U and all
-# others: what belongs to one entry is together.
+# Several vectors, see subspace.py for the letters.  In memory U and what
+# follows it are (m, b), and S is (n, b): a thread that reads an entry of the
+# weight multiplies it with b numbers that are next to each other.
 
 _OF_FORWARD = """
     int K, double eps, double at_zero, int moves, int update, int n_warmup,
