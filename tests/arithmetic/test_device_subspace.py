@@ -186,11 +186,14 @@ def test_lengths_of_the_vectors_do_not_matter(scales):
     compare(W, U * np.array(scales, 'f')[:, None], 0)
 
 
-@pytest.mark.parametrize('part', [1e-2, 1e-3])
-def test_vectors_that_are_nearly_dependent(part):
-    W, U = make((40, 30), 0, 3, 'd')
-    U[1:] = U[0] + part * U[1:]
-    compare(W, U, 0, tolerance=1e-9)
+@pytest.mark.parametrize(('part', 'dtype', 'tolerance'), [
+    (1e-2, 'd', 1e-9), (1e-3, 'd', 1e-9), (1e-2, 'f', 2e-5),
+    (1e-3, 'f', 1e-4)])
+def test_vectors_that_are_nearly_dependent(part, dtype, tolerance):
+    """Their span, which differences of them make."""
+    W, U = make((40, 30), 0, 3, dtype)
+    U[1:] = U[0] + W.dtype.type(part) * U[1:]
+    compare(W, U, 0, tolerance=tolerance)
 
 
 BAD_ROWS = {
