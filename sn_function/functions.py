@@ -173,8 +173,8 @@ def spectral_normalize(
         rtol (float or None): Iterate until the residual :math:`\\|W^T u -
             \\sigma v\\|_2 / \\sigma` (with several vectors :math:`\\|W v -
             \\sigma u\\|_2 / \\sigma`) is at most this.  The gradient is that
-            of the last ``n_power_iteration`` iterations.  Some singular value
-            is then within a relative ``rtol`` of sigma.
+            of the last ``n_power_iteration`` iterations, and ``u`` gets none.
+            Some singular value is then within a relative ``rtol`` of sigma.
         max_iterations (int): The most iterations with ``rtol``.  Where they
             do not suffice there is a
             :class:`~sn_function.errors.ToleranceWarning`, but not on a device,

@@ -315,7 +315,8 @@ class TestWarnings:
         damage(model, 'zero' if cause != 'zero' else 'NaN')
         assert len(call(report, trainer)[1]) == 1
 
-    @pytest.mark.parametrize(('value', 'row'), [(0, 1), (np.nan, 0)])
+    @pytest.mark.parametrize(('value', 'row'), [
+        (0, 1), (np.nan, 0), ('dependent', 1)])
     def test_one_of_several_vectors(self, value, row, tmp_path):
         trainer, model = make_trainer(tmp_path)
         hook, = model.l1.local_link_hooks.values()
@@ -323,7 +324,8 @@ class TestWarnings:
         trainer.run()
         report = SpectralNormReport(model)
         assert call(report, trainer)[1] == []
-        model.l1.W_us[row] = value
+        model.l1.W_us[row] = (
+            model.l1.W_u if value == 'dependent' else value)
         values, (warning,) = call(report, trainer)
         assert 'W_u or W_us is zero or not finite' in str(warning.message)
         assert np.isnan(values['sigma/l1'])

@@ -35,6 +35,7 @@ from sn_function._arithmetic.matrix import ORDINARY
 from sn_function._arithmetic.subspace import (
     DEPENDENT,
     INDEPENDENT,
+    MOST,
     REGULAR,
     SHIFT,
 )
@@ -48,7 +49,7 @@ class Subspaces(NamedTuple):
         basis: Orthonormal bases of the spans, shape ``(G, 1, b, m)``.
         start: The vectors that they began with, likewise.
         are_independent: Whether these were, shape ``(G, 1, 1, 1)``.
-        squares: Those of the Ritz values, shape ``(G, 1, b, 1)``.
+        singular_values: Estimates, in order, shape ``(G, 1, b, 1)``.
         following: The vectors moved on, if they are asked for.
         t: ``W v / sigma``, shape ``(G, 1, 1, m)``, likewise.
 
@@ -58,7 +59,7 @@ class Subspaces(NamedTuple):
     basis: Any
     start: Any
     are_independent: Any
-    squares: Any
+    singular_values: Any
     following: Any = None
     t: Any = None
 
@@ -113,7 +114,7 @@ def subspace_iteration(
         iterations = iterations._replace(residuals=found.residuals(A))
     return iterations._replace(
         basis=found.basis, moved=found.following,
-        singular_values=found.squares ** 0.5 * scale)
+        singular_values=found.singular_values * scale)
 
 
 def _in_range(A: Any) -> tuple[Any, Any]:
@@ -174,6 +175,8 @@ def _step(A: Any, start: Any, moves: bool) -> Subspaces:
     xp, dtype = chainer.backend.get_array_module(A), A.dtype
     U, are_independent = _orthonormal(start)
     S = U @ A
+    unit = peak(S)  # where U hardly has what A is large on, it is tiny
+    S = (S / unit).astype(dtype, copy=False)
     H = (S @ transposed(S)).sum(axis=1, keepdims=True).astype(numpy.float64)
     is_finite = xp.isfinite(H).all(axis=(2, 3), keepdims=True)
     squares, C = xp.linalg.eigh(xp.where(is_finite, H, 0.0))
@@ -182,19 +185,23 @@ def _step(A: Any, start: Any, moves: bool) -> Subspaces:
     C = transposed(C)[:, :, ::-1].astype(dtype)
     basis, S = C @ U, C @ S
     square = squares[:, :, :1]
-    sigma = square ** 0.5
-    v = (S[:, :, :1] / or_one(sigma)).astype(dtype, copy=False)
+    singular_values = squares ** 0.5 * unit
+    sigma = singular_values[:, :, :1]
+    v = (S[:, :, :1] / or_one(square ** 0.5)).astype(dtype, copy=False)
     vectors = Vectors([basis[:, :, :1]], [v], [sigma], [sigma])
     if not moves:
-        return Subspaces(vectors, basis, start, are_independent, squares)
-    T = transposed((A @ transposed(S)).sum(axis=1, keepdims=True))
+        return Subspaces(
+            vectors, basis, start, are_independent, singular_values)
+    T = transposed((A @ transposed(S)).sum(axis=1, keepdims=True)) / unit
     t = T[:, :, :1] / or_one(square)
     vectors.t_norms[0] = length(t) * sigma
     c = -REGULAR * square
     if squares.shape[2] > 1:
         c = c + SHIFT * squares[:, :, -1:]
+    c = xp.minimum(c, (squares - abs(T).max(axis=3, keepdims=True) / MOST).min(
+        axis=2, keepdims=True))
     T = (T - c * basis) / or_one(squares - c)
     T[:, :, :1] /= or_one(length(T[:, :, :1]))
     return Subspaces(
-        vectors, basis, start, are_independent, squares,
+        vectors, basis, start, are_independent, singular_values,
         T.astype(dtype, copy=False), t)

@@ -61,7 +61,8 @@ def measure(
     Returns:
         Arrays of shape ``()`` and dtype float64: ``'peak'``, the largest
         magnitude in ``W``; with ``u``, ``'is_sound'``, whether it is finite
-        and not zero, ``'sigma'`` and ``'residual'``; with several vectors,
+        and not zero, and several are independent (on a device that is not
+        asked for), ``'sigma'`` and ``'residual'``; with several vectors,
         ``'sigma2'`` to that of their number, the estimates of the next
         singular values; with a renewal,
         ``'sigma_of_u'``, the estimate from ``u`` itself; with gamma,
@@ -104,7 +105,7 @@ def _estimate(
         ((sigma,), iterations), = arithmetic_of(W).normalize_all([
             Forward(settings, W, u, gamma, ('sigma',), renewal=renewal)])
     except VectorValueError:  # a device replaces it without a word
-        return dict.fromkeys(names, math.nan)
+        return {**dict.fromkeys(names, math.nan), 'is_sound': False}
     axis = settings.axis
     if settings.groups is not None:
         W, axis = settings.groups.split(W, axis)[iterations.largest][0], 1

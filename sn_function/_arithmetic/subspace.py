@@ -27,9 +27,10 @@ the b-th largest lie around zero, so that the vectors converge nearly twice as
 fast.  With half of ``l_b``, where the b largest are equal, what W takes to
 zero would stay for ever.
 
-The small part of ``l_1`` keeps the vectors independent whatever W is.  With E
-the part of the new U outside of the old span, the new ``U U^T`` is ``I + E
-E^T``, and no row of E is longer than 70.
+The small part of ``l_1`` keeps the vectors independent.  With E the part of
+the new U outside of the old span, the new ``U U^T`` is ``I + E E^T``, and no
+row of E is longer than 70 where sigma is the norm of W.  Where it is far below
+that, c is less, such that no entry of E is above 100.
 
 See G. H. Golub and C. F. Van Loan, Matrix Computations, 4th edition, section
 8.2.  Extreme sizes are treated as in :mod:`.power_iteration`.
@@ -61,9 +62,11 @@ from sn_function._arithmetic.matrix import (
 # The parts of l_b and of l_1 in the shift.
 SHIFT = 0.45
 REGULAR = 1e-4
-# Of vectors of length 1, the part of each that is orthogonal to those before
-# it: below the first they are made orthonormal before they are used, and below
-# the second they are not independent.
+# The largest entry of W S_j / (l_j - c), where U_j has length 1.
+MOST = 100.0
+# Vectors of length 1 are made orthonormal before they are used where L^-1 has
+# an entry above the inverse of the first, and are not independent where one on
+# the diagonal of L is below the second.
 INDEPENDENT = 0.1
 DEPENDENT = 1e-6
 
@@ -257,6 +260,9 @@ def _step(
         # One vector alone would not leave what W takes to zero.
         c = SHIFT * squares[-1] if len(U) > 1 else 0.0
         c -= REGULAR * squares[0]
+        # What the span hardly has, and W is large on, must not be all that is
+        # left of each.
+        c = min(c, (squares - A.peaks(following) / MOST).min())
         following -= basis * c
         following /= (squares - c)[:, None]
         following[0] /= A.norm_of_t(following[0], careful)
@@ -280,14 +286,15 @@ def _orthonormal(A: Matrix, U: Any) -> tuple[Any, Any]:
         if not all([is_ordinary(x, U.dtype) for x in norms.tolist()]):
             raise ExtremeNormError
         L, = A.agreed(_cholesky(G / norms / norms[:, None]))
-        pivot = L.diagonal().min()
-        if pivot < DEPENDENT:
+        if L.diagonal().min() < DEPENDENT:
             raise ExtremeNormError
-        E = numpy.linalg.inv(L) / norms
-        if pivot > INDEPENDENT:
-            break
+        # Its entries grow from row to row, even where no pivot is small.
+        inverse = numpy.linalg.inv(L)
+        E = inverse / norms
+        if abs(inverse).max() < 1 / INDEPENDENT:
+            return U, E
         U = E.dot(U).astype(U.dtype)
-    return U, E
+    raise ExtremeNormError
 
 
 def _ritz(S: Any, E: Any) -> tuple[Any, Any]:

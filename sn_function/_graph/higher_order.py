@@ -96,7 +96,7 @@ def _largest_in_span(A: _Blocks, iterations: Any) -> chainer.Variable:
     c = F.cast(leading_vector(
         F.matmul(in_full, in_full, transb=True), S.dtype), S.dtype)
     s = F.matmul(F.reshape(c, (1, -1)), S)
-    return F.sqrt(F.sum(s * s))
+    return F.sum(s * _unit(s))
 
 
 def _largest_group(

@@ -44,11 +44,13 @@ class _LeadingVector(chainer.FunctionNode):
         H, = inputs
         self.retain_inputs((0,))
         self.retain_outputs((0,))
-        values, vectors = backend.get_array_module(H).linalg.eigh(H)
+        xp = backend.get_array_module(H)
+        # Of NaN there is no decomposition; it comes back at the end.
+        values, vectors = xp.linalg.eigh(xp.where(xp.isfinite(H), H, 0.))
         others = vectors[:, :-1] * (
             values[:-1] >= values[-1] * (1 - self.gap))
         self.as_large = others.dot(others.T)
-        return vectors[:, -1].copy(),
+        return vectors[:, -1] + 0 * H.sum(),
 
     def backward(
             self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...],
@@ -60,8 +62,9 @@ class _LeadingVector(chainer.FunctionNode):
         column, row = F.reshape(c, (-1, 1)), F.reshape(c, (1, -1))
         # What R is zero on is given an eigenvalue of l, and then left out.
         left_out = F.matmul(column, row) + self.as_large
-        largest = F.broadcast_to(
-            F.matmul(F.matmul(row, H), column), H.shape)
+        largest = F.matmul(F.matmul(row, H), column)
+        largest += (largest.array == 0).astype(H.dtype)  # H is zero
+        largest = F.broadcast_to(largest, H.shape)
         identity = xp.eye(len(H), dtype=H.dtype)
         inverse, = _Inverse().apply((
             largest * (left_out + identity) - H,))

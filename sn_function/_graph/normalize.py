@@ -279,8 +279,10 @@ def make_weight(
         W, u, settings.axis, update_u, settings.groups)
     if axis != settings.axis or type(settings.axis) is not int:
         settings = settings._replace(axis=axis)
-    if len(u.shape) == 2:  # the span of several vectors is a constant
-        u = u.array if isinstance(u, chainer.Variable) else u
+    if isinstance(u, chainer.Variable) and (
+            len(u.shape) == 2 or renewal.rtol is not None):
+        u = u.array  # what it is taken to, outside of the graph, is a constant
+    if len(u.shape) == 2:
         settings = settings._replace(n_vectors=len(u))
     gamma = 1.0 if gamma is None else _checks.check_gamma(gamma, W)
     names: tuple[str, ...] = ('W',)

@@ -23,8 +23,9 @@ With several vectors, the rows of ``U``, each pass of
 
     G = sum_r U_r U_r^T      S = sum_r U_r W_r      |T_1|^2 = sum_r |T_{1,r}|^2
 
-and rank 0 sends what LAPACK makes of the small matrices G and ``S S^T``.  The
-gradient has rank 1, and needs ``<gY, W>`` alone.
+and the largest entry of each row of ``W S^T``.  Rank 0 sends what LAPACK makes
+of the small matrices G and ``S S^T``.  The gradient has rank 1, and needs
+``<gY, W>`` alone.
 
 No rank may take a branch or raise alone: the others would wait for it forever.
 So each decision depends on a result of ``MPI_Allreduce``, which MPI requires

@@ -18,9 +18,10 @@ def fault(
     if weight.hook is None:
         return '', ''
     if not numbers['is_sound']:
+        names = vector.names(weight.hook)
         return 'vector', (
-            f'the stored vector {" or ".join(vector.names(weight.hook))} is '
-            f'zero or not finite.')
+            f'the stored vector {" or ".join(names)} is zero or not finite'
+            + (', or they are not independent.' if names[1:] else '.'))
     if numbers.get('sigma_of_u', numbers['sigma']) < (
             1 - tolerance) * numbers['sigma']:
         return 'stale', (

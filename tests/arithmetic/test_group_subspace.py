@@ -274,6 +274,18 @@ def test_bad_vectors(change, message, dtype):
     np.testing.assert_array_equal(U, before)
 
 
+@pytest.mark.parametrize('dtype', 'fd')
+def test_vectors_that_their_groups_take_to_next_to_nothing(dtype):
+    W = np.zeros((6, 3), dtype)
+    W[[0, 3]] = 1
+    tiny = {'f': 1e-30, 'd': 1e-200}[dtype]
+    U = np.array([[tiny, 1, 0] * 2, [0, 0, 1] * 2], dtype)
+    sigma = functions.spectral_norm(W, U, groups=2, update_u=True)
+    np.testing.assert_allclose(sigma.array, tiny * 3 ** .5, rtol=1e-6)
+    sigma = functions.spectral_norm(W, U, groups=2)
+    np.testing.assert_allclose(sigma.array, 3 ** .5, rtol=1e-3)
+
+
 def test_vectors_that_their_group_takes_to_zero():
     W = np.zeros((6, 3))
     W[2], W[3:] = [3, 0, 0], random(3, 3) / 10

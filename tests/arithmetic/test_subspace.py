@@ -183,6 +183,18 @@ def test_equal_singular_values_have_a_finite_second_order():
     assert abs(second.array).max() < 100
 
 
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize('value', [0., np.nan])
+def test_second_order_of_what_has_no_direction(value, groups):
+    x = chainer.Variable(np.full((8, 4), value))
+    outputs = functions.spectral_normalize(
+        x, random(3, 8), groups=groups, return_sigma=True)
+    g, = chainer.grad([sum(CF.sum(y * y) for y in outputs)], [x],
+                      enable_double_backprop=True)
+    second, = chainer.grad([CF.sum(g * g)], [x])
+    assert (np.isnan(second.array) if value else second.array == 0).all()
+
+
 HARD = {
     'rank 1': lambda: np.outer(random(6), random(9)),
     'identity': lambda: np.eye(6, 9),
@@ -310,6 +322,44 @@ def test_products_of_several_vectors(shape, axis, b):
         A.tdot_all(U), [A.tdot(u) for u in U], atol=1e-12)
     np.testing.assert_allclose(
         A.dot_all(V), [A.dot(v) for v in V], atol=1e-12)
+
+
+@pytest.mark.parametrize('dtype', 'fd')
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize('n', [50, 100, 200, 500, 1000])
+def test_rows_that_come_back_after_a_while(n, groups, dtype):
+    """Zero for n calls, they are next to nothing in any vector."""
+    W = random(32, 48).astype(dtype)
+    U = random(4, 32).astype(dtype)
+    rest = W.copy()
+    rest[[0, 1, 16, 17]] = 0
+    for _ in range(n):
+        functions.spectral_norm(rest, U, update_u=True, groups=groups)
+    W -= rest
+    for _ in range(5):
+        sigma = functions.spectral_norm(W, U, update_u=True, groups=groups)
+        assert np.isfinite(U).all()
+    expected = max(np.linalg.norm(part.astype('d'), 2)
+                   for part in np.split(W, groups))
+    np.testing.assert_allclose(sigma.array, expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [('f', 1e-5), ('d', 1e-10)])
+@pytest.mark.parametrize('part', [0.11, 0.2, 0.3])
+def test_vectors_that_are_each_close_to_the_one_before(
+        part, dtype, tolerance):
+    """No pivot is small, and still much cancels in a basis of their span."""
+    U = np.eye(8, 32)
+    U[1:] = part * U[1:] - (1 - part ** 2) ** .5 * U[:-1]
+    U = (U @ np.linalg.qr(random(32, 32))[0]).astype(dtype)
+    W = random(32, 32).astype(dtype)
+    sigma = functions.spectral_norm(W, U)
+    assert sigma.array < np.linalg.norm(W.astype('d'), 2) * (1 + tolerance)
+    # What is left of the span in the entries of U.
+    expected = np.linalg.norm(
+        np.linalg.qr(U.T.astype('d'))[0].T @ W.astype('d'), 2)
+    np.testing.assert_allclose(
+        sigma.array, expected, rtol=1e-3 if dtype == 'd' else 0.3)
 
 
 def test_what_follows_has_the_ritz_values_in_order():

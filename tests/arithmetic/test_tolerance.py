@@ -2,6 +2,7 @@
 import warnings
 
 import chainer
+import chainer.functions as CF
 import numpy as np
 import pytest
 
@@ -73,6 +74,23 @@ def test_the_gradient_is_that_of_the_last_iterations(detach_uv, K):
             break
         moved, expected = run(moved)
     np.testing.assert_allclose(gW, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+def test_u_gets_no_gradient(groups):
+    """It is a constant, also of the second order."""
+    W, u, gY = random(10, 14), random(10), random(10, 14)
+
+    def second_order(u):
+        x = chainer.Variable(W)
+        Y = functions.spectral_normalize(x, u, rtol=1e-3, groups=groups)
+        g, = chainer.grad([CF.sum(Y * gY)], [x], enable_double_backprop=True)
+        return chainer.grad([CF.sum(g * g)], [x])[0].array
+
+    variable = chainer.Variable(u)
+    assert (second_order(variable) == second_order(u)).all()
+    functions.spectral_norm(W, variable, rtol=1e-3, groups=groups).backward()
+    assert variable.grad is None
 
 
 def test_it_stops_at_once_where_nothing_is_to_be_done():

@@ -792,8 +792,9 @@ def bytes_of_several():
             comm, W, case.part_of_u(), K, update_u=update_u)
         gram, small, number = 8 * b * b, 8 * b * (b + 1), 8
         one = [gram, gram, 8 * b * n, small]
-        assert comm.pop() == [facts] + (K - 1) * [*one, number] + one + (
-            [number] if update_u else [])
+        moved = [8 * b, number]
+        assert comm.pop() == [facts] + (K - 1) * [*one, *moved] + one + (
+            moved if update_u else [])
         F.sum(Y * 2).backward()
         assert comm.pop() == [number]
 
