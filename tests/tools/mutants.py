@@ -66,6 +66,16 @@ product_by_columns: const int tiles = (n + lanes - 1) * lanes;
 product_by_rows: const int tiles = (rows.n_out + height + 1) / height;
 product_by_rows: const int tiles = (rows.n_out + height - 1) * height;
 """,
+        'subspace': """
+product_of_all_by_columns: const int n = columns.n_out * V, \
+lane = threadIdx.x % lanes;
+product_of_all_by_columns: const int tiles = (n + lanes + 1) / lanes, \
+by = blockDim.x / lanes;
+product_of_all_by_columns: const int tiles = (n + lanes - 1) * lanes, \
+by = blockDim.x / lanes;
+product_of_all_by_rows: const int tiles = (rows.n_out + height + 1) / height;
+product_of_all_by_rows: const int tiles = (rows.n_out + height - 1) * height;
+""",
         'entries': """
 correct: const int n_matrices = is_flat ? 1 : W.l, n = n_columns * V;
 correct: const int strips = (n + blockDim.x + 1) / blockDim.x;
@@ -73,7 +83,18 @@ correct: const int strips = (n + blockDim.x - 1) * blockDim.x;
 correct: const int chunks = (n_rows + chunk + 1) / chunk;
 correct: const int chunks = (n_rows + chunk - 1) * chunk;
 """},
-    'in parts of any length each entry is in one': {'grid': """
+    'in parts of any length each entry is in one': {
+        'subspace': """
+product_of_all_by_columns: const int chunk = (columns.n_in + task.parts + 1) \
+/ task.parts;
+product_of_all_by_columns: const int chunk = (columns.n_in + task.parts - 1) \
+* task.parts;
+product_of_all_by_rows: const int n = rows.n_in / V, \
+chunk = (n + task.parts + 1) / task.parts;
+product_of_all_by_rows: const int n = rows.n_in / V, \
+chunk = (n + task.parts - 1) * task.parts;
+""",
+        'grid': """
 product_by_columns: const int chunk = (columns.n_in + parts + 1) / parts;
 product_by_columns: const int chunk = (columns.n_in + parts - 1) * parts;
 product_by_rows: const int n = rows.n_in / V, chunk = (n + parts + 1) / parts;
@@ -114,6 +135,8 @@ gram: while (width >= SQUARES && width < static_cast<int>(blockDim.x)) \
 width *= 2;
 gram: while (width < SQUARES && width >= static_cast<int>(blockDim.x)) \
 width *= 2;
+product_of_all_by_rows: const int N = 32 / sizeof(T) / V > R ? \
+32 / sizeof(T) / V * R : 1;
 diagonalize: if (p / (EVEN + 1) == 0)
 """},
     'what a thread reads next, it has written': {'block': """
