@@ -184,6 +184,15 @@ class VectorValueError(SpectralNormalizationError, ValueError):
             f'numpy.random.normal(size={size}).astype(W.dtype).')
 
 
+class VectorCountError(SpectralNormalizationError, ValueError):
+    """There are more vectors than the kernels of a device are made for."""
+
+    def __init__(self, number: int, most: int) -> None:
+        super().__init__(
+            f'u holds {number} vectors, but on a CUDA device there are at '
+            f'most {most} for a weight. Leave the last ones out: u[:{most}].')
+
+
 class VectorUpdateError(SpectralNormalizationError, TypeError):
     """The start vector cannot be overwritten."""
 

@@ -334,6 +334,45 @@ class TestGraphs:
         replays.check()
         replays.check_that_it_moves()
 
+    @pytest.mark.parametrize('dtype', 'efd')
+    @pytest.mark.parametrize(('b', 'K'), [(3, 1), (8, 2), (16, 1)])
+    @pytest.mark.parametrize(('shape', 'axis'), [
+        ((96, 80, 3, 3), 0), ((80, 96, 3, 3), 1), ((720, 96), 1)])
+    def test_of_several_vectors(self, shape, axis, b, K, dtype, fused_size):
+        def make():
+            W = chainer.Parameter(cuda.to_gpu(random(shape, dtype)))
+            U = cuda.to_gpu(random((b, shape[axis]), dtype, 1))
+            gY = cuda.to_gpu(random(shape, dtype, 2))
+
+            def step():
+                W.cleargrad()
+                Y = functions.spectral_normalize(
+                    W, U, K, axis=axis, update_u=True)
+                Y.grad = gY
+                Y.backward()
+                return Y.array, W.grad
+
+            return step, lambda: [U]
+
+        replays = Replays(make)
+        replays.check()
+        replays.check_that_it_moves()
+
+    @pytest.mark.parametrize('b', [None, 3])
+    def test_of_a_tolerance(self, b, fused_size):
+        def make():
+            W = random((96, 80, 3, 3))
+            u = cuda.to_gpu(random(96 if b is None else (b, 96), seed=1))
+            W = cuda.to_gpu(W)
+
+            def step():
+                return [functions.spectral_norm(
+                    W, u, update_u=True, rtol=1e-2).array]
+
+            return step, lambda: [u]
+
+        Replays(make).check()
+
     def test_without_update_u(self, fused_size):
         def make():
             step = make_step(random((96, 80, 3, 3)))

@@ -135,16 +135,40 @@ __device__ double turn(double sigma, const State& state, double* shared) {
   return turn_of(sigma, state.s_norm(0), state.t_norm(0), sqrt(sum));
 }
 
+// A tolerance for |W^T u_K - sigma v_K| / sigma, if next_s has room for W^T
+// u_K.
+struct Tolerance {
+  A* next_s;
+  double rtol;
+
+  __device__ bool is_met(
+      double sigma, const Weight& W, const State& state,
+      double* shared) const {
+    if (!(sigma > 0 && isfinite(sigma))) return true;
+    product(W, true, state.u(state.K), next_s, shared);
+    const A divisor = sigma * W.scale;
+    double sum = 0;
+    for (int j = threadIdx.x; j < state.n; j += blockDim.x) {
+      const double d = next_s[j] / divisor - state.v(state.K - 1)[j];
+      sum += d * d;
+    }
+    return sqrt(block_sum(sum, shared)) <= rtol;
+  }
+};
+
 // iterate(), and again from u_K where the first iteration turns u_0 by more
-// than limit, until it hardly does: then u was one of another weight.  Where
-// norms must be ordinary, it ends where one is not.
+// than limit, until it hardly does: then u was one of another weight.  Or
+// until the tolerance is met.  Where norms must be ordinary, it ends where one
+// is not.
 __device__ double iterate_anew(
     const Weight& W, const State& state, int K, int n_warmup, double limit,
-    bool must_be_ordinary, bool* ordinary, double* shared) {
+    const Tolerance& tolerance, bool must_be_ordinary, bool* ordinary,
+    double* shared) {
   for (int i = 0;; i += K) {
     const double sigma = iterate(W, state, K, ordinary, shared);
-    if ((must_be_ordinary && !*ordinary) || i >= n_warmup
-        || turn(sigma, state, shared) <= limit)
+    if ((must_be_ordinary && !*ordinary) || i >= n_warmup) return sigma;
+    if (tolerance.next_s ? tolerance.is_met(sigma, W, state, shared)
+                         : turn(sigma, state, shared) <= limit)
       return sigma;
     limit = SETTLED;
     for (int j = threadIdx.x; j < W.m; j += blockDim.x)
@@ -190,7 +214,8 @@ __device__ double unit_of(double x) {
 // where n_done iterations have turned it.
 __device__ double estimate(
     Weight W, const U* u, const State& state, int K, int n_warmup,
-    double limit, int attempt, int n_done, double* shared) {
+    double limit, const Tolerance& tolerance, int attempt, int n_done,
+    double* shared) {
   double w_largest = 0, u_norm = 1, sigma = 0;
   const int first = attempt;
   for (;; ++attempt) {
@@ -231,7 +256,7 @@ __device__ double estimate(
     const bool goes_on = attempt == 0 && n_done > 0;
     sigma = iterate_anew(
         W, state, K, goes_on ? n_warmup - n_done : n_warmup,
-        goes_on ? SETTLED : limit, attempt == 0, &ordinary, shared);
+        goes_on ? SETTLED : limit, tolerance, attempt == 0, &ordinary, shared);
     if (attempt == 0 ? ordinary
                      : attempt == 2 || sigma != 0 || w_largest == 0)
       break;

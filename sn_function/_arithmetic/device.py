@@ -9,18 +9,30 @@ of the largest row.
 A small weight takes one launch forward and one backward.  A large one takes
 ``2 K + 1`` and, with the exact gradient, 2 for K = 1 and ``3 K`` for more, or
 2 with u and v constant; ``docs/gpu.rst`` says which take more.  Weights of one
-kind share their launches.  One of several groups is computed by
-:mod:`.grouped`, without kernels of its own.
+kind share their launches.  One with several vectors is computed by
+:mod:`.device_subspace`, and one of several groups by :mod:`.grouped`, without
+kernels of its own.
 """
 from __future__ import annotations
 
-import math
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import numpy
 from chainer.backends import cuda
 
-from sn_function._arithmetic import grouped, kernels, workspace
+from sn_function._arithmetic import (
+    device_subspace,
+    grouped,
+    kernels,
+    workspace,
+)
+from sn_function._arithmetic.device_weight import (
+    FLOAT64,
+    Iterations,
+    Part,
+    contiguous,
+    renew_gammas,
+)
 from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
     Array,
@@ -29,114 +41,13 @@ from sn_function._arithmetic.interface import (
     Forward,
     Settings,
 )
-from sn_function._arithmetic.kernels import COEFFICIENTS, NULL, NUMBERS
+from sn_function._arithmetic.kernels import COEFFICIENTS, NULL
 from sn_function._arithmetic.matrix import accumulator_dtype
 from sn_function._arithmetic.workspace import DOUBLE
 
-_FLOAT64 = numpy.dtype(numpy.float64)
 _INT32 = _ZERO, _ONE = numpy.int32(0), numpy.int32(1)
 # Of sn_correct_bwd, where it only makes coefficients.
 _ONE_BLOCK = _ONE, _ZERO, _ONE
-
-
-class Iterations:
-    """What a forward computed, for its backward; it stays on the device.
-
-    Args:
-        W: Weight with 2 or more dimensions, C-contiguous.
-        axis: Its output axis.
-        K: Number of iterations.
-        u: Start vector, C-contiguous.
-
-    Attributes:
-        plan: The plan of its forward.
-        at: The place of all that is kept.
-        bars: The place for what a backward keeps, if there is one already.
-
-    """
-
-    at: Any
-    bars: Any = None
-
-    def __init__(self, W: Array, axis: int, K: int, u: Array) -> None:
-        shape = W.shape
-        l = math.prod(shape[:axis]) if axis else 1  # NOQA: E741
-        m = shape[axis]
-        r = math.prod(shape[axis + 1:])
-        self.K, self.l, self.m, self.r, self.n = K, l, m, r, l * r
-        self.dtype = accumulator_dtype(W.dtype)
-        # A copy of a link may read vectors where CuPy is not at hand.
-        self._ndarray = cuda.cupy.ndarray
-        self.is_small = W.size <= kernels.FUSED_SIZE
-        # u is read in packs as well where the first product is by rows.
-        self.plan = self.plan_for(W, u if r == 1 else W)
-
-    def plan_for(self, W: Array, other: Array) -> workspace.Plan:
-        """Returns the plan, for another array of the shape of the weight."""
-        return workspace.plan(
-            self.l, self.m, self.r, self.K, W.dtype.itemsize,
-            W.data.ptr % 16 == 0 and other.data.ptr % 16 == 0, self.is_small,
-            kernels.BLOCK_SIZE)
-
-    def place_of_u(self, k: int) -> Any:
-        """Returns the place of ``u_k``, ``0 <= k <= K``."""
-        plan = self.plan
-        return self.at + (plan.us + k * plan.m_step)
-
-    def place_of_v(self, k: int) -> Any:
-        """Returns the place of ``v_{k+1}``, ``0 <= k < K``."""
-        plan = self.plan
-        return self.at + (plan.vs + k * plan.n_step)
-
-    def place_of_norm(self, k: int) -> Any:
-        """Returns the place of a norm: those of s come first, then of t."""
-        return self.at + DOUBLE * (len(NUMBERS) + k)
-
-    def array(self, place: Any, n: int, dtype: Any) -> Array:
-        """Returns ``n`` entries of the device's memory, from a place on."""
-        return self._ndarray((n,), dtype, place)
-
-    @property
-    def numbers(self) -> Array:
-        """Those of :data:`.kernels.NUMBERS`, and norms."""
-        return self.array(self.at, len(NUMBERS) + 2 * self.K, _FLOAT64)
-
-    def us(self, k: int) -> Array:
-        """Returns ``u_k``, ``0 <= k <= K``."""
-        return self.array(self.place_of_u(k), self.m, self.dtype)
-
-    def vs(self, k: int) -> Array:
-        """Returns ``v_k``, ``1 <= k <= K``."""
-        return self.array(self.place_of_v(k - 1), self.n, self.dtype)
-
-    def number(self, name: str) -> Array:
-        """Returns one of :data:`.kernels.NUMBERS`, shape ``()``."""
-        return self.numbers[NUMBERS.index(name)]
-
-    # As :class:`.interface.Iterations` has them.
-
-    @property
-    def u(self) -> Array:
-        return self.us(self.K)
-
-    @property
-    def v(self) -> Array:
-        return self.vs(self.K)
-
-    @property
-    def start(self) -> Array:
-        return self.us(0)
-
-    @property
-    def restarted(self) -> Array:
-        return self.number('RESTARTED')
-
-    @property
-    def sigma(self) -> Array:
-        return self.number('SIGMA')
-
-    def floored(self, settings: Settings) -> tuple[Array, Array]:
-        return self.number('DIVISOR'), self.number('ABOVE')
 
 
 def normalize_all(calls: Sequence[Forward]) -> list[tuple[Arrays, Any]]:
@@ -178,17 +89,23 @@ def _allocate(parts: Sequence[Any]) -> None:
     for part in parts:
         part.at = size
         size += part.size
-    start = cuda.cupy.empty(size // DOUBLE, _FLOAT64).data
+    start = cuda.cupy.empty(size // DOUBLE, FLOAT64).data
     for part in parts:
         part.at = start + part.at
 
 
 def _forward(calls: Sequence[Forward]) -> list[tuple[Arrays, Iterations]]:
-    parts = [_Forward(call) for call in calls]
+    parts: list[Any] = [
+        _Forward(call) if call.settings.n_vectors is None
+        else device_subspace.Forward(call) for call in calls]
     _allocate(parts)
     for part in parts:
         part.it.at = part.at
-    for (is_small, T, U, K, *common), group in _by_kind(parts):
+    for kind, group in _by_kind(parts):
+        if isinstance(group[0], device_subspace.Forward):
+            device_subspace.launch(kind, group)
+            continue
+        is_small, T, U, K, *common = kind
         if is_small:
             kernels.fused_fwd(
                 T, U, [part.fused() for part in group], K, *common)
@@ -196,12 +113,11 @@ def _forward(calls: Sequence[Forward]) -> list[tuple[Arrays, Iterations]]:
         for k in range(int(K)):
             _multiply(T, U, [part.first_product(k) for part in group])
             _multiply(T, U, [part.second_product(k) for part in group])
+        if group[0].has_tolerance:
+            _multiply(T, U, [part.next_product() for part in group])
         kernels.finish_fwd(
             T, U, [part.finish() for part in group], K, *common)
-        for part in group:
-            if part.initial_gamma is not NULL:
-                kernels.renew_gamma(
-                    part.it.numbers, part.gamma, part.initial_gamma)
+        renew_gammas(group)
     return [part.result() for part in parts]
 
 
@@ -258,22 +174,19 @@ def _multiply(T: Any, U: Any, products: Sequence[_Product]) -> None:
         kernels.gather(T, accumulator_dtype(T), gathers)
 
 
-class _Part:
-    """What one weight takes of a forward or a backward.
+class _Products:
+    """The products of one weight, in a forward or a backward.
 
     Attributes:
         it: What its forward computed.
         plan: Its plan.
         W: Weight.
-        size, at: How much memory it keeps, and where.
 
     """
 
     it: Iterations
     plan: workspace.Plan
     W: Array
-    size: int
-    at: Any = None
 
     def multiply(
             self, is_transposed: bool, x: Any, y: Any, e: Any, sums: Any,
@@ -312,46 +225,34 @@ class _Part:
                 it.number('SCALE'), of_y)
 
 
-class _Forward(_Part):
+class _Forward(Part, _Products):
 
     def __init__(self, call: Forward) -> None:
-        settings = call.settings
-        self.call = call
-        self.W = W = _contiguous(call.W)
-        self.u = u = _contiguous(call.u)
-        self.it = it = Iterations(
-            W, settings.axis, settings.n_power_iteration, u)
-        self.plan = plan = it.plan
-        # There will be a backward where a graph is made.
-        self.size = plan.size + (plan.bar_size if call.reuse else 0)
-        self.factor = settings.factor
-        if isinstance(call.gamma, float):
-            self.factor *= call.gamma
-            self.gamma: Any = NULL
-        else:
-            self.gamma = call.gamma.astype(it.dtype, copy=False)
-        empty = cuda.cupy.empty
-        # Not a view of the numbers, which would live as long as it.
-        self.sigma: Any = (
-            empty((), it.dtype) if 'sigma' in call.output_names else NULL)
-        self.Y: Any = (
-            empty(W.shape, W.dtype) if 'Y' in call.output_names else NULL)
+        K = call.settings.n_power_iteration
+        super().__init__(call, lambda W, u: Iterations(
+            W, call.settings.axis, K, u))
+        self.plan = self.it.plan
         renewal = call.renewal
-        self.initial_gamma: Any = NULL
-        # A gamma of another dtype was cast, so the kernel has a copy of it.
-        if renewal.initial_gamma is not None and self.gamma is call.gamma:
-            self.initial_gamma = renewal.initial_gamma
+        # W^T u_K comes last, if a tolerance asks for it.
+        self.has_tolerance = renewal.rtol is not None
+        size = workspace.with_vector(
+            self.plan, self.it.dtype) if self.has_tolerance else self.plan.size
+        self.keep(size)
         # In common with others in one launch.
-        self.kind = (it.is_small, W.dtype, u.dtype, numpy.int32(it.K),
-                     settings.eps, settings.at_zero,
+        self.kind = (self.it.is_small, self.W.dtype, self.u.dtype,
+                     numpy.int32(K), call.settings.eps, call.settings.at_zero,
                      numpy.int32(call.update_u),
-                     numpy.int32(renewal.n_warmup), renewal.limit)
+                     numpy.int32(renewal.n_warmup), renewal.limit,
+                     renewal.rtol if self.has_tolerance else -1.0)
 
     def fused(self) -> tuple[Any, ...]:
         plan = self.plan
-        return (self.W, self.u, self.at, self.sigma, self.gamma,
-                self.initial_gamma, self.Y, *plan.sizes, self.factor,
-                plan.is_wide, _ONE)
+        return (self.W, self.u, self.at, self._next_s(), self.sigma,
+                self.gamma, self.initial_gamma, self.Y, *plan.sizes,
+                self.factor, plan.is_wide, _ONE)
+
+    def _next_s(self) -> Any:
+        return self.at + self.plan.size if self.has_tolerance else NULL
 
     def first_product(self, k: int) -> _Product:
         """Returns that of iteration k, from 0 on."""
@@ -374,24 +275,24 @@ class _Forward(_Part):
             at + plan.t_sums, at + plan.parts, x_sums=at + plan.s_sums,
             norm=at + (plan.norms + DOUBLE * k))
 
+    def next_product(self) -> _Product:
+        """Returns ``W^T u_K``, of which a residual needs the norm."""
+        it, plan, at = self.it, self.plan, self.at
+        return self.multiply(
+            True, it.place_of_u(it.K), self._next_s(), NULL, at + plan.s_sums,
+            at + plan.parts, x_sums=at + plan.t_sums, is_raw=True,
+            norm=at + (plan.norms + DOUBLE * (2 * it.K - 1)))
+
     def finish(self) -> tuple[Any, ...]:
         plan, at = self.plan, self.at
         return (self.W, self.u, at, at + plan.norms, at + plan.t_sums,
-                plan.t.n_sums, at + plan.extras, plan.s.blocks, self.sigma,
+                plan.t.n_sums, at + plan.s_sums, plan.s.n_sums,
+                self._next_s(), at + plan.extras, plan.s.blocks, self.sigma,
                 self.gamma, self.initial_gamma, self.Y, *plan.sizes,
                 self.factor, plan.is_wide, plan.blocks)
 
-    def result(self) -> tuple[Arrays, Iterations]:
-        call, it, plan = self.call, self.it, self.plan
-        if call.update_u and self.u is not call.u:
-            call.u[...] = self.u
-        if call.reuse:
-            it.bars = self.at + plan.size
-        outputs = {'Y': self.Y, 'sigma': self.sigma}
-        return tuple([outputs[name] for name in call.output_names]), it
 
-
-class _Backward(_Part):
+class _Backward(_Products):
     """Its products are, from the last iteration to the first, those of
     ``sbar_k`` and ``tbar_{k-1}``; and that of ubar, if u is wanted.
     """
@@ -399,14 +300,15 @@ class _Backward(_Part):
     def __init__(self, call: Backward) -> None:
         self.call = call
         self.it = it = call.iterations
-        self.W = W = _contiguous(call.W)
+        self.W = W = contiguous(call.W)
         self.gY: Any = NULL
         if call.gY is not None:
-            self.gY = _contiguous(call.gY.astype(W.dtype, copy=False))
+            self.gY = contiguous(call.gY.astype(W.dtype, copy=False))
         self.plan = plan = it.plan_for(
             W, W if self.gY is NULL else self.gY)
         self.size = plan.bar_size
         # Once: another backward may run at the same time, on another stream.
+        self.at: Any
         self.at, it.bars = it.bars if plan is it.plan else None, None
         wanted = call.wanted
         empty = cuda.cupy.empty
@@ -415,7 +317,9 @@ class _Backward(_Part):
         self.needs_u = 'u' in wanted
         self.gsigma = (NULL if call.gsigma is None
                        else call.gsigma.astype(it.dtype, copy=False))
-        detach_uv = call.settings.detach_uv
+        # The span of several vectors is a constant.
+        detach_uv = (call.settings.detach_uv
+                     or call.settings.n_vectors is not None)
         is_exact = not detach_uv and (self.gW is not NULL or self.needs_u)
         self.n_steps = 2 * it.K - 1 + self.needs_u if is_exact else 0
         # Then sn_correct_bwd can make sbar of W^T u in passing.
@@ -491,7 +395,7 @@ class _Backward(_Part):
         it = self.it
         gu = cuda.cupy.empty(it.m, self.call.u.dtype)
         kernels.gradient_of_u(
-            it.numbers, it.array(self.at, len(COEFFICIENTS), _FLOAT64),
+            it.numbers, it.array(self.at, len(COEFFICIENTS), FLOAT64),
             it.array(self._tbar(it.K - 1), it.m, it.dtype), gu)
         return gu
 
@@ -499,11 +403,8 @@ class _Backward(_Part):
 def warm_up(
         W: Array, u: Array, axis: int, n: int, groups: Groups | None = None,
         rtol: float | None = None) -> None:
+    n_vectors = len(u) if u.ndim == 2 else None
     for _ in range(n):  # one at a time: the vectors of one are enough
         normalize_all([Forward(
-            Settings(1, axis, True, groups=groups), W, u, 1.0, (),
-            update_u=True)])
-
-
-def _contiguous(x: Array) -> Array:
-    return x if x.flags.c_contiguous else cuda.cupy.ascontiguousarray(x)
+            Settings(1, axis, True, groups=groups, n_vectors=n_vectors), W, u,
+            1.0, (), update_u=True)])

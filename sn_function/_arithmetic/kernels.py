@@ -14,6 +14,9 @@ one piece each (:mod:`.workspace` has the places):
               tbars (K, m), sbars (K, n)       A
               what blocks leave for the next   float64
 
+A forward of b vectors keeps what one of K = 1 does, and behind that singular
+values, vectors of shape (m, b) and (n, b), and matrices of b x b.
+
 Where a norm is so large or small that products may have left the range of
 ``A``, one block does all again with a weight in units of about its largest
 entry.
@@ -35,6 +38,12 @@ from sn_function._arithmetic.interface import (
     SETTLED,
 )
 from sn_function._arithmetic.matrix import accumulator_dtype
+from sn_function._arithmetic.subspace import (
+    DEPENDENT,
+    INDEPENDENT,
+    REGULAR,
+    SHIFT,
+)
 
 # Weights of up to this many entries go through kernels of one block.  By the
 # estimates of tests/tools/sass.py both ways take a device as long at 2^14
@@ -47,6 +56,8 @@ FUSED_BLOCK_SIZE = 512
 BLOCK_SIZE = 256
 # In one launch: an argument for each of them takes room.
 MAX_WEIGHTS = 16
+# Of a weight: the matrices of several vectors are in shared memory.
+MAX_VECTORS = 32
 # For a pointer that a raw kernel does not use.
 NULL = numpy.intp(0)
 
@@ -76,9 +87,23 @@ enum {{ {', '.join(COEFFICIENTS)}, N_COEFFICIENTS }};
 typedef long long Size;
 """
 
-# What raw kernels share, by the name of the file.
+# What raw kernels share, by the name of the file; the last is for those of
+# several vectors.
 SHARED = {name: (pathlib.Path(__file__).parent / f'{name}.cuh').read_text(
-    encoding='utf-8') for name in ('products', 'block', 'entries', 'grid')}
+    encoding='utf-8') for name in (
+        'products', 'block', 'entries', 'grid', 'subspace')}
+
+
+def rows_of_a_thread(b: int, itemsize: int) -> int:
+    """How many rows a thread of ``sn_product_subspace`` has, by rows.
+
+    Its sums have to fit into registers, with the entries, of ``itemsize``
+    bytes, that it reads at once.
+    """
+    rows = 2 if itemsize == 2 else 8
+    while rows > 1 and rows * b * max(4, itemsize) > 128:
+        rows //= 2
+    return rows
 
 
 class Elementwise:
@@ -126,11 +151,14 @@ class Raw:
         code: Definition of ``NAME_of``, without its parameters.
         threads: Name of the constant with the number of threads of a block.
         bounds: Limits for its registers, as ``__launch_bounds__`` takes them.
+        has_several: Whether it is for weights of several vectors, of a number
+            that is compiled in.
 
     """
 
     def __init__(self, name: str, own: str, common: str, code: str,
-                 threads: str = 'BLOCK_SIZE', bounds: str = '256, 2') -> None:
+                 threads: str = 'BLOCK_SIZE', bounds: str = '256, 2',
+                 has_several: bool = False) -> None:
         self.name = name
         self.own = [' '.join(text.split()) for text in own.split(',')]
         self.common = [' '.join(text.split())
@@ -138,10 +166,23 @@ class Raw:
         self.code = code
         self.threads = threads
         self.bounds = bounds
-        self._sources: dict[Any, str] = {}  # by T, U and number of weights
+        self.has_several = has_several
+        # Else the type of u is that of sums.
+        self.has_u = any(text.startswith(('U*', 'const U*'))
+                         for text in self.own)
+        # By T, U, number of weights and of vectors.
+        self._sources: dict[Any, str] = {}
 
-    def source(self, T: Any, U: Any, n: int = 1) -> str:
+    def source(
+            self, T: Any, U: Any, n: int = 1, n_vectors: int | None = None,
+    ) -> str:
         """Returns the source for up to ``n`` weights of these dtypes."""
+        shared = dict(SHARED)
+        constants = ''
+        if n_vectors is None:
+            del shared['subspace']
+        else:
+            constants = _constants(n_vectors, T)
         types = dict(zip('TUA', map(_c_name, (T, U, accumulator_dtype(T)))))
         own, common = ([text.rsplit(' ', 1) for text in texts]
                        for texts in (self.own, self.common))
@@ -157,7 +198,7 @@ class Raw:
         return ''.join([
             _INCLUDES,
             *[f'typedef {c} {name};\n' for name, c in types.items()],
-            _LAYOUT, *SHARED.values(), f"""
+            _LAYOUT, constants, *shared.values(), f"""
 __device__ __forceinline__ void {self.name}_of(
     {', '.join(self.own + self.common)}) {self.code}
 extern "C" __global__ void __launch_bounds__({self.bounds}) {self.name}(
@@ -171,7 +212,7 @@ extern "C" __global__ void __launch_bounds__({self.bounds}) {self.name}(
 
     def __call__(
             self, T: Any, U: Any, own: Sequence[tuple[Any, ...]],
-            *common: Any) -> None:
+            *common: Any, n_vectors: int | None = None) -> None:
         threads = globals()[self.threads],
         for start in range(0, len(own), MAX_WEIGHTS):
             chosen = own[start:start + MAX_WEIGHTS]
@@ -181,11 +222,25 @@ extern "C" __global__ void __launch_bounds__({self.bounds}) {self.name}(
             args = (*[x for weight in chosen for x in weight],
                     *chosen[0] * (n_slots - n), *common)
             width = max([int(weight[-1]) for weight in chosen])
-            key = T.char, U.char, n_slots
+            key = T.char, U.char, n_slots, n_vectors
             source = self._sources.get(key)
             if source is None:
-                source = self._sources[key] = self.source(T, U, n_slots)
+                source = self._sources[key] = self.source(
+                    T, U, n_slots, n_vectors)
             cuda.raw(source, self.name)((width, n), threads, args)
+
+
+def _constants(n_vectors: int, T: Any) -> str:
+    """What a kernel of several vectors has to know."""
+    rows = rows_of_a_thread(n_vectors, T.itemsize)
+    return f"""
+#define N_VECTORS {n_vectors}
+#define N_ROWS {rows}
+#define SHIFT {SHIFT if n_vectors > 1 else 0}
+#define REGULAR {REGULAR}
+#define INDEPENDENT {INDEPENDENT}
+#define DEPENDENT {DEPENDENT}
+"""
 
 
 def _c_name(dtype: Any) -> str:
@@ -284,17 +339,20 @@ gather = Raw('sn_gather', """
 # The end of a forward: norms, sigma and its floor, vectors divided by their
 # norms, u, and Y = gamma f W / max(sigma, eps).  Every block adds up what the
 # blocks of the products left.  What is rare is done by one block alone: a
-# weight or a u of extreme size, and a u that belongs to another weight.
+# weight or a u of extreme size, and a u that belongs to another weight.  So
+# are the further iterations of a tolerance that the first ones do not reach:
+# one multiprocessor reads the weight, at about a fiftieth of the bandwidth.
 #
 # As elementwise kernel it would need a launch of one block before it, which
 # decides, and cannot store u.
 finish_fwd = Raw('sn_finish_fwd', """
     const T* w, U* u, double* numbers, const double* norms,
-    const double* sums, int n_sums, const double* extras, int n_extras,
-    A* sigma_out, const A* gamma, const A* initial_gamma, T* y, int l, int m,
-    int r, double factor, int is_wide, int blocks""", """
+    const double* sums, int n_sums, const double* next_sums, int n_next_sums,
+    A* next_s, const double* extras, int n_extras, A* sigma_out,
+    const A* gamma, const A* initial_gamma, T* y, int l, int m, int r,
+    double factor, int is_wide, int blocks""", """
     int K, double eps, double at_zero, int update, int n_warmup,
-    double limit""", """{
+    double limit, double rtol""", """{
   __shared__ double shared[512];
   const Weight W = {w, l, m, r, 1};
   const State state(numbers, W, K);
@@ -314,7 +372,13 @@ finish_fwd = Raw('sn_finish_fwd', """
   }
   if (last == 0 && largest_of(extras, n_extras, shared) == 0) is_alone = false;
   double turned = turn_of(sigma, norms[0], t_1, u_0);
-  const bool is_stale = !is_alone && n_warmup > 0 && turned > limit;
+  bool is_stale = n_warmup > 0 && turned > limit;
+  if (next_s) {  // |W^T u|^2 is sigma^2 (1 + residual^2)
+    const double square =
+        sum_of(next_sums, n_next_sums, shared) / (sigma * sigma) - 1;
+    is_stale = n_warmup > 0 && sqrt(fmax(square, 0.0)) > rtol;
+  }
+  is_stale = is_stale && !is_alone;
   is_alone = is_alone || is_stale;
   if (is_alone) {
     if (blockIdx.x > 0) return;
@@ -322,8 +386,8 @@ finish_fwd = Raw('sn_finish_fwd', """
       for (int i = threadIdx.x; i < m; i += blockDim.x)
         state.u(0)[i] = state.u(K)[i] / static_cast<A>(last);
     sigma = estimate(
-        W, u, state, K, n_warmup, limit, is_stale ? 0 : 1, is_stale ? K : 0,
-        shared);
+        W, u, state, K, n_warmup, limit, Tolerance{next_s, rtol},
+        is_stale ? 0 : 1, is_stale ? K : 0, shared);
     turned = turn(sigma, state, shared);
   }
   const Outcome outcome(sigma, turned, gamma, initial_gamma, eps, at_zero);
@@ -403,18 +467,18 @@ correct_bwd = Raw('sn_correct_bwd', """
 
 # The whole forward: K iterations, u, and Y unless it is not wanted.
 fused_fwd = Raw('sn_fused_fwd', """
-    const T* w, U* u, double* numbers, A* sigma_out, A* gamma,
+    const T* w, U* u, double* numbers, A* next_s, A* sigma_out, A* gamma,
     A* initial_gamma, T* y, int l, int m, int r, double factor, int is_wide,
     int blocks""", """
     int K, double eps, double at_zero, int update, int n_warmup,
-    double limit""", """{
+    double limit, double rtol""", """{
   __shared__ double shared[512];
   const Weight W = {w, l, m, r, 1};
   const State state(numbers, W, K);
   for (int i = threadIdx.x; i < m; i += blockDim.x)
     state.u(0)[i] = static_cast<A>(u[i]);
   const double sigma = estimate(
-      W, u, state, K, n_warmup, limit, 0, 0, shared);
+      W, u, state, K, n_warmup, limit, Tolerance{next_s, rtol}, 0, 0, shared);
   const double turned = initial_gamma ? turn(sigma, state, shared) : 0;
   const Outcome outcome(sigma, turned, gamma, initial_gamma, eps, at_zero);
   __syncthreads();  // all have read gamma
@@ -453,5 +517,192 @@ fused_bwd = Raw('sn_fused_bwd', """
                 coefficients[GY], coefficients[GSIGMA], m, is_wide, 1);
 }""", 'FUSED_BLOCK_SIZE', '512, 1')
 
+# Several vectors, see subspace.py for the letters.  In memory U and what
+# follows it are (m, b), and S is (n, b): a thread that reads an entry of the
+# weight multiplies it with b numbers that are next to each other.
+
+_OF_FORWARD = """
+    int K, double eps, double at_zero, int moves, int update, int n_warmup,
+    double limit, double rtol"""
+
+# The whole forward of a small weight.
+fused_subspace = Raw('sn_fused_subspace', """
+    const T* w, U* u, double* numbers, A* sigma_out, A* gamma,
+    A* initial_gamma, T* y, int l, int m, int r, double factor, int is_wide,
+    int blocks""", _OF_FORWARD, """{
+  __shared__ double shared[512];
+  __shared__ double matrices[SMALL_SIZE];
+  Weight W = {w, l, m, r, 1};
+  const Space space(numbers, W);
+  const Small small(matrices);
+  const double sigma = estimate_all(
+      W, u, space, K, moves, Renewal{n_warmup, limit, rtol}, 0, small, shared);
+  W.scale = numbers[SCALE];
+  const Outcome outcome(
+      sigma, space.values[TURN], gamma, initial_gamma, eps, at_zero);
+  __syncthreads();  // all have read gamma
+  if (threadIdx.x == 0) {
+    outcome.write(sigma, factor, numbers, sigma_out);
+    if (outcome.is_new_gamma) *gamma = *initial_gamma = outcome.gamma;
+  }
+  finish_all(W, space, small.mix, sigma, threadIdx.x, blockDim.x);
+  if (update && sigma > 0 && isfinite(sigma))
+    store_all(space, u, m, 1, threadIdx.x, blockDim.x);
+  if (y)
+    multiply_all(W, y, outcome.coefficient(factor), is_wide, threadIdx.x,
+                 blockDim.x);
+}""", 'FUSED_BLOCK_SIZE', '512, 1', True)
+
+# U, of the vectors given or of those that follow, and E, such that the rows of
+# E U are orthonormal.
+begin_subspace = Raw('sn_begin_subspace', """
+    const U* u, double* numbers, double* found, int l, int m, int r,
+    int blocks""", '', """{
+  __shared__ double shared[512];
+  __shared__ double matrices[SMALL_SIZE];
+  const Weight W = {0, l, m, r, 1};
+  const Space space(numbers, W);
+  const Small small(matrices);
+  bool is_replaced = u && begin_all(u, m, space.start, shared);
+  copy_all(u ? space.start : space.T, space.U, m);
+  if (orthonormalize(space.U, u ? space.start : 0, m, small, shared))
+    is_replaced = true;
+  for (int p = threadIdx.x; p < B * B; p += blockDim.x)
+    space.E[p] = small.E[p];
+  if (!u || threadIdx.x > 0) return;
+  numbers[SCALE] = 1;
+  numbers[U_NORM] = 1;
+  numbers[RESTARTED] = is_replaced;
+  found[1] = 1;
+}""", 'FUSED_BLOCK_SIZE', '512, 1', True)
+
+# S = U W, or W S, in parts.
+product_subspace = Raw('sn_product_subspace', """
+    const T* w, double* numbers, A* y, int is_transposed, int lanes, int parts,
+    int is_wide, int l, int m, int r, int blocks""", '', """{
+  __shared__ double shared[2048];
+  const Weight W = {w, l, m, r, 1};
+  const Space space(numbers, W);
+  product_of_all(
+      TaskOfAll{W, is_transposed != 0, is_transposed ? space.U : space.S,
+                reinterpret_cast<Row*>(y), lanes, parts, blocks,
+                reinterpret_cast<A*>(shared)}, is_wide);
+}""", has_several=True)
+
+# S from its parts, and S S^T, of the entries of each block.
+gram_subspace = Raw('sn_gram_subspace', """
+    double* numbers, const A* parts, int n_parts, double* grams, int l, int m,
+    int r, int blocks""", '', """{
+  __shared__ double shared[512];
+  __shared__ double G[B * B];
+  const Weight W = {0, l, m, r, 1};
+  const Space space(numbers, W);
+  const int chunk = (W.n() + blocks - 1) / blocks;
+  const int start = blockIdx.x * chunk;
+  const int n = max(0, min(chunk, static_cast<int>(W.n()) - start));
+  if (n_parts > 1)
+    for (int p = threadIdx.x; p < n * B; p += blockDim.x) {
+      const Size at = static_cast<Size>(start) * B + p;
+      A sum = 0;
+#pragma unroll 4
+      for (int k = 0; k < n_parts; ++k) sum += parts[k * W.n() * B + at];
+      space.S[at / B].x[at % B] = sum;
+    }
+  gram(space.S + start, n, G, shared);
+  for (int p = threadIdx.x; p < B * B; p += blockDim.x)
+    grams[blockIdx.x * (B * B) + p] = G[p];
+}""", has_several=True)
+
+# The matrix that makes singular vectors of U and of S, of H = S S^T.
+solve_subspace = Raw('sn_solve_subspace', """
+    double* numbers, const double* grams, int n_grams, double* found, int l,
+    int m, int r, int blocks""", '', """{
+  __shared__ double shared[512];
+  __shared__ double matrices[SMALL_SIZE];
+  const Space space(numbers, Weight{0, l, m, r, 1});
+  const Small small(matrices);
+  for (int p = threadIdx.x; p < B * B; p += blockDim.x) {
+    double sum = 0;
+#pragma unroll 4
+    for (int k = 0; k < n_grams; ++k) sum += grams[k * (B * B) + p];
+    small.M[p] = sum;
+    small.E[p] = space.E[p];
+  }
+  const double sigma = solve(small, space.values, 1, shared);
+  if (threadIdx.x == 0) {
+    space.values[TURN] = space.values[RESIDUAL] = 0;
+    found[0] = sigma;
+    if (!is_ordinary(sigma)) found[1] = 0;
+  }
+  if (is_ordinary(sigma))
+    for (int p = threadIdx.x; p < B * B; p += blockDim.x)
+      space.mix[p] = small.mix[p];
+}""", 'FUSED_BLOCK_SIZE', '512, 1', True)
+
+# What follows U, of W S, and the sums that say how far it is.
+follow_subspace = Raw('sn_follow_subspace', """
+    double* numbers, const A* parts, int n_parts, const double* found,
+    double* sums, int l, int m, int r, int blocks""", '', """{
+  __shared__ double shared[512];
+  if (found[1] == 0) return;
+  const Space space(numbers, Weight{0, l, m, r, 1});
+  const Followed all = follow(
+      space, space.mix, reinterpret_cast<const Row*>(parts), n_parts, m, 1,
+      blockIdx.x * blockDim.x + threadIdx.x, blocks * blockDim.x);
+  const double of_block[] = {
+      block_sum(all.t, shared), block_sum(all.next, shared),
+      block_sum(all.off, shared)};
+  if (threadIdx.x == 0)
+    for (int i = 0; i < 3; ++i) sums[i * blocks + blockIdx.x] = of_block[i];
+}""", has_several=True)
+
+# The end of a forward, as sn_finish_fwd: what is rare is done by one block
+# alone.  So is a tolerance that one pass does not reach: such a weight is read
+# by one multiprocessor, at about a fiftieth of the bandwidth.
+finish_subspace = Raw('sn_finish_subspace', """
+    const T* w, U* u, double* numbers, const double* found,
+    const double* sums, int n_sums, A* sigma_out, const A* gamma,
+    const A* initial_gamma, T* y, int l, int m, int r, double factor,
+    int is_wide, int blocks""", _OF_FORWARD, """{
+  __shared__ double shared[512];
+  __shared__ double matrices[SMALL_SIZE];
+  Weight W = {w, l, m, r, 1};
+  const Space space(numbers, W);
+  const Small small(matrices);
+  const Renewal renewal = {n_warmup, limit, rtol};
+  double sigma = found[0];
+  Followed all = {1, 1, 0};
+  bool is_alone = found[1] == 0, is_stale = false;
+  if (moves && !is_alone) {
+    all = Followed{sum_of(sums, n_sums, shared),
+                   sum_of(sums + n_sums, n_sums, shared),
+                   sum_of(sums + 2 * n_sums, n_sums, shared)};
+    is_stale = n_warmup > 0
+        && !renewal.accepts(all.turn(), all.residual(), limit);
+  }
+  is_alone = is_alone || is_stale;
+  if (is_alone) {
+    if (blockIdx.x > 0) return;
+    sigma = estimate_all(
+        W, u, space, K, moves, renewal, is_stale ? 0 : 1, small, shared);
+    W.scale = numbers[SCALE];
+  } else if (blockIdx.x == 0 && threadIdx.x == 0) {
+    all.write(space.values);
+  }
+  const Outcome outcome(
+      sigma, is_alone ? space.values[TURN] : all.turn(), gamma, initial_gamma,
+      eps, at_zero);
+  if (blockIdx.x == 0 && threadIdx.x == 0)
+    outcome.write(sigma, factor, numbers, sigma_out);
+  const Size first = blockIdx.x * blockDim.x + threadIdx.x;
+  const Size by = is_alone ? blockDim.x : blocks * blockDim.x;
+  finish_all(W, space, is_alone ? small.mix : space.mix, sigma, first, by);
+  if (update && sigma > 0 && isfinite(sigma))
+    store_all(space, u, m, is_alone ? 1 : sqrt(all.next), first, by);
+  if (y) multiply_all(W, y, outcome.coefficient(factor), is_wide, first, by);
+}""", has_several=True)
+
 ALL = (middle_product, renew_gamma, gradient_of_u, product, gather, finish_fwd,
-       dot_bwd, project_bwd, correct_bwd, fused_fwd, fused_bwd)
+       dot_bwd, project_bwd, correct_bwd, fused_fwd, fused_bwd,
+       fused_subspace, begin_subspace, product_subspace, gram_subspace,
+       solve_subspace, follow_subspace, finish_subspace)

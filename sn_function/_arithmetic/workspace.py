@@ -18,6 +18,11 @@ MAX_BLOCKS = 1024
 FEW_BLOCKS = 66
 # Bytes that a thread has on their way at once, in a product.
 BATCH = 64
+# For several vectors, by rows: what neighbouring threads have found is added
+# up in shared memory.
+FEWEST_LANES = 8
+# Entries of a vector for each block that multiplies several with each other.
+OF_A_GRAM, MAX_GRAMS = 256, 64
 # From so many batches in turn on, and with few blocks, a sum is cut in parts.
 LONG_SUM = 8
 
@@ -59,19 +64,28 @@ def blocks_for(n: int, of_a_block: int) -> int:
 
 def product(
         l: int, m: int, r: int, is_transposed: bool,  # NOQA: E741
-        itemsize: int, is_aligned: bool, threads: int) -> Product:
-    """Returns how to compute a product of an ``(l, m, r)`` array."""
+        itemsize: int, is_aligned: bool, threads: int,
+        rows: int | None = None) -> Product:
+    """Returns how to compute a product of an ``(l, m, r)`` array.
+
+    For several vectors a thread has several rows, if it is by rows.
+    """
     if is_transposed == (r == 1):  # by rows
         n_out, n_in = (l, m) if is_transposed else (m, l * r)
-        if not is_transposed and l > 1:
+        if rows is None and not is_transposed and l > 1:
             return Product(m, True, True, *_int32(blocks_for(m, threads), 0))
-        width = _width(n_in, 16 // itemsize, is_aligned)
+        width = _width(
+            n_in if rows is None or r == 1 else r, 16 // itemsize, is_aligned)
         batch = _batch(width, itemsize)
         n_in //= width
         lanes = min(32, _power_of_two_from(n_in))
+        if rows is not None:
+            batch = max(1, batch // rows)
+            lanes = max(lanes, FEWEST_LANES)
         while lanes < threads and n_in > lanes * batch:
             lanes *= 2
-        tiles, batches = -(-n_out * lanes // threads), n_in // (lanes * batch)
+        tiles = -(-n_out // (rows or 1) * lanes // threads)
+        batches = n_in // (lanes * batch)
     else:
         n_out, n_in = (l * r, m) if is_transposed else (m, l)
         width = _width(
@@ -182,6 +196,65 @@ class Plan:
 
 
 plan = functools.lru_cache(maxsize=1024)(Plan)
+
+
+def with_vector(of: Plan, dtype: Any) -> int:
+    """The size of what a forward keeps, and a further vector of length n."""
+    return of.size + _padded(int(of.of_n[0]) * dtype.itemsize, 16)
+
+
+class SubspacePlan:
+    """The same of a forward of several vectors.
+
+    What it keeps begins as that for one vector with one iteration.
+
+    Args:
+        l, m, r, itemsize, is_aligned, is_small, threads: As for a plan.
+        b: Number of vectors.
+
+    Attributes:
+        s, t (Product): How ``U W`` and ``W S`` are computed.
+        values, start, basis, T, S (int): Places: of singular values, of the
+            vectors before and after, and of ``W^T`` of them.
+        parts, found, grams, sums (int): Places of what is only for its own
+            launches.
+        size (int): Of all that.
+        n_grams, n_sums (int): Blocks that leave matrices, or sums.
+
+    """
+
+    def __init__(
+            self, l: int, m: int, r: int, b: int, itemsize: int,  # NOQA: E741
+            is_aligned: bool, is_small: bool, threads: int) -> None:
+        n = l * r
+        a = max(4, itemsize)
+        self.s, self.t = s, t = [
+            product(l, m, r, is_transposed, itemsize, is_aligned, threads,
+                    kernels.rows_of_a_thread(b, itemsize))
+            for is_transposed in (True, False)]
+        of_m, of_n = _padded(m * b * a, 4 * a), _padded(n * b * a, 4 * a)
+        self.values = plan(
+            l, m, r, 1, itemsize, is_aligned, True, threads).norms
+        # As Space of the kernels has it.
+        mix = self.values + DOUBLE * _padded(b + 2, 2) + DOUBLE * _padded(
+            b * b, 2)
+        self.start = mix + _padded(b * b * a, 4 * a)
+        self.basis = self.start + of_m
+        self.T = self.basis + of_m
+        self.S = self.T + of_m
+        self.found = self.S + of_n
+        self.n_grams = numpy.int32(min(MAX_GRAMS, -(-n // OF_A_GRAM)))
+        self.n_sums = numpy.int32(min(MAX_BLOCKS, -(-m // threads)))
+        self.grams = self.found + DOUBLE * 2
+        self.sums = self.grams + DOUBLE * b * b * int(self.n_grams)
+        self.parts = _padded(self.sums + DOUBLE * 3 * int(self.n_sums), 16)
+        n_parts = max([0, *[
+            p.n * b * int(p.arguments[1]) for p in (s, t) if p.is_gathered]])
+        self.size = _padded(
+            self.found if is_small else self.parts + a * n_parts, 16)
+
+
+subspace_plan = functools.lru_cache(maxsize=1024)(SubspacePlan)
 
 
 def _int32(*numbers: int) -> tuple[Int32, ...]:

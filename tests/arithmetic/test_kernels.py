@@ -1,7 +1,8 @@
 """Each kernel by itself, against its formula in NumPy; on the host where there
 is no device.
 
-How they work together is tested in :mod:`tests.arithmetic.test_device`.
+How they work together is tested in :mod:`tests.arithmetic.test_device`, and
+those of several vectors in :mod:`tests.arithmetic.test_subspace_kernels`.
 """
 import types
 
@@ -409,12 +410,12 @@ class Forward:
 
     Args:
         W, u: In float64.
-        K, n_warmup, limit: As kernels take them.
+        K, n_warmup, limit, rtol: As kernels take them.
         A: Dtype of the vectors.
 
     """
 
-    def __init__(self, W, u, K, n_warmup, limit, A):
+    def __init__(self, W, u, K, n_warmup, limit, A, rtol=-1.0):
         self.u_norm, self.restarted, start = 1.0, 0, u
         self.is_finite = bool(np.isfinite(W).all())
         # All is zero whatever W = 0 starts from.
@@ -431,7 +432,14 @@ class Forward:
                 size = abs(u).max()
                 self.u_norm = norm_of(u / size) * size
                 start = u / self.u_norm
-            if self.is_finite and n_warmup and W.any():
+            if self.is_finite and W.any() and rtol >= 0:
+                for _ in range(0, n_warmup, K):
+                    it = iterate(W, start, K)
+                    s = M.T @ it.us[K] / it.sigma
+                    if norm_of(s - it.vs[K - 1]) <= rtol:
+                        break
+                    start = it.us[K]
+            elif self.is_finite and n_warmup and W.any():
                 first = iterate(W, start, 1).us[1]
                 if 1 - first @ start / norm_of(start) > limit:
                     start = reference.settled(
@@ -442,7 +450,7 @@ class Forward:
 def forward_case(
         kernel, types, shape, K, edit=None, gamma=0.7, initial_gamma=None,
         eps=1e-12, update=1, n_warmup=0, limit=2.0, blocks=2, is_wide=1,
-        outputs='Y sigma'):
+        outputs='Y sigma', rtol=-1.0):
     """The same of both kernels, from what sn_product leaves for the first."""
     (T, U), A = types, A_of(types[0])
     l, m, r = shape  # NOQA: E741
@@ -455,7 +463,7 @@ def forward_case(
     if not is_wide:
         w = misaligned(w)
     W, u = W.astype('d'), u.astype('d')
-    expected = Forward(W, u, K, n_warmup, limit, A)
+    expected = Forward(W, u, K, n_warmup, limit, A, rtol)
     sigma = expected.all.sigma
     gamma, initial_gamma = (
         x(sigma) if callable(x) else x for x in (gamma, initial_gamma))
@@ -474,13 +482,14 @@ def forward_case(
             new_gamma = sigma or 1.0
 
     is_fused = kernel is kernels.fused_fwd
+    next_s = NULL if rtol < 0 else empty(n, A)
     if is_fused:
         kept = Kept(A, kernels.NUMBERS, {}, np.full(2 * K, np.nan),
                     np.full((K + 1, m), np.nan), np.full((K, n), np.nan))
-        inputs = ()
+        inputs = (next_s,)
         blocks = 1
     else:
-        kept, inputs = left_by_products(W, u, K, A, blocks)
+        kept, inputs = left_by_products(W, u, K, A, next_s)
 
     def check_forward():
         check_kept(expected, kept, A)
@@ -512,13 +521,13 @@ def forward_case(
         w, device_u, kept.array, *inputs, sigma_out, device_gamma,
         device_initial, Y, *integers(*shape), factor,
         *integers(is_wide, blocks)), check_forward, np.int32(K), eps,
-        at_zero, *integers(update, n_warmup), limit)
+        at_zero, *integers(update, n_warmup), limit, rtol)
 
 
-def left_by_products(W, u, K, A, blocks):
+def left_by_products(W, u, K, A, next_s):
     """Returns the vectors as they are before their division by norms, and
     what else sn_finish_fwd takes."""
-    n_sums, n_extras = THREADS + 3, 5
+    n_sums, n_next_sums, n_extras = THREADS + 3, THREADS + 9, 5
     with np.errstate(all='ignore'):
         raw = iterate(W, u, K)
         is_zero = raw.sigma == 0
@@ -531,10 +540,12 @@ def left_by_products(W, u, K, A, blocks):
             np.full(2 * K, np.nan), us, vs)
         norms = np.concatenate([s_norms, t_norms[:-1], [np.nan]])
         t, u = us[K], us[0]
+        s = matrix(W).T @ raw.us[K]
         extras = np.random.uniform(size=n_extras)
         extras *= np.nanmax(abs(W)) / extras.max()
         return kept, (
             send(norms), sums_of(t, u, n_sums), np.int32(n_sums),
+            sums_of(s, s, n_next_sums), np.int32(n_next_sums), next_s,
             send(extras), np.int32(n_extras))
 
 
@@ -655,6 +666,23 @@ def test_forward_with_the_u_of_another_weight(kernel, n_warmup, K, types):
                 run(kernel, *types, forward_case(
                     kernel, types, shape, K, edit, n_warmup=n_warmup,
                     limit=limit))
+
+
+@gpu
+@pytest.mark.parametrize('types', TYPES)
+@pytest.mark.parametrize('K', [1, 2])
+@pytest.mark.parametrize('n_warmup', [0, 1, 30])
+@of_forwards
+def test_forward_with_a_tolerance(kernel, n_warmup, K, types):
+    for shape in ((1, 9, 20), (20, 9, 1), (3, 9, 8)):
+        for rtol in (10.0, 0.2, 3e-3):
+            for edit in (None, converged, RARE['W is zero'],
+                         RARE['NaN in W'], EXTREME['u is large']):
+                if types[1] == 'e' and edit is EXTREME['u is large']:
+                    continue
+                run(kernel, *types, forward_case(
+                    kernel, types, shape, K, edit, n_warmup=n_warmup,
+                    rtol=rtol, eps=0.0))
 
 
 # From sigma: gamma, and the value that it was initialized with.
@@ -958,7 +986,7 @@ CASES = {
         T, shape_of(k), 2, need_u=k % 2),
 }
 KERNELS = {kernel.name: kernel for kernel in kernels.ALL
-           if isinstance(kernel, kernels.Raw)}
+           if isinstance(kernel, kernels.Raw) and not kernel.has_several}
 
 
 def test_all_raw_kernels_are_tested():

@@ -114,8 +114,11 @@ def up(a, b):
     return -(-a // b)
 
 
-def cover_product(s, product, is_transposed):
-    """How often each term of each sum is added; see grid.cuh."""
+def cover_product(s, product, is_transposed, rows=1):
+    """How often each term of each sum is added; see grid.cuh.
+
+    By rows, a thread has as many rows as is given.
+    """
     lanes, parts, is_wide = map(int, product.arguments)
     n_out, n_in = (
         (s.l * s.r, s.m) if is_transposed else (s.m, s.l * s.r))
@@ -123,7 +126,7 @@ def cover_product(s, product, is_transposed):
     if is_transposed == (s.r == 1):
         V = 16 // s.itemsize if is_wide else 1
         assert n_in % V == 0
-        height, n = s.threads // lanes, n_in // V
+        height, n = s.threads // lanes * rows, n_in // V
         tiles, chunk = up(n_out, height), up(n, parts)
         for job in jobs(tiles * parts, int(product.blocks)):
             p, end = job // tiles, n_out - job % tiles * height
@@ -171,3 +174,55 @@ def test_each_entry_is_in_one_job():
                 n_parts += p.is_gathered
         assert (cover_correction(s, plan) == 1).all()
     assert n_parts > 10  # there were such
+
+
+# The same of several vectors.
+
+def random_subspace_plans(n, most):
+    for s, _ in random_plans(n, most):
+        b = np.random.randint(1, min(32, s.m, s.l * s.r) + 1)
+        yield s, b, workspace.SubspacePlan(
+            s.l, s.m, s.r, b, s.itemsize, s.is_aligned, s.is_small, s.threads)
+
+
+def test_places_of_several_vectors_do_not_overlap():
+    for s, b, plan in random_subspace_plans(2000, 1 << 26):
+        a, n = max(4, s.itemsize), s.l * s.r
+        of_one = workspace.Plan(
+            s.l, s.m, s.r, 1, s.itemsize, s.is_aligned, True, s.threads)
+        assert plan.values == of_one.norms  # a backward looks before that
+        values = 8 * (b + 2 + b % 2)
+        matrices = 8 * (b * b + b % 2) + a * b * b
+        kept = [(plan.values, values + matrices, 16),
+                *[(place, a * b * s.m, 16)
+                  for place in (plan.start, plan.basis, plan.T)],
+                (plan.S, a * b * n, 16)]
+        if not s.is_small:
+            kept += [
+                (plan.found, 16, 8),
+                (plan.grams, 8 * b * b * int(plan.n_grams), 8),
+                (plan.sums, 24 * int(plan.n_sums), 8),
+                (plan.parts, a * b * max([0, *[
+                    p.n * int(p.arguments[1]) for p in (plan.s, plan.t)
+                    if p.is_gathered]]), 16)]
+        check_places(kept, plan.values, plan.size)
+
+
+def test_each_entry_is_in_one_job_for_several_vectors():
+    n_parts = 0
+    for s, b, plan in random_subspace_plans(1000, 1 << 16):
+        rows = kernels.rows_of_a_thread(b, s.itemsize)
+        for p, is_transposed in ((plan.s, True), (plan.t, False)):
+            assert not p.is_middle
+            assert 1 <= p.blocks <= workspace.MAX_BLOCKS
+            lanes = int(p.arguments[0])
+            assert lanes & lanes - 1 == 0
+            if is_transposed == (s.r == 1):
+                # What a block adds up in shared memory.
+                assert s.threads // min(32, lanes) * rows * b <= (
+                    4 * s.threads)
+                assert lanes <= s.threads
+            assert (cover_product(s, p, is_transposed, rows) == 1).all()
+            n_parts += p.is_gathered
+        assert 1 <= plan.n_grams <= workspace.MAX_GRAMS
+    assert n_parts > 10

@@ -152,8 +152,8 @@ def calls(monkeypatch):
             kinds(kernel, (*args, out))))
     monkeypatch.setattr(
         kernels.Raw, '__call__',
-        lambda kernel, T, U, *args: found.add(nvrtc.Signature(
-            kernel, (('T', T.char), ('U', U.char)))))
+        lambda kernel, T, U, *args, n_vectors=None: found.add(nvrtc.Signature(
+            kernel, (('T', T.char), ('U', U.char)), n_vectors=n_vectors)))
     return found
 
 
@@ -161,22 +161,27 @@ def calls(monkeypatch):
 def test_signatures_are_those_called(calls, monkeypatch):
     for size in (0, kernels.FUSED_SIZE):
         monkeypatch.setattr(kernels, 'FUSED_SIZE', size)
-        for pair, shape, axis, detach, has_gY in itertools.product(
-                nvrtc._PAIRS, [(3, 4), (3, 4, 2), (2, 3, 4)], (0, 1),
+        for pair, (shape, axis, b), detach, has_gY in itertools.product(
+                nvrtc._PAIRS, [
+                    *itertools.product([(3, 4), (3, 4, 2), (2, 3, 4)], (0, 1),
+                                       [None]),
+                    ((9, 10), 0, nvrtc.VECTORS[0])],
                 (False, True), (False, True)):
             T, U = map(np.dtype, pair)
             A = accumulator_dtype(T)
-            settings = Settings(2, axis, detach)
+            settings = Settings(2, axis, detach, n_vectors=b)
+            of_u = (shape[axis],) if b is None else (b, shape[axis])
             W, u, gamma, gY, gsigma, initial_gamma = [
                 np.ones(*given).view(Array) for given in (
-                    (shape, T), (shape[axis], U), ((), A), (shape, T),
+                    (shape, T), (of_u, U), ((), A), (shape, T),
                     ((), A), ((), A))]
             (_, iterations), = device.normalize_all([Forward(
                 settings, W, u, gamma, ('Y', 'sigma'), update_u=True,
                 renewal=Renewal(2, 0.1, initial_gamma))])
             device.gradients_all([Backward(
-                settings, iterations, ('W', 'u', 'gamma'), W, u, gamma,
-                gY if has_gY else None, gsigma)])
+                settings, iterations, ('W', 'u', 'gamma') if b is None else (
+                    'W', 'gamma'), W, u, gamma, gY if has_gY else None,
+                gsigma)])
     known = {s for k in kernels.ALL for s in nvrtc.signatures(k)}
     assert calls <= known
     assert {s.kernel for s in calls} == set(kernels.ALL)

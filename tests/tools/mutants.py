@@ -2,10 +2,11 @@
 
 Every operator of every kernel, and of the functions that kernels share, is
 replaced by another, one at a time, and the tests of
-:mod:`tests.arithmetic.test_device` are run until one fails.  A mutant that no
-test notices is printed with its line; the exit status is the number of those
-that are not listed, with the reason, in :data:`EQUIVALENT`, and of those that
-are listed but do not exist.
+:mod:`tests.arithmetic.test_device` and of
+:mod:`tests.arithmetic.test_device_subspace` are run until one fails.  A mutant
+that no test notices is printed with its line; the exit status is the number of
+those that are not listed, with the reason, in :data:`EQUIVALENT`, and of those
+that are listed but do not exist.
 """
 from __future__ import annotations
 
@@ -65,6 +66,16 @@ product_by_columns: const int tiles = (n + lanes - 1) * lanes;
 product_by_rows: const int tiles = (rows.n_out + height + 1) / height;
 product_by_rows: const int tiles = (rows.n_out + height - 1) * height;
 """,
+        'subspace': """
+product_of_all_by_columns: const int n = columns.n_out * V, \
+lane = threadIdx.x % lanes;
+product_of_all_by_columns: const int tiles = (n + lanes + 1) / lanes, \
+by = blockDim.x / lanes;
+product_of_all_by_columns: const int tiles = (n + lanes - 1) * lanes, \
+by = blockDim.x / lanes;
+product_of_all_by_rows: const int tiles = (rows.n_out + height + 1) / height;
+product_of_all_by_rows: const int tiles = (rows.n_out + height - 1) * height;
+""",
         'entries': """
 correct: const int n_matrices = is_flat ? 1 : W.l, n = n_columns * V;
 correct: const int strips = (n + blockDim.x + 1) / blockDim.x;
@@ -72,7 +83,18 @@ correct: const int strips = (n + blockDim.x - 1) * blockDim.x;
 correct: const int chunks = (n_rows + chunk + 1) / chunk;
 correct: const int chunks = (n_rows + chunk - 1) * chunk;
 """},
-    'in parts of any length each entry is in one': {'grid': """
+    'in parts of any length each entry is in one': {
+        'subspace': """
+product_of_all_by_columns: const int chunk = (columns.n_in + task.parts + 1) \
+/ task.parts;
+product_of_all_by_columns: const int chunk = (columns.n_in + task.parts - 1) \
+* task.parts;
+product_of_all_by_rows: const int n = rows.n_in / V, \
+chunk = (n + task.parts + 1) / task.parts;
+product_of_all_by_rows: const int n = rows.n_in / V, \
+chunk = (n + task.parts - 1) * task.parts;
+""",
+        'grid': """
 product_by_columns: const int chunk = (columns.n_in + parts + 1) / parts;
 product_by_columns: const int chunk = (columns.n_in + parts - 1) * parts;
 product_by_rows: const int n = rows.n_in / V, chunk = (n + parts + 1) / parts;
@@ -97,6 +119,25 @@ product: while (width <= 32 && width / 2 >= columns.n_out) width /= 2;
 product: while (width > 32 || width / 2 >= columns.n_out) width /= 2;
 product: while (width > 32 && width * 2 >= columns.n_out) width /= 2;
 product: while (width > 32 && width / 2 < columns.n_out) width /= 2;
+""",
+        'subspace': """
+product_of_all: const int N = ROW_SIZE > 32 ? 32 / sizeof(A) : \
+sizeof(A) == 4 ? 4 : 1;
+product_of_all: const int N = ROW_SIZE <= 32 ? 32 * sizeof(A) : \
+sizeof(A) == 4 ? 4 : 1;
+product_of_all: const int N = ROW_SIZE <= 32 ? 32 / sizeof(A) : \
+sizeof(A) != 4 ? 4 : 1;
+product_of_all: while (width <= 32 && width / 2 >= columns.n_out) width /= 2;
+product_of_all: while (width > 32 || width / 2 >= columns.n_out) width /= 2;
+product_of_all: while (width > 32 && width * 2 >= columns.n_out) width /= 2;
+product_of_all: while (width > 32 && width / 2 < columns.n_out) width /= 2;
+gram: while (width >= SQUARES && width < static_cast<int>(blockDim.x)) \
+width *= 2;
+gram: while (width < SQUARES && width >= static_cast<int>(blockDim.x)) \
+width *= 2;
+product_of_all_by_rows: const int N = 32 / sizeof(T) / V > R ? \
+32 / sizeof(T) / V * R : 1;
+diagonalize: if (p / (EVEN + 1) == 0)
 """},
     'what a thread reads next, it has written': {'block': """
 product: ; }
@@ -105,8 +146,15 @@ product: ; }
         'block': """
 estimate: if (w_largest == 0 && is_u_good && first != 0) break;
 """,
+        'subspace': """
+estimate_all: if (w_largest == 0 && isinf(w_largest)) {
+""",
         'sn_finish_fwd': """
 if (last != 0 && largest_of(extras, n_extras, shared) == 0) is_alone = false;
+"""},
+    'of vectors of length 1 both are the same': {'subspace': """
+follow: sums.off += (of_v - u) * (of_v + u);
+follow: sums.off += (of_v + u) * (of_v - u);
 """},
     'what is computed is not used': {'sn_fused_bwd': """
 if (!detach || (gw || need_u)) go_back(W, state, bars, K, need_u, shared);
@@ -300,6 +348,43 @@ def tests():
         yield products, not axis, t.test_several_rows_in_a_block, (axis, 'f')
     many = t.TestManyWeights()
     yield both, False, many.test_as_on_the_host, (16, 20, False)
+    yield from tests_of_several_vectors(both, products)
+
+
+def tests_of_several_vectors(both, products):
+    """The same, of test_device_subspace."""
+    from tests.arithmetic import test_device_subspace as t
+    for shape, axis in t.SHAPES:
+        yield both, axis == 0, t.test_as_on_the_host, (shape, axis, 3, 'ff')
+    yield both, False, t.test_as_on_the_host, (*t.SHAPES[0], 8, 'ff')
+    yield both, False, t.test_weights_of_a_kind_share_launches, ()
+    for scale in ('huge', 'tiny'):
+        yield both, scale == 'huge', t.test_extreme_weights, (scale, 'f')
+    yield both, False, t.test_lengths_of_the_vectors_do_not_matter, (
+        (1e25, 1, 1e-25),)
+    yield both, False, t.test_vectors_that_are_nearly_dependent, (
+        1e-3, 'f', 1e-4)
+    for name in t.BAD_ROWS:
+        yield both, name in ('Inf', 'dependent'), (
+            t.test_bad_vectors_are_replaced), (name,)
+    for value in (0, np.nan):
+        test = t.test_a_weight_without_a_direction_stores_nothing
+        yield both, not value, test, (value,)
+    yield both, True, t.test_a_span_that_W_takes_to_zero_is_left, ()
+    for name in ('rank 1', 'identity'):
+        yield both, False, t.test_hard_weights, (name,)
+    for initial in (0.9, 1.02, 30.0):
+        yield both, False, t.test_gamma_is_made_anew, (initial,)
+    yield both, False, t.test_100_random_gradients, ()
+    for shape, axis in t.DEALT_OUT:
+        for few, long in ((1000, 0), (1, 8)):
+            yield products, few > 1, t.test_dealt_out_otherwise, (
+                shape, axis, few, long)
+    for K in (1, 2):
+        yield both, K == 1, t.test_tolerance_of_one_vector, (
+            (5, 12, 7), 1, 1e-2, K)
+    yield both, False, t.test_tolerance_of_a_weight_without_a_residual, (
+        (40,), 0)
 
 
 MODES = {
@@ -328,7 +413,8 @@ def run(job):
         patch.setattr(kernels, 'FUSED_SIZE', test_device.PATHS[path])
         patch.setattr(kernels, 'BLOCK_SIZE', 64)
         patch.setattr(kernels, 'FUSED_BLOCK_SIZE', 64)
-        if test.__module__ != test_device.__name__:
+        if test.__module__ not in (
+                test_device.__name__, test_device.__name__ + '_subspace'):
             test_device.patch_functions(patch)
         fixtures = {'monkeypatch': patch, 'path': path}
         try:

@@ -53,6 +53,10 @@ ONE_ARCH = 'sm_80'
 THREADS = {_kernels.Reduction: 512, _kernels.Elementwise: 128}
 REGISTERS = 1 << 16     # of a multiprocessor, on all of these architectures
 
+# Numbers of vectors for those kernels that have several of a weight.  With the
+# second, which takes more registers, they are compiled for one weight of
+# float32 or float64.  Not for many of float64, where some spill a few bytes.
+VECTORS = (8, 16)
 # A weight and a vector that may go together.
 _PAIRS = ('ee', 'ef', 'ff', 'dd')
 
@@ -94,9 +98,11 @@ class Signature(NamedTuple):
     kernel: Any
     dtypes: tuple[tuple[str, str], ...]     # ('T', 'e'), ...
     is_for_many: bool = False   # weights
+    n_vectors: int | None = None
 
     def __str__(self) -> str:
         return ' '.join([f'{name}={char}' for name, char in self.dtypes]
+                        + [f'b={self.n_vectors}'] * bool(self.n_vectors)
                         + ['MAX_WEIGHTS'] * self.is_for_many)
 
 
@@ -148,11 +154,14 @@ def signatures(kernel: Any) -> list[Signature]:
     """Returns those that the package can use."""
     if isinstance(kernel, _kernels.Raw):
         # For one weight, and for many.  Without u, its type is that of sums.
-        has_u = any(text.startswith(('U*', 'const U*')) for text in kernel.own)
-        return [Signature(kernel, tuple(zip('TU', pair)), is_for_many)
+        return [Signature(kernel, tuple(zip('TU', pair)), is_for_many, b)
+                for b in (VECTORS if kernel.has_several else (None,))
                 for pair in _PAIRS for is_for_many in (False, True)
-                if has_u or pair[1] == accumulator_dtype(
-                    numpy.dtype(pair[0])).char]
+                if (kernel.has_u or pair[1] == accumulator_dtype(
+                    numpy.dtype(pair[0])).char)
+                and (b != VECTORS[1] or (
+                    pair in ('ff', 'dd') and not is_for_many))
+                and not (b and is_for_many and pair == 'dd')]
     names = {kind for kind, _ in parameters(kernel) if len(kind) == 1}
     found = {}
     for T, U in _PAIRS:
@@ -302,12 +311,12 @@ def _read_log(case: Case, log: str) -> Result:
 def source(case: Case) -> str:
     """Returns what CuPy would compile, short of its headers."""
     cp = load()
-    (kernel, _, is_for_many), layout, _ = case
+    (kernel, _, is_for_many, n_vectors), layout, _ = case
     dtypes = {name: numpy.dtype(char) for name, char in case.signature.dtypes}
     if isinstance(kernel, _kernels.Raw):
         return kernel.source(
             dtypes['T'], dtypes['U'],
-            _kernels.MAX_WEIGHTS if is_for_many else 1)
+            _kernels.MAX_WEIGHTS if is_for_many else 1, n_vectors)
     assert layout is not None
     is_reduction = isinstance(kernel, _kernels.Reduction)
     if is_reduction:
@@ -385,16 +394,16 @@ def table(results: Iterable[Result], archs: Iterable[str]) -> Iterator[str]:
         rows.setdefault((signature.kernel.name, label), {}).setdefault(
             arch, []).append(result)
     archs = list(archs)
-    yield f'{"kernel":15}{"dtypes":23}' + ''.join(
+    yield f'{"kernel":20}{"dtypes":27}' + ''.join(
         f'{arch:>14}' for arch in archs)
-    yield f'{"":38}' + f'{"reg spill   sh":>14}' * len(archs)
+    yield f'{"":47}' + f'{"reg spill   sh":>14}' * len(archs)
     last = ''
     # Other layouts come last, whatever the order they were compiled in.
     for name, label in sorted(rows, key=lambda row: (
             [k.name for k in _kernels.ALL].index(row[0]), row[1])):
         cells = [_cell(rows[name, label].get(arch, [])) for arch in archs]
         shown = '' if name == last else name
-        yield f'{shown:15}{label:23}' + ''.join(cells)
+        yield f'{shown:20}{label:27}' + ''.join(cells)
         last = name
 
 

@@ -102,7 +102,8 @@ WEIGHTS = ('w', 'gy', 'gw')
 
 # Functions whose loops are for weights that hardly occur.
 RARE = {'largest', 'start_from_largest_row', 'InUnits'}
-RARE_IN = {'sn_finish_fwd': {'estimate'}}
+RARE_IN = {'sn_finish_fwd': {'estimate'},
+           'sn_finish_subspace': {'estimate_all'}}
 # A line of the source that must be passed where it can be: what the exact
 # gradient takes for K=1.
 THROUGH = dict.fromkeys(
@@ -683,7 +684,7 @@ class _Functions:
 
 def analyze(case: nvrtc.Case) -> Code:
     """Compiles a kernel, and reads its loops from the machine code."""
-    kernel, dtypes, _ = case.signature
+    kernel, dtypes, *_ = case.signature
     return analyze_source(
         kernel.name, nvrtc.source(case), str(case.signature),
         isinstance(kernel, _kernels.Raw),
