@@ -139,8 +139,9 @@ def spectral_normalize(
             shape ``(m,)``, of the dtype of ``W`` (or float32 for a float16
             weight).  Any finite non-zero vector; it need not have norm 1.  Or
             several, of shape ``(b, m)``, with ``b`` from 1 to ``min(m, n)``:
-            any that are linearly independent, such as random ones.  The first
-            one is the leading one.
+            any that are linearly independent.  The first one is the leading
+            one.  From random ones a single iteration is not enough, and with
+            several less so: begin with 2, or with some calls that update them.
         n_power_iteration (int): Number ``K`` of iterations, 1 or more.  With
             several vectors all but the last are outside of the graph.
         gamma (:class:`~chainer.Variable`, :ref:`ndarray`, float or None):

@@ -159,9 +159,10 @@ class HookedWeight:
         text = type(self.link).__name__
         return text if name is None else f'{text} {name!r}'
 
-    def _warn(self, why: str) -> None:
+    def _warn(self, why: str, are_several: bool = False) -> None:
+        what = 'They were' if are_several else 'It was'
         warnings.warn(
-            f'{self._where}: {why} It was made anew.',
+            f'{self._where}: {why} {what} made anew.',
             errors.SpectralNormalizationWarning, stacklevel=5)
 
     def for_node(
@@ -210,4 +211,5 @@ class HookedWeight:
         if not (weight.has_converged or self.state.has_warned):
             self.state.has_warned = True
             warnings.warn(errors.ToleranceWarning(
-                self._where, self.hook.rtol), stacklevel=5)
+                f'{self._where}, {self.hook.weight_name}', self.hook.rtol),
+                stacklevel=5)

@@ -113,7 +113,7 @@ def test_a_tolerance_that_is_not_reached_is_named_once():
     hook = Hook(rtol=1e-6, max_iterations=2)
     link.add_hook(hook)
     own = HookedWeight(hook, link, link.W)
-    with pytest.warns(errors.ToleranceWarning, match=r'^Linear: .*1e-06'):
+    with pytest.warns(errors.ToleranceWarning, match='^Linear, W: .*1e-06'):
         own.normalize(True)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
