@@ -80,10 +80,15 @@ class Scope:
         if not self._has(key, own.hook, own.W):
             with chainer.using_device(own.W.device):  # a copy goes there
                 try:
-                    self._make([self._prepare(own), *self._others(own)])
+                    made = [self._prepare(own), *self._others(own)]
+                    self._make(made)
                 except Exception:
                     # Others raise theirs when they are called.
-                    self._make([self._prepare(own)])
+                    made = [self._prepare(own)]
+                    self._make(made)
+            # Outside of that: a warning may be an error.
+            for *_, weight, (of_node, _) in made:
+                weight.check_convergence(of_node)
         shared = self._shared[key]
         is_train, = node.config('train')
         if is_train:
@@ -134,10 +139,9 @@ class Scope:
 
     def _make(self, weights: Sequence[_Prepared]) -> None:
         Ys = normalize.apply([x for *_, x in weights], is_shared=True)
-        for Y, (key, new, own, (weight, _)) in zip(Ys, weights):
+        for Y, (key, new, _, (weight, _)) in zip(Ys, weights):
             new.Y, new.iterations = Y, weight.iterations
             self._shared[key] = new
-            own.check_convergence(weight)
 
 
 def _key(hook: Hook, link: chainer.Link) -> _Key:

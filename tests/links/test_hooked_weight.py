@@ -1,6 +1,8 @@
 """One weight of one link, normalized by the settings of a hook."""
 import warnings
 
+import sn_function  # isort: skip  # before chainer, which it repairs
+
 import chainer
 import chainer.links as L
 import numpy as np
@@ -116,6 +118,16 @@ def test_a_tolerance_that_is_not_reached_is_named_once():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         own.normalize(True)
+
+
+def test_a_tolerance_that_is_not_reached_may_be_an_error_in_a_scope():
+    """Warnings are errors here; nothing has moved then."""
+    link = L.Linear(30, 20)
+    link.add_hook(SpectralNormalization(rtol=1e-6, max_iterations=2))
+    before = link.W_u.copy()
+    with sn_function.cached(link), pytest.raises(errors.ToleranceWarning):
+        link(np.ones((1, 30), 'f'))
+    assert (link.W_u == before).all()
 
 
 def test_tolerance_of_a_new_vector():
