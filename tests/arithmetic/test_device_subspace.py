@@ -357,7 +357,7 @@ def test_dealt_out_otherwise(shape, axis, few, long, monkeypatch):
     monkeypatch.setattr(workspace, 'FEW_BLOCKS', few)
     monkeypatch.setattr(workspace, 'LONG_SUM', long)
     monkeypatch.setattr(workspace, 'MAX_BLOCKS', 1024 if few > 1 else 2)
-    monkeypatch.setattr(workspace, 'OF_A_GRAM', 32)
+    monkeypatch.setattr(workspace, 'OF_A_GRAM', 2)
     workspace.subspace_plan.cache_clear()
     workspace.plan.cache_clear()
     try:
