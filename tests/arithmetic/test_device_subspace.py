@@ -62,17 +62,22 @@ def run(arithmetic, W, U, axis, K=1, update=True, renewal=NEVER, gamma=0.7):
     grads, = arithmetic.gradients_all([Backward(
         settings, it, ('W', 'gamma'), W, U, gamma, gY,
         to(np.array(0.3, sigma.dtype)))])
-    return {name: get(x) for name, x in zip(NAMES, (
+    found = {name: get(x) for name, x in zip(NAMES, (
         Y, sigma, *grads, it.u, it.v, it.singular_values, it.basis, it.turn(),
         it.residual(), U))}
+    # What goes wrong in many blocks must not be done again by one.
+    found['by many'] = arithmetic is host or it.is_small or bool(
+        it.array(it.at + it.subspace.found, 2, np.dtype('d'))[1])
+    return found
 
 
-def compare(W, U, *args, tolerance=None, **kwargs):
+def compare(W, U, *args, tolerance=None, by_many=True, **kwargs):
     """The same on the host and on the device; vectors up to their signs."""
     tolerance = tolerance or TOLERANCE[W.dtype.char]
     expected, actual = [
         run(arithmetic, W, U, *args, **kwargs)
         for arithmetic in (host, device)]
+    assert actual['by many'] or not by_many
     for name in NAMES:
         x, y = expected[name], actual[name]
         assert x.shape == y.shape
@@ -177,7 +182,7 @@ def test_extreme_weights(scale, dtype):
     for K, update, renewal in ((1, True, NEVER), (2, False, RENEWALS[2])):
         W, U = make((40, 30), 0, 3, dtype)
         W *= W.dtype.type(scale)
-        compare(W, U, 0, K=K, update=update, renewal=renewal)
+        compare(W, U, 0, K=K, update=update, renewal=renewal, by_many=False)
 
 
 @pytest.mark.parametrize('scales', [(1e25, 1, 1e-25), (1e-8, 1, 1e8)])
@@ -352,7 +357,7 @@ def test_dealt_out_otherwise(shape, axis, few, long, monkeypatch):
     monkeypatch.setattr(workspace, 'FEW_BLOCKS', few)
     monkeypatch.setattr(workspace, 'LONG_SUM', long)
     monkeypatch.setattr(workspace, 'MAX_BLOCKS', 1024 if few > 1 else 2)
-    monkeypatch.setattr(workspace, 'OF_A_GRAM', 32)
+    monkeypatch.setattr(workspace, 'OF_A_GRAM', 2)
     workspace.subspace_plan.cache_clear()
     workspace.plan.cache_clear()
     try:
@@ -370,7 +375,7 @@ def test_dealt_out_otherwise(shape, axis, few, long, monkeypatch):
 # A tolerance for one vector.
 
 @pytest.mark.parametrize('K', [1, 2])
-@pytest.mark.parametrize('rtol', [0.3, 1e-2, 1e-3])
+@pytest.mark.parametrize('rtol', [10, 0.3, 1e-2, 1e-3])
 @pytest.mark.parametrize(('shape', 'axis'), [((40, 30), 0), ((5, 12, 7), 1)])
 def test_tolerance_of_one_vector(shape, axis, rtol, K):
     W, u = random(*shape).astype('f'), random(shape[axis]).astype('f')

@@ -84,6 +84,9 @@ correct: const int chunks = (n_rows + chunk + 1) / chunk;
 correct: const int chunks = (n_rows + chunk - 1) * chunk;
 """},
     'in parts of any length each entry is in one': {
+        'sn_gram_subspace': """
+const int chunk = (W.n() + blocks + 1) / blocks;
+""",
         'subspace': """
 product_of_all_by_columns: const int chunk = (columns.n_in + task.parts + 1) \
 / task.parts;
@@ -145,6 +148,7 @@ product: ; }
     'all that follows is the same for a weight that is zero': {
         'block': """
 estimate: if (w_largest == 0 && is_u_good && first != 0) break;
+is_met: if (!(sigma > 0 || isfinite(sigma))) return true;
 """,
         'subspace': """
 estimate_all: if (w_largest == 0 && isinf(w_largest)) {
@@ -374,15 +378,15 @@ def tests_of_several_vectors(both, products):
     for name in ('rank 1', 'identity'):
         yield both, False, t.test_hard_weights, (name,)
     for initial in (0.9, 1.02, 30.0):
-        yield both, False, t.test_gamma_is_made_anew, (initial,)
+        yield both, initial == 0.9, t.test_gamma_is_made_anew, (initial,)
     yield both, False, t.test_100_random_gradients, ()
     for shape, axis in t.DEALT_OUT:
         for few, long in ((1000, 0), (1, 8)):
             yield products, few > 1, t.test_dealt_out_otherwise, (
                 shape, axis, few, long)
-    for K in (1, 2):
+    for K, rtol in ((1, 1e-2), (2, 1e-2), (2, 0.3), (1, 10), (2, 10)):
         yield both, K == 1, t.test_tolerance_of_one_vector, (
-            (5, 12, 7), 1, 1e-2, K)
+            (5, 12, 7), 1, rtol, K)
     yield both, False, t.test_tolerance_of_a_weight_without_a_residual, (
         (40,), 0)
 
