@@ -41,6 +41,7 @@ from sn_function._arithmetic.matrix import accumulator_dtype
 from sn_function._arithmetic.subspace import (
     DEPENDENT,
     INDEPENDENT,
+    MOST,
     REGULAR,
     SHIFT,
 )
@@ -238,6 +239,7 @@ def _constants(n_vectors: int, T: Any) -> str:
 #define N_ROWS {rows}
 #define SHIFT {SHIFT if n_vectors > 1 else 0}
 #define REGULAR {REGULAR}
+#define MOST {MOST}
 #define INDEPENDENT {INDEPENDENT}
 #define DEPENDENT {DEPENDENT}
 """

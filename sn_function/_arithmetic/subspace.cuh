@@ -207,14 +207,13 @@ __device__ void gram(const Row* x, int n, double* G, double* shared) {
   }
 }
 
-// E, such that the rows of E U are orthonormal, of G = U U^T, which it
-// overwrites.  Returns the square of the smallest part of a row, with length
-// 1, that is orthogonal to those before it.  The bits of bad are rows that
-// depend on those before them.
-__device__ double eliminate(double* G, double* E, unsigned* bad) {
+// E, such that the rows of E U are orthonormal, of G = U U^T, of which it
+// leaves the pivots on the diagonal: the squares of the part of each row, with
+// length 1, that is orthogonal to those before it.  Returns the bits of rows
+// that depend on those before them.
+__device__ unsigned eliminate(double* G, double* E) {
   const int first = threadIdx.x, by = blockDim.x;
-  double smallest = 1;
-  *bad = 0;
+  unsigned bad = 0;
   for (int p = first; p < B * B; p += by)
     E[p] = p % (B + 1) == 0 ? 1 / sqrt(G[p]) : 0;
   __syncthreads();
@@ -225,10 +224,9 @@ __device__ double eliminate(double* G, double* E, unsigned* bad) {
   for (int k = 0; k < B; ++k) {
     const double pivot = G[k * B + k];
     if (!(pivot > DEPENDENT * DEPENDENT)) {
-      *bad |= 1u << k;
+      bad |= 1u << k;
       continue;
     }
-    smallest = fmin(smallest, pivot);
     for (int p = first; p < (B - 1 - k) * B; p += by) {
       const int i = k + 1 + p / B, j = p % B;
       const double factor = G[i * B + k] / pivot;
@@ -239,7 +237,17 @@ __device__ double eliminate(double* G, double* E, unsigned* bad) {
   }
   for (int p = first; p < B * B; p += by) E[p] /= sqrt(G[p / B * (B + 1)]);
   __syncthreads();
-  return smallest;
+  return bad;
+}
+
+// The largest entry of what E is for rows of length 1, of eliminate().
+__device__ double most_of(const double* G, const double* E, double* shared) {
+  double most = 0;
+  for (int p = threadIdx.x; p < B * B; p += blockDim.x) {
+    const int j = p % B * (B + 1);
+    most = fmax(most, fabs(E[p]) / (E[j] * sqrt(G[j])));
+  }
+  return block_max(most, shared);
 }
 
 // Something between -1 and 1, the same each time.
@@ -296,14 +304,13 @@ __device__ bool orthonormalize(
     Row* U, Row* start, int m, const Small& small, double* shared) {
   bool is_replaced = false;
   for (int attempt = 0; attempt < 4; ++attempt) {
-    unsigned bad;
     gram(U, m, small.M, shared);
-    const double pivot = eliminate(small.M, small.E, &bad);
+    const unsigned bad = eliminate(small.M, small.E);
     if (bad) {
       is_replaced = true;
       replace(U, m, bad);
       if (start) replace(start, m, bad);
-    } else if (pivot > INDEPENDENT * INDEPENDENT) {
+    } else if (most_of(small.M, small.E, shared) < 1 / INDEPENDENT) {
       break;
     } else {
       combine(U, m, small.E);
@@ -475,7 +482,10 @@ __device__ Followed follow(
         u += mix[j * B + k] * row.x[k];
       }
       const double value = space.values[j] * scale;
-      const double next = (t - shift * u) / (value * value - shift);
+      // What the span hardly has, and W is large on, must not be all that is
+      // left of each.
+      const double next = fmax(-MOST, fmin(
+          MOST, (t - shift * u) / (value * value - shift)));
       space.T[i].x[j] = static_cast<A>(next);
       if (j > 0) continue;
       const double of_v = t / square;

@@ -440,3 +440,33 @@ def test_the_hook_is_as_on_the_host():
             link(x)
         weights.append(get(link.W.array))
     np.testing.assert_allclose(*weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', 'fd')
+def test_vectors_that_are_each_close_to_the_one_before(dtype):
+    """No pivot is small, and still much cancels in a basis of their span."""
+    U = np.eye(8, 32)
+    U[1:] = .3 * U[1:] - (1 - .3 ** 2) ** .5 * U[:-1]
+    U = (U @ np.linalg.qr(random(32, 32))[0]).astype(dtype)
+    W = random(32, 32).astype(dtype)
+    sigma = functions.spectral_norm(send(W), send(U))
+    norm, expected = (np.linalg.norm(x, 2) for x in (
+        W.astype('d'),
+        np.linalg.qr(U.T.astype('d'))[0].T @ W.astype('d')))
+    assert get(sigma.array) < norm * (1 + 1e-5)
+    np.testing.assert_allclose(get(sigma.array), expected, rtol=0.05)
+
+
+@pytest.mark.parametrize('dtype', 'fd')
+def test_rows_that_come_back(dtype):
+    """They are next to nothing in any vector, and then all that W has."""
+    W, U = random(32, 48).astype(dtype), random(4, 32).astype(dtype)
+    rows = [0, 1, 16, 17]
+    U[:, rows] *= 1e-25
+    W[[i for i in range(32) if i not in rows]] = 0
+    to_W, to_U = send(W), send(U)
+    for _ in range(8):
+        sigma = functions.spectral_norm(to_W, to_U, update_u=True)
+        assert np.isfinite(get(to_U)).all()
+    np.testing.assert_allclose(
+        get(sigma.array), np.linalg.norm(W.astype('d'), 2), rtol=1e-2)
