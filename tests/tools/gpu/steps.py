@@ -48,6 +48,11 @@ def send_to_group(process: Any, number: int) -> None:
         os.killpg(process.pid, number)
 
 
+def _hear_interrupts() -> None:
+    # What a shell starts in the background ignores them, as do its children.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_process(
         command: Sequence[str], seconds: float, out: Any,
         grace: float = GRACE, **options: Any) -> int | None:
@@ -58,7 +63,8 @@ def run_process(
     """
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=out,
-        stderr=subprocess.STDOUT, start_new_session=True, **options)
+        stderr=subprocess.STDOUT, start_new_session=True,
+        preexec_fn=_hear_interrupts, **options)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
