@@ -102,7 +102,8 @@ def vectors(length, b, T):
     return np.random.normal(size=(length, b)).astype(A_of(T)).astype('d')
 
 
-def begin_case(T, U, shape, b, is_first=True, edit=None):
+def begin_case(T, U, shape, b, is_first=True, edit=None, is_kept=None):
+    is_kept = edit is None if is_kept is None else is_kept
     m = shape[1]
     X = vectors(m, b, T).astype(U if is_first else A_of(T)).astype('d')
     if edit is not None:
@@ -115,7 +116,9 @@ def begin_case(T, U, shape, b, is_first=True, edit=None):
         U_, E = space['U'], space['E']
         np.testing.assert_allclose(
             E @ U_.T @ U_ @ E.T, np.eye(b), atol=30 * TOLERANCE[A_of(T)])
-        if edit is None:
+        # Of vectors of length 1.
+        assert abs(E * np.linalg.norm(U_, axis=0)).max() < 10
+        if is_kept:
             np.testing.assert_array_equal(U_, X)
         if is_first:
             check(space['numbers'][:3], [1, 1, 0], 0)
@@ -208,9 +211,10 @@ def one_if_ordinary(sigma, A):
     return int(not one.is_extreme(np.array([sigma]), A))
 
 
-def follow_case(T, U, shape, b, n_parts, blocks, is_ordinary=1.0):
+def follow_case(T, U, shape, b, n_parts, blocks, is_ordinary=1.0, size=1):
     A, m = A_of(T), shape[1]
-    parts, device_parts = random((n_parts, m, b), A)
+    parts = random((n_parts, m, b), A)[0] * size
+    device_parts = send(parts.astype(A))
     X, mix = vectors(m, b, T), vectors(b, b, T)
     values = np.sort(np.random.uniform(1, 2, size=b))[::-1]
     space = Space(
@@ -229,7 +233,8 @@ def follow_case(T, U, shape, b, n_parts, blocks, is_ordinary=1.0):
         squares = values ** 2
         shift = (subspace.SHIFT if b > 1 else 0) * squares[-1] - (
             subspace.REGULAR * squares[0])
-        T_ = (t - shift * basis) / (squares - shift)
+        T_ = ((t - shift * basis) / (squares - shift)).clip(
+            -subspace.MOST, subspace.MOST)
         check(space['T'], T_, 3 * TOLERANCE[A])
         of_v = t[:, 0] / squares[0]
         off = of_v - basis[:, 0]
@@ -389,10 +394,27 @@ def one_is_zero(X):
     X[:, -1] = 0
 
 
+def each_close_to_the_one_before(X):
+    X /= np.linalg.norm(X, axis=0)
+    X[:, 1:] = 0.2 * X[:, 1:] - 0.98 * X[:, :-1]
+    X *= 10.0 ** (np.arange(X.shape[1]) % 3)
+
+
 @gpu
-@pytest.mark.parametrize('edit', [nearly_dependent, one_is_zero])
-def test_begin_makes_the_vectors_independent(edit):
-    case = begin_case('d', 'd', SHAPES[0], 3, False, edit)
+@pytest.mark.parametrize(('edit', 'b'), [
+    (nearly_dependent, 3), (one_is_zero, 3),
+    (each_close_to_the_one_before, 8)])
+def test_begin_makes_the_vectors_independent(edit, b):
+    case = begin_case('d', 'd', SHAPES[0], b, False, edit)
+    run(kernels.begin_subspace, 'd', 'd', case)
+
+
+@gpu
+def test_begin_leaves_vectors_of_any_length():
+    """Those that are independent enough."""
+    lengths = 10.0 ** np.arange(-4, 4)
+    case = begin_case('d', 'd', SHAPES[0], 8, False, lambda X: X.__imul__(
+        lengths), is_kept=True)
     run(kernels.begin_subspace, 'd', 'd', case)
 
 
@@ -436,6 +458,13 @@ def test_follow(types, b):
         for is_ordinary in (1.0, 0.0):
             run(kernels.follow_subspace, *types, follow_case(
                 *types, SHAPES[1], b, n_parts, blocks, is_ordinary))
+
+
+@gpu
+def test_follow_bounds_what_is_new():
+    """Where the vectors have hardly anything of what W is large on."""
+    case = follow_case('d', 'd', SHAPES[1], 3, 1, 2, size=1e3)
+    run(kernels.follow_subspace, 'd', 'd', case)
 
 
 FINISHES = [{}, {'update': 0, 'moves': 0, 'is_wide': 0}, {'eps': 1e3},

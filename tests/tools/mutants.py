@@ -389,6 +389,17 @@ def tests_of_several_vectors(both, products):
             (5, 12, 7), 1, rtol, K)
     yield both, False, t.test_tolerance_of_a_weight_without_a_residual, (
         (40,), 0)
+    yield both, False, t.test_vectors_that_are_each_close_to_the_one_before, (
+        'd',)
+    yield both, False, t.test_rows_that_come_back, ('f',)
+    from tests.arithmetic import test_subspace_kernels as k
+    for way in k.one.WAYS:
+        for types, b in (('ff', 8), ('ef', 3)):
+            yield products, False, k.test_product, (way, types, b)
+    yield products, False, k.test_begin_makes_the_vectors_independent, (
+        k.each_close_to_the_one_before, 8)
+    yield products, False, k.test_begin_leaves_vectors_of_any_length, ()
+    yield products, False, k.test_follow_bounds_what_is_new, ()
 
 
 MODES = {
