@@ -403,7 +403,7 @@ def each_close_to_the_one_before(X):
 @gpu
 @pytest.mark.parametrize(('edit', 'b'), [
     (nearly_dependent, 3), (one_is_zero, 3),
-    (each_close_to_the_one_before, 8)])
+    (each_close_to_the_one_before, 3), (each_close_to_the_one_before, 8)])
 def test_begin_makes_the_vectors_independent(edit, b):
     case = begin_case('d', 'd', SHAPES[0], b, False, edit)
     run(kernels.begin_subspace, 'd', 'd', case)
@@ -412,7 +412,7 @@ def test_begin_makes_the_vectors_independent(edit, b):
 @gpu
 def test_begin_leaves_vectors_of_any_length():
     """Those that are independent enough."""
-    lengths = 10.0 ** np.arange(-4, 4)
+    lengths = 10.0 ** -np.arange(-3, 5)
     case = begin_case('d', 'd', SHAPES[0], 8, False, lambda X: X.__imul__(
         lengths), is_kept=True)
     run(kernels.begin_subspace, 'd', 'd', case)

@@ -86,6 +86,7 @@ correct: const int chunks = (n_rows + chunk - 1) * chunk;
     'in parts of any length each entry is in one': {
         'sn_gram_subspace': """
 const int chunk = (W.n() + blocks + 1) / blocks;
+const int chunk = (W.n() + blocks - 1) * blocks;
 """,
         'subspace': """
 product_of_all_by_columns: const int chunk = (columns.n_in + task.parts + 1) \
@@ -141,6 +142,33 @@ width *= 2;
 product_of_all_by_rows: const int N = 32 / sizeof(T) / V > R ? \
 32 / sizeof(T) / V * R : 1;
 diagonalize: if (p / (EVEN + 1) == 0)
+enum { B = N_VECTORS, EVEN = (B + 1) * 2 * 2 };
+#define ROW_SIZE (B / sizeof(A))
+#define ROW_UNIT (ROW_SIZE & (~ROW_SIZE - 1))
+add_all: for (; is_apart && q + (N + 1) * by < end; q += N * by)
+gram: while (width < SQUARES || width < static_cast<int>(blockDim.x)) \
+width *= 2;
+product_of_all_by_columns: enum { AT_ONCE = 64 * sizeof(A) };
+product_of_all_by_columns: const int N = 32 * sizeof(T) / V;
+product_of_all_by_columns: const int N = 32 / sizeof(T) * V;
+product_of_all_by_columns: add_all<N, 1, V, false, sizeof(A) != 4>(
+product_of_all_by_rows: const int N = 32 / sizeof(T) / V > R ? \
+32 * sizeof(T) / V / R : 1;
+product_of_all: } else if (narrow == 1 && is_wide) {
+product_of_all_by_rows: const int N = 32 / sizeof(T) / V > R ? \
+32 / sizeof(T) * V / R : 1;
+"""},
+    'any numbers that look random will do': {'subspace': """
+some_number: i = (i - 1) * 2654435769u;
+some_number: i = (i ^ i << 15) * 2246822519u;
+some_number: i = (i ^ i >> 15) / 2246822519u;
+some_number: i = (i ^ i << 13) * 3266489917u;
+some_number: return static_cast<A>(static_cast<int>(i ^ i << 16)) / \
+2147483648.0f;
+"""},
+    'with the opposite sign a vector is as good': {'subspace': """
+combine: for (int k = 0; k < B; ++k) sum -= E[j * B + k] * row.x[k];
+solve: sum -= C[j * EVEN + k] * small.E[k * B + p % B];
 """},
     'what a thread reads next, it has written': {'block': """
 product: ; }
@@ -396,8 +424,9 @@ def tests_of_several_vectors(both, products):
     for way in k.one.WAYS:
         for types, b in (('ff', 8), ('ef', 3)):
             yield products, False, k.test_product, (way, types, b)
-    yield products, False, k.test_begin_makes_the_vectors_independent, (
-        k.each_close_to_the_one_before, 8)
+    for b in (3, 8):
+        yield products, False, k.test_begin_makes_the_vectors_independent, (
+            k.each_close_to_the_one_before, b)
     yield products, False, k.test_begin_leaves_vectors_of_any_length, ()
     yield products, False, k.test_follow_bounds_what_is_new, ()
 
