@@ -40,6 +40,7 @@ from sn_function._arithmetic.interface import (
     Backward,
     Forward,
     Settings,
+    n_vectors_of,
 )
 from sn_function._arithmetic.kernels import COEFFICIENTS, NULL
 from sn_function._arithmetic.matrix import accumulator_dtype
@@ -403,8 +404,7 @@ class _Backward(_Products):
 def warm_up(
         W: Array, u: Array, axis: int, n: int, groups: Groups | None = None,
         rtol: float | None = None) -> None:
-    n_vectors = len(u) if u.ndim == 2 else None
+    settings = Settings(
+        1, axis, True, groups=groups, n_vectors=n_vectors_of(u))
     for _ in range(n):  # one at a time: the vectors of one are enough
-        normalize_all([Forward(
-            Settings(1, axis, True, groups=groups, n_vectors=n_vectors), W, u,
-            1.0, (), update_u=True)])
+        normalize_all([Forward(settings, W, u, 1.0, (), update_u=True)])

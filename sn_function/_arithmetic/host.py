@@ -26,6 +26,7 @@ from sn_function._arithmetic.interface import (
     Forward,
     Renewal,
     Settings,
+    n_vectors_of,
 )
 
 
@@ -82,8 +83,7 @@ def warm_up(
         W: Array, u: Array, axis: int, n: int, groups: Groups | None = None,
         rtol: float | None = None) -> None:
     settings = Settings(
-        n, axis, True, groups=groups,
-        n_vectors=len(u) if u.ndim == 2 else None)
+        n, axis, True, groups=groups, n_vectors=n_vectors_of(u))
     renewal = NEVER
     if rtol is not None:
         settings = settings._replace(n_power_iteration=1)

@@ -33,6 +33,11 @@ class Settings(NamedTuple):
     n_vectors: int | None = None
 
 
+def n_vectors_of(u: Any) -> int | None:
+    """Returns ``b`` for vectors of shape ``(b, m)``; ``None`` for ``(m,)``."""
+    return len(u) if u.ndim == 2 else None
+
+
 class Renewal(NamedTuple):
     """When a hook makes u and gamma anew, before a forward uses them.
 

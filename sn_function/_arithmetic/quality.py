@@ -34,6 +34,7 @@ from sn_function._arithmetic.interface import (
     Iterations,
     Renewal,
     Settings,
+    n_vectors_of,
 )
 from sn_function._arithmetic.matrix import accumulator_dtype, as_matrix
 from sn_function.errors import VectorValueError
@@ -78,7 +79,7 @@ def measure(
                 xp.isfinite(u).all() & (u != 0).any(axis=-1).all())
             settings = Settings(
                 n_power_iteration, axis, True, groups=groups,
-                n_vectors=len(u) if u.ndim == 2 else None)
+                n_vectors=n_vectors_of(u))
             # Copies: the arithmetic makes gamma anew in place.
             gamma, initial = [None if x is None else x.copy() for x in (
                 gamma, renewal.initial_gamma)]
