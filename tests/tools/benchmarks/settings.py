@@ -89,33 +89,37 @@ def of_link(name: str) -> Callable[[dict[str, Any]], Any]:
 
 def row_of(
         name: str, make: Callable[[dict[str, Any]], Any],
-        settings: dict[str, dict[str, Any]], n_rounds: int,
+        settings: dict[str, dict[str, Any]], timer: Any, n_rounds: int,
 ) -> tuple[str, ...]:
     """The medians, the first in microseconds and the others over that."""
     times = measure(
         {key: make(setting) for key, setting in settings.items()},
-        time_of_processor, Budget(600), n_rounds, seconds=.02)
+        timer, Budget(600), n_rounds, seconds=.02)
     first, *others = (times[key]['wall']['median'] for key in settings)
     return name, number(first), *[f'{x / first:.2f}' for x in others]
 
 
-def tables(n_rounds: int) -> Iterator[str]:
+def tables(timer: Any, n_rounds: int) -> Iterator[str]:
     for title, names, make, settings in (
             ('weight', cpu.SHAPES, of_weight, VECTORS),
             ('link', list(LINKS), of_link, GROUPS)):
         first, *others = settings
         yield text_table(
             (title, f'{first}, us', *others),
-            [row_of(name, make(name), settings, n_rounds) for name in names])
+            [row_of(name, make(name), settings, timer, n_rounds)
+             for name in names])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--rounds', type=int, default=30,
                         help='number of times each')
+    parser.add_argument('--wall', action='store_true',
+                        help='time of the clock, not of the processor')
     args = parser.parse_args(argv)
+    timer = cpu.time_on_host if args.wall else time_of_processor
     print(cpu.machine())
-    for table in tables(args.rounds):
+    for table in tables(timer, args.rounds):
         print(f'\n{table}', flush=True)
 
 
