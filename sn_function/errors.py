@@ -158,6 +158,30 @@ class VectorShapeError(SpectralNormalizationError, ValueError):
             f'{what}.')
 
 
+class MapShapeError(SpectralNormalizationError, ValueError):
+    """The start map, or several of them, do not fit the convolution."""
+
+    def __init__(self, shape: Sequence[int], W_shape: Sequence[int],
+                 channels: int) -> None:
+        size = ', '.join('hwd'[:len(W_shape) - 2] if len(W_shape) < 6 else (
+            f'd{k}' for k in range(1, len(W_shape) - 1)))
+        super().__init__(
+            f'u has shape {tuple(shape)}, but a convolution with W of shape '
+            f'{tuple(W_shape)} needs an input of it, of shape ({channels}, '
+            f'{size}), or (b, {channels}, {size}) for several. Make u anew, '
+            f'or check groups.')
+
+
+class InputSizeError(SpectralNormalizationError, ValueError):
+    """Images of this size are too small for the convolution."""
+
+    def __init__(self, insize: Sequence[int], W_shape: Sequence[int]) -> None:
+        super().__init__(
+            f'an input of size {tuple(insize)} gives no output of a '
+            f'convolution with W of shape {tuple(W_shape)}. Take larger '
+            f'images, or more padding.')
+
+
 class VectorDeviceError(SpectralNormalizationError, ValueError):
     """The start vector and the weight are on different devices."""
 

@@ -12,6 +12,10 @@ A small weight takes one launch forward and one backward.  A large one takes
 kind share their launches.  One with several vectors is computed by
 :mod:`.device_subspace`, and one of several groups by :mod:`.grouped`, without
 kernels of its own.
+
+A map of a convolution is computed as on the host, with arrays of the device:
+Chainer's own convolutions make the products, and the host waits for the two
+norms of each iteration.
 """
 from __future__ import annotations
 
@@ -23,9 +27,11 @@ from chainer.backends import cuda
 from sn_function._arithmetic import (
     device_subspace,
     grouped,
+    host,
     kernels,
     workspace,
 )
+from sn_function._arithmetic.convolution import Convolution
 from sn_function._arithmetic.device_weight import (
     FLOAT64,
     Iterations,
@@ -53,22 +59,35 @@ _ONE_BLOCK = _ONE, _ZERO, _ONE
 
 def normalize_all(calls: Sequence[Forward]) -> list[tuple[Arrays, Any]]:
     """Weights of a kind share their launches."""
-    return _each(calls, _forward, grouped.normalize_and_store)
+    return _each(calls, _forward, _normalize_alone)
 
 
 def gradients_all(calls: Sequence[Backward]) -> list[Arrays]:
     """Weights of a kind share their launches."""
-    return _each(calls, _backward, grouped.gradients)
+    return _each(calls, _backward, lambda call: (
+        host.module_of(call).gradients(call)))
 
 
 def _each(
         calls: Sequence[Any], plain: Callable[[Any], list[Any]],
-        of_groups: Callable[[Any], Any]) -> list[Any]:
-    """Returns the result of each; those without groups are run together."""
+        alone: Callable[[Any], Any]) -> list[Any]:
+    """Returns the result of each; those that have kernels run together."""
+    are_plain = [call.settings.groups is call.settings.convolution is None
+                 for call in calls]
     results = iter(plain([
-        call for call in calls if call.settings.groups is None]))
-    return [next(results) if call.settings.groups is None else of_groups(call)
-            for call in calls]
+        call for call, is_plain in zip(calls, are_plain) if is_plain]))
+    return [next(results) if is_plain else alone(call)
+            for call, is_plain in zip(calls, are_plain)]
+
+
+def _normalize_alone(call: Forward) -> tuple[Arrays, Any]:
+    if call.settings.groups is not None:
+        return grouped.normalize_and_store(call)
+    module = host.module_of(call)
+    result = module.normalize(call)
+    if call.update_u:
+        module.store(call.u, result[1])
+    return result
 
 
 def _by_kind(parts: Sequence[Any]) -> Iterable[tuple[Any, list[Any]]]:
@@ -403,7 +422,11 @@ class _Backward(_Products):
 
 def warm_up(
         W: Array, u: Array, axis: int, n: int, groups: Groups | None = None,
-        rtol: float | None = None) -> None:
+        rtol: float | None = None, convolution: Convolution | None = None,
+) -> None:
+    if convolution is not None:
+        host.warm_up(W, u, axis, n, groups, rtol, convolution)
+        return
     settings = Settings(
         1, axis, True, groups=groups, n_vectors=n_vectors_of(u))
     for _ in range(n):  # one at a time: the vectors of one are enough

@@ -17,6 +17,7 @@ from sn_function._arithmetic import (
     stacks,
     subspace,
 )
+from sn_function._arithmetic.convolution import Convolution
 from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
     NEVER,
@@ -35,10 +36,10 @@ def normalize_all(calls: Sequence[Forward]) -> list[tuple[Arrays, Any]]:
     with numpy.errstate(all='ignore'):
         results = _run(
             calls, stacks.kind, stacks.normalize,
-            lambda call: _module(call).normalize(call))
+            lambda call: module_of(call).normalize(call))
         for call, (_, iterations) in zip(calls, results):
             if call.update_u:
-                _module(call).store(call.u, iterations)
+                module_of(call).store(call.u, iterations)
         return results
 
 
@@ -46,11 +47,14 @@ def gradients_all(calls: Sequence[Backward]) -> list[Arrays]:
     with numpy.errstate(all='ignore'):
         return _run(
             calls, stacks.stack_of, stacks.gradients,
-            lambda call: _module(call).gradients(call))
+            lambda call: module_of(call).gradients(call))
 
 
-def _module(call: Forward | Backward) -> Any:
-    """Returns the module that computes one weight."""
+def module_of(call: Forward | Backward) -> Any:
+    """Returns the module that computes one weight on the host.
+
+    A map of a convolution is computed so on a device, too.
+    """
     settings = call.settings
     if settings.groups is not None:
         return grouped
@@ -81,9 +85,11 @@ def _run(
 
 def warm_up(
         W: Array, u: Array, axis: int, n: int, groups: Groups | None = None,
-        rtol: float | None = None) -> None:
+        rtol: float | None = None, convolution: Convolution | None = None,
+) -> None:
     settings = Settings(
-        n, axis, True, groups=groups, n_vectors=n_vectors_of(u))
+        n, axis, True, groups=groups, n_vectors=n_vectors_of(u),
+        convolution=convolution)
     renewal = NEVER
     if rtol is not None:
         settings = settings._replace(n_power_iteration=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol, Sequence, Tuple
 
+from sn_function._arithmetic.convolution import Convolution
 from sn_function._arithmetic.groups import Groups
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -21,6 +22,8 @@ class Settings(NamedTuple):
     Y is zero there: ``1 / eps`` would make any step away from zero a huge one.
     Without ``groups`` a weight is one matrix, and without ``n_vectors`` there
     is one ``u``, of shape ``(m,)``; else it is of shape ``(n_vectors, m)``.
+    With a ``convolution`` that matrix is the map of the layer, and ``m``
+    counts the entries of an input.
     """
 
     n_power_iteration: int
@@ -31,6 +34,7 @@ class Settings(NamedTuple):
     at_zero: float = 1.0
     groups: Groups | None = None
     n_vectors: int | None = None
+    convolution: Convolution | None = None
 
 
 def n_vectors_of(u: Any) -> int | None:
@@ -182,7 +186,8 @@ class Arithmetic(Protocol):
 
     def warm_up(
             self, W: Array, u: Array, axis: int, n: int,
-            groups: Groups | None = None, rtol: float | None = None) -> None:
+            groups: Groups | None = None, rtol: float | None = None,
+            convolution: Convolution | None = None) -> None:
         """Moves ``u`` on by ``n`` iterations, unless it would not be finite.
 
         On the host fewer are enough where the residual is at most ``rtol``.

@@ -22,6 +22,7 @@ import math
 from typing import Any, Callable, Iterator, Sequence
 
 import numpy
+from chainer import backend
 
 from sn_function import errors
 
@@ -145,6 +146,11 @@ class Matrix:
         else:
             self._blocks = W.reshape(l, m, r)
 
+    @property
+    def xp(self) -> Any:
+        """The module of the array: NumPy or CuPy."""
+        return backend.get_array_module(self.array)
+
     def astype(self, dtype: Any) -> Matrix:
         """Returns the matrix with entries of another dtype."""
         return Matrix(self.array.astype(dtype, copy=False), self._axis)
@@ -192,6 +198,10 @@ class Matrix:
     def agreed(self, *arrays: Any) -> Sequence[Any]:
         """Returns arrays of float64 as one of the processes has them."""
         return arrays
+
+    def to_device(self, x: Any) -> Any:
+        """Returns what is computed on the host where the weight is."""
+        return x
 
     def dot(self, v: Any) -> Any:
         """Returns ``W v``, shape ``(m,)``, of ``v``, shape ``(n,)``."""

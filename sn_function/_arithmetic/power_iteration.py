@@ -49,6 +49,7 @@ import numpy
 
 from sn_function import errors
 from sn_function._arithmetic import buffers, matrix
+from sn_function._arithmetic.convolution import ConvolutionMatrix
 from sn_function._arithmetic.interface import (
     GAMMA_LIMIT,
     GAMMA_TURN,
@@ -139,10 +140,12 @@ def floored(sigma: float, settings: Settings) -> tuple[float, bool]:
     return sigma, True
 
 
-def unfold(W: Any, axis: int, dtype: Any = None) -> Matrix:
+def unfold(W: Any, settings: Settings, dtype: Any = None) -> Matrix:
     """Returns ``W`` as a matrix, in the dtype of sums unless one is given."""
-    return Matrix(W.astype(
-        dtype or accumulator_dtype(W.dtype), copy=False), axis)
+    W = W.astype(dtype or accumulator_dtype(W.dtype), copy=False)
+    if settings.convolution is not None:
+        return ConvolutionMatrix(W, settings.convolution)
+    return Matrix(W, settings.axis)
 
 
 def _iterate(
@@ -256,8 +259,8 @@ def adjoint(
         return iterations.u[None], iterations.v[None], None
     us, vs, s_norms, t_norms = iterations[:4]
     K = len(vs)
-    P = numpy.empty((2 * K, A.m), us[-1].dtype)
-    Q = numpy.empty((2 * K, A.n), us[-1].dtype)
+    P = A.xp.empty((2 * K, A.m), us[-1].dtype)
+    Q = A.xp.empty((2 * K, A.n), us[-1].dtype)
     tbar, ubar = us[-1], None
     for k in range(K - 1, -1, -1):
         v = vs[k]
@@ -286,21 +289,22 @@ def normalize(call: Forward) -> tuple[Arrays, PowerIteration]:
     settings, W = call.settings, call.W
     # A copy: the owner of u is free to change it.
     iterations = power_iteration(
-        unfold(W, settings.axis), call.u.copy(), settings.n_power_iteration,
+        unfold(W, settings), call.u.copy(), settings.n_power_iteration,
         call.renewal)
     return finish(call, iterations)
 
 
 def finish(call: Forward, iterations: Any) -> tuple[Arrays, Any]:
     """Returns the outputs, and what backward needs of the iterations."""
-    W, array = call.W, iterations.matrix.array
+    W, array, xp = call.W, iterations.matrix.array, iterations.matrix.xp
     if array is not W:  # made anew, rather than kept
         iterations = iterations._replace(matrix=None)
     outputs: Arrays = ()
     renew_gamma(call, iterations)
     if 'Y' in call.output_names:
         coefficient = coefficient_of_Y(call, iterations)
-        if W.size <= matrix.SMALL_SIZE or array.dtype != W.dtype:
+        if W.size <= matrix.SMALL_SIZE or array.dtype != W.dtype or (
+                xp is not numpy):
             Y = (array * coefficient).astype(W.dtype, copy=False)
         else:
             Y = numpy.multiply(
@@ -308,7 +312,7 @@ def finish(call: Forward, iterations: Any) -> tuple[Arrays, Any]:
                 buffers.empty_of(W, call.reuse)(W.shape, W.dtype))
         outputs = Y,
     if 'sigma' in call.output_names:
-        outputs += numpy.array(iterations.sigma, accumulator_dtype(W.dtype)),
+        outputs += xp.array(iterations.sigma, accumulator_dtype(W.dtype)),
     return outputs, iterations
 
 
@@ -321,7 +325,7 @@ def gradients(call: Backward) -> Arrays:
     settings, iterations, wanted, W, u, gamma, gY, gsigma, reuse = call
     A = iterations.matrix
     if A is None or A.array is not W:
-        A = unfold(W, settings.axis, iterations.u.dtype)
+        A = unfold(W, settings, iterations.u.dtype)
     grads: dict[str, Any] = {}
     needs_adjoint = 'W' in wanted or 'u' in wanted
     a, c, dot, vbar = 0.0, 0.0, 0.0, None  # gW = a gY + c G
@@ -338,7 +342,7 @@ def gradients(call: Backward) -> Arrays:
         a, of_sigma, dot = coefficients(settings, iterations, gamma, dot)
         c += of_sigma
     if 'gamma' in wanted:
-        grads['gamma'] = numpy.array(settings.factor * dot, gamma.dtype)
+        grads['gamma'] = A.xp.array(settings.factor * dot, gamma.dtype)
     if needs_adjoint:
         P, Q, ubar = adjoint(
             A, iterations, settings.detach_uv, 'u' in wanted, vbar)

@@ -59,7 +59,8 @@ def kind(call: Forward) -> Any:
     settings, W = call.settings, call.W
     dtype = W.dtype
     if W.size > MAX_SIZE or settings.axis != 0 or settings.groups or (
-            settings.n_vectors or call.renewal.rtol is not None) or not (
+            settings.n_vectors or settings.convolution
+            or call.renewal.rtol is not None) or not (
             dtype.char in 'fd' and dtype.isnative and W.flags.c_contiguous):
         return None
     return W.shape, dtype.char, settings, call.output_names

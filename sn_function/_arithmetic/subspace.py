@@ -41,6 +41,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy
+from chainer.backends import cuda
 
 from sn_function import errors
 from sn_function._arithmetic import matrix, power_iteration
@@ -131,7 +132,7 @@ def normalize(call: Forward) -> tuple[Arrays, SubspaceIteration]:
     """
     settings = call.settings
     iterations = subspace_iteration(
-        power_iteration.unfold(call.W, settings.axis), call.u.copy(),
+        power_iteration.unfold(call.W, settings), call.u.copy(),
         settings.n_power_iteration, call.update_u, call.renewal)
     return power_iteration.finish(call, iterations)
 
@@ -194,8 +195,8 @@ def _unit_rows(A: Matrix, U: Any) -> Any:
     peaks = A.peaks(U)
     if not (numpy.isfinite(peaks).all() and peaks.all()):
         raise errors.VectorValueError(U)
-    U = U / peaks[:, None]
-    return U / numpy.sqrt(A.gram(U).diagonal())[:, None]
+    U = U / A.to_device(peaks)[:, None]
+    return U / A.to_device(numpy.sqrt(A.gram(U).diagonal()))[:, None]
 
 
 def _iterate_anew(
@@ -248,7 +249,7 @@ def _step(
     sigma = math.sqrt(squares[0])
     if not careful and not is_ordinary(sigma, S.dtype):
         raise ExtremeNormError
-    B = B.astype(S.dtype, copy=False)
+    B = A.to_device(B.astype(S.dtype, copy=False))
     basis = B.dot(U)
     v = B[0].dot(S) / sigma
     t = following = None
@@ -264,7 +265,7 @@ def _step(
         # left of each.
         c = min(c, (squares - A.peaks(following) / MOST).min())
         following -= basis * c
-        following /= (squares - c)[:, None]
+        following /= A.to_device(squares - c)[:, None]
         following[0] /= A.norm_of_t(following[0], careful)
     return SubspaceIteration(
         basis[0], v, sigma * unit, squares, unit, basis, start, A, t,
@@ -293,13 +294,13 @@ def _orthonormal(A: Matrix, U: Any) -> tuple[Any, Any]:
         E = inverse / norms
         if abs(inverse).max() < 1 / INDEPENDENT:
             return U, E
-        U = E.dot(U).astype(U.dtype)
+        U = A.to_device(E).dot(U).astype(U.dtype)
     raise ExtremeNormError
 
 
 def _ritz(S: Any, E: Any) -> tuple[Any, Any]:
     """Returns ``l_1, l_2, ...`` and B; zeros where a square overflows."""
-    H = S.dot(S.T).astype(numpy.float64, copy=False)
+    H = cuda.to_cpu(S.dot(S.T)).astype(numpy.float64, copy=False)
     if not math.isfinite(H.trace()):
         return numpy.zeros(len(H)), numpy.zeros_like(H)
     squares, C = numpy.linalg.eigh(E.dot(H).dot(E.T))

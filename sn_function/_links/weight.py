@@ -7,13 +7,17 @@ from typing import Any
 import chainer
 from chainer import links as L
 from chainer.utils import size_of_shape
+from chainer.utils.conv_nd import as_tuple
 
 from sn_function import errors
+from sn_function._arithmetic.convolution import Convolution
 from sn_function._arithmetic.groups import Groups
 
 DECONVOLUTIONS = (L.Deconvolution2D, L.DeconvolutionND)
 # Links whose weight may have groups, one after another along axis 0.
 GROUPED = (L.Convolution2D, L.ConvolutionND, *DECONVOLUTIONS)
+N_DIMENSIONAL = (L.ConvolutionND, L.DeconvolutionND)
+CONVOLUTIONS = (*GROUPED, L.DilatedConvolution2D, L.DepthwiseConvolution2D)
 
 
 def output_axis(link: chainer.Link) -> int:
@@ -35,6 +39,25 @@ def groups_of(link: chainer.Link, hook: Any) -> Groups | None:
         return None
     count = getattr(link, 'groups', 1)
     return Groups(count) if count > 1 else None
+
+
+def convolution_of(link: chainer.Link) -> Convolution | None:
+    """Returns what the link does beside its weight, if it is a convolution.
+    """
+    if not isinstance(link, CONVOLUTIONS):
+        return None
+    # Of 2 dimensions it may be a number.
+    ndim = len(link.ksize) if isinstance(link, N_DIMENSIONAL) else 2
+    outsize = getattr(link, 'outsize', None)
+    if outsize is not None:
+        outsize = None if None in outsize else tuple(outsize)
+    return Convolution(
+        *[as_tuple(getattr(link, name, 1), ndim)
+          for name in ('stride', 'pad', 'dilate')],
+        groups=getattr(link, 'groups', 1),
+        cover_all=getattr(link, 'cover_all', False),
+        is_transposed=isinstance(link, DECONVOLUTIONS), outsize=outsize,
+        is_depthwise=isinstance(link, L.DepthwiseConvolution2D))
 
 
 def initialize(cb_args: Any, W: chainer.Parameter, weight_name: str) -> None:
