@@ -2,8 +2,8 @@
 
 ``python -m tests.tools.benchmarks.settings`` prints the time of the
 normalization of a weight and its gradient by the hook: with several vectors,
-for weights of networks, and with ``groups='each'``, for some links.  All
-settings are timed in turn in one process.  Set ``OPENBLAS_NUM_THREADS=1`` and
+for weights of networks, with ``groups='each'``, for some links, and with
+``norm='operator'``, as a part of a layer's step with 64 images.  All settings are timed in turn in one process.  Set ``OPENBLAS_NUM_THREADS=1`` and
 ``OMP_NUM_THREADS=1``.
 """
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterator, Sequence
 from unittest import mock
 
 import sn_function  # isort: skip  # before chainer, which it repairs
+import chainer
 import chainer.links as L
 import numpy as np
 
@@ -49,6 +50,17 @@ LINKS: dict[str, Callable[[], Any]] = {
         lambda: L.Deconvolution2D(256, 256, 4, groups=4),
     'DepthwiseConvolution2D(256, 1, 3)':
         lambda: L.DepthwiseConvolution2D(256, 1, 3),
+}
+# Channels, and the size of images.
+LAYERS = {'512 x 512 x 3 x 3, 8 x 8': (512, 8),
+          '256 x 256 x 3 x 3, 16 x 16': (256, 16),
+          '128 x 128 x 3 x 3, 32 x 32': (128, 32)}
+MAPS: dict[str, dict[str, Any]] = {
+    'layer': {},
+    'matrix': {'norm': 'matrix'},
+    'operator, detach_uv': {'norm': 'operator', 'detach_uv': True},
+    'operator': {'norm': 'operator'},
+    'operator, 8 vectors': {'norm': 'operator', 'n_vectors': 8},
 }
 
 
@@ -87,6 +99,29 @@ def of_link(name: str) -> Callable[[dict[str, Any]], Any]:
     return make
 
 
+def of_layer(name: str) -> Callable[[dict[str, Any]], Any]:
+    """The step of a layer, or what a hook adds to it."""
+    def make(settings: dict[str, Any]) -> Any:
+        np.random.seed(0)
+        channels, size = LAYERS[name]
+        link = L.Convolution2D(channels, channels, 3, pad=1)
+        if settings:
+            more = {'insize': size} if settings['norm'] == 'operator' else {}
+            gY = np.random.normal(size=link.W.shape).astype('f')
+            return step_of(link, gY, {**settings, **more})
+        x, gy = (np.random.normal(
+            size=(64, channels, size, size)).astype('f') for _ in range(2))
+
+        def step() -> None:
+            y = link(chainer.Variable(x))
+            y.grad = gy
+            link.cleargrads()
+            y.backward()
+
+        return step
+    return make
+
+
 def row_of(
         name: str, make: Callable[[dict[str, Any]], Any],
         settings: dict[str, dict[str, Any]], timer: Any, n_rounds: int,
@@ -96,13 +131,14 @@ def row_of(
         {key: make(setting) for key, setting in settings.items()},
         timer, Budget(600), n_rounds, seconds=.02)
     first, *others = (times[key]['wall']['median'] for key in settings)
-    return name, number(first), *[f'{x / first:.2f}' for x in others]
+    return name, number(first), *[f'{x / first:.3g}' for x in others]
 
 
 def tables(timer: Any, n_rounds: int) -> Iterator[str]:
     for title, names, make, settings in (
             ('weight', cpu.SHAPES, of_weight, VECTORS),
-            ('link', list(LINKS), of_link, GROUPS)):
+            ('link', list(LINKS), of_link, GROUPS),
+            ('layer', list(LAYERS), of_layer, MAPS)):
         first, *others = settings
         yield text_table(
             (title, f'{first}, us', *others),
