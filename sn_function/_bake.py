@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import chainer
 
 from sn_function import errors
-from sn_function._links import n_step
+from sn_function._links import n_step, vector
 from sn_function._links.bypass import bypasses_hooks
 from sn_function._models import (
     ALL_HOOKS,
@@ -62,8 +62,11 @@ def _check(path: str, link: chainer.Link) -> None:
             raise errors.WeightInUseError(where, hook.weight_name)
         # Chainer's hook makes its vector in a call, even where there is a
         # weight already.
-        if W.array is None or not hasattr(link, hook.vector_name):
+        if W.array is None or not hasattr(link, vector.names(hook, link)[0]):
             raise errors.UninitializedWeightError(where, hook.weight_name)
+        if vector.shape_of(link, hook, W.shape,
+                           vector.map_of(link, hook)) is None:
+            raise errors.UnknownInputSizeError(where, hook.weight_name)
 
 
 class _Folded(NamedTuple):
@@ -101,7 +104,8 @@ def _replace(link: chainer.Link, folded: list[_Folded]) -> None:
             continue
         # What two of Chainer's hooks on one link have in common is gone with
         # the first, and its own `deleted` would fail.
-        for name in [hook.vector_name, 'gamma'][:1 + bool(hook.use_gamma)]:
+        names = [*vector.names(hook, link), 'gamma']
+        for name in names[:1 + bool(hook.use_gamma)]:
             if hasattr(link, name):
                 delattr(link, name)
     # Not by delete_hook: copy('share') leaves two links with one dictionary.

@@ -340,6 +340,64 @@ class GroupsError(SpectralNormalizationError, ValueError):
             f"known from the link.")
 
 
+class NormError(SpectralNormalizationError, ValueError):
+    """The hook is told an unknown norm."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__(
+            f"norm must be 'matrix', for the weight as a matrix, or "
+            f"'operator', for what a convolution makes of images, but is "
+            f'{norm!r}.')
+
+
+class NormConflictError(SpectralNormalizationError, ValueError):
+    """A norm is given with a setting that it has no use for."""
+
+    def __init__(self, norm: str, name: str, value: Any) -> None:
+        why = ('the map of a convolution has its groups by itself'
+               if norm == 'operator' else
+               "only norm='operator' depends on the size of images")
+        super().__init__(
+            f'norm={norm!r} and {name}={value!r} do not go together: {why}. '
+            f'Leave {name} out, or choose the other norm.')
+
+
+class InsizeError(SpectralNormalizationError, ValueError):
+    """The size of images is not one, or not of as many dimensions."""
+
+    def __init__(self, insize: Any, owner: str = '', ndim: int = 0) -> None:
+        what = (f'a tuple of {ndim}, as {owner} has {ndim} dimensions'
+                if ndim else 'a tuple of them')
+        super().__init__(
+            f'insize, the size of the images that a convolution is called '
+            f'with, must be an integer of at least 1 or {what}, but is '
+            f'{insize!r}. Leave it out for that of the first call.')
+
+
+class UnknownMapError(SpectralNormalizationError, ValueError):
+    """What a link makes of its input is not known."""
+
+    def __init__(self, link: Any, weight_name: str) -> None:
+        super().__init__(
+            f"norm='operator' is the norm of what a convolution or a "
+            f'deconvolution of Chainer makes of images, by its W. What '
+            f'{type(link).__name__} does with {weight_name}, which has more '
+            f"than 2 dimensions, is not known. Use norm='matrix', or a link "
+            f'of Chainer.')
+
+
+class UnknownInputSizeError(SpectralNormalizationError, ValueError):
+    """The size of the images, which the norm depends on, is not known yet."""
+
+    def __init__(self, owner: str, weight_name: str) -> None:
+        super().__init__(
+            f"{owner}.{weight_name} is normalized with norm='operator', that "
+            f'of the map of images, and their size is not known before the '
+            f'first call with an array of as many dimensions as the weight. '
+            f'Call the link once, or give the size to the hook, e.g. '
+            f"SpectralNormalization(norm='operator', insize=32).")
+
+
 class GammaError(SpectralNormalizationError, TypeError):
     """gamma is not a number."""
 

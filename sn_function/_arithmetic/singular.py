@@ -8,7 +8,7 @@ import chainer
 import numpy
 from chainer.backends import cuda
 
-from sn_function._arithmetic import matrix
+from sn_function._arithmetic import host, matrix
 from sn_function._arithmetic.convolution import (
     Convolution,
     ConvolutionMatrix,
@@ -22,6 +22,8 @@ LARGE = 4096
 SMALL = 256
 MAX_STEPS = 512
 MAX_STARTS = 20
+# For the vectors of a map after the first.
+MAP_ITERATIONS = 50
 
 
 def as_matrix(W: Any, axis: int) -> Any:
@@ -130,6 +132,22 @@ def leading(A: Any, n: int) -> tuple[float, Any]:
         # are; those of Q never are.
         vectors, _ = numpy.linalg.qr(A @ vectors)
     return math.sqrt(max(squares[-1], 0.)) * scale, vectors.T
+
+
+def leading_of_map(
+        W: Any, convolution: Convolution, n: int) -> tuple[float, Any]:
+    """As :func:`leading`, of the map of a convolution.
+
+    Of several vectors those after the first are approximate.
+    """
+    W = W.astype(numpy.float64)
+    value, u, _ = _largest(ConvolutionMatrix(W, convolution))
+    if n == 1 or not value:
+        return value, u
+    U = numpy.random.RandomState(0).normal(size=(n, len(u)))
+    U[0] = u
+    host.warm_up(W, U, 0, MAP_ITERATIONS, convolution=convolution)
+    return value, U
 
 
 def _bidiagonalized(A: matrix.Matrix, v: Any) -> tuple[float, Any, Any, float]:
