@@ -32,28 +32,9 @@ from typing import Any
 
 import numpy
 
+from sn_function._arithmetic import proofs
 from sn_function._arithmetic.convolution import Convolution
-
-EPS = 2.0 ** -52
-
-
-def rounding(n: int) -> float:
-    """Returns what bounds the relative error of a sum of n products.
-
-    With unit roundoff u = EPS / 2 it is 4 (n + 8) u, where n u / (1 - n u)
-    is proved for any order of real additions, and less than 3 (n + 2) u for
-    complex ones.  See N. J. Higham, Accuracy and Stability of Numerical
-    Algorithms, 2nd edition, sections 3.1 and 3.6.
-    """
-    return 2 * (n + 8) * EPS
-
-
-def frobenius(A: Any) -> Any:
-    """Returns the Frobenius norms of matrices, or a little more."""
-    peaks = abs(A).max(axis=(-2, -1))[..., None, None]
-    squares = (A / numpy.where(peaks > 0, peaks, 1)) ** 2
-    norms = numpy.sqrt(squares.sum(axis=(-2, -1))) * peaks[..., 0, 0]
-    return norms * (1 + rounding(A.shape[-1] * A.shape[-2]))
+from sn_function._arithmetic.proofs import EPS, frobenius, rounding
 
 
 def grouped(W: Any, convolution: Convolution | None) -> Any:
@@ -162,12 +143,9 @@ class Symbol:
     def value(self, group: int, w: Any, x: Any) -> float:
         """Returns a lower bound of ``|F(w)|_2``: what it does to ``x``."""
         y = numpy.exp(-1j * (self.shifts @ w)) @ self.responses(group, x)
-        error = self.sizes[group] * (
+        return proofs.lower_bound(y, x, self.sizes[group] * (
             rounding(self.q) + rounding(len(self.shifts))
-            + self._wave_error())
-        relative = rounding(len(y) + len(x))
-        return float((1 - relative) * numpy.linalg.norm(y)
-                     / numpy.linalg.norm(x) - (1 + relative) * error)
+            + self._wave_error()))
 
     def responses(self, group: int, x: Any) -> Any:
         """Returns ``F_j^T x`` for each j, shape ``(T, n)``."""
