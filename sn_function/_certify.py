@@ -13,7 +13,7 @@ import numpy
 from chainer import links as L
 from chainer.backends import cuda
 
-from sn_function import _models, errors
+from sn_function import _checks, _models, errors
 from sn_function._arithmetic.certificate import Interval, norm_interval
 from sn_function._arithmetic.convolution import Convolution
 from sn_function._links import call
@@ -140,11 +140,10 @@ def _normalized(link: chainer.Link, hooks: Any) -> Any:
 
 
 def _check(rtol: Any, time_limit: Any) -> None:
-    if not (_is(rtol, numbers.Real) and 0 < rtol < math.inf):
+    if not 0 < _checks.as_float(rtol) < math.inf:
         raise errors.CertifyArgumentError(
             'rtol', rtol, 'a finite number above 0, such as 1e-3')
-    if time_limit is not None and not (
-            _is(time_limit, numbers.Real) and time_limit >= 0):
+    if time_limit is not None and not _checks.as_float(time_limit) >= 0:
         raise errors.CertifyArgumentError(
             'time_limit', time_limit,
             'a number of seconds, or None for no limit')

@@ -85,18 +85,15 @@ class Search:
         self._symbol, self._clock = symbol, clock
         self._counts = 2 * len(symbol.degrees) * symbol.degrees
         self._shift = proofs.shift(symbol.q)
-        self._lo = 0.
-        self._ascend(
-            symbol.sizes.argmax(), numpy.zeros(len(symbol.degrees)), rtol)
-        # Where rounding decides no proof would succeed.
-        noise = self._shift + 4 * symbol.gram_error.max() / self._lo ** 2
-        self._rtol = max(rtol, 8 * noise)
+        self._rtol = rtol
+        self._lo = symbol.lower_bound()
 
     def run(self) -> tuple[float, float]:
         """Returns bounds of the largest norm, below and above."""
         his = self._symbol.sizes.copy()
         cells = [[(0, self._first_cells())] for _ in his]
         for r in self._stages():
+            r = max(r, self._least_rtol())
             for group in numpy.argsort(-his):
                 if his[group] <= (1 + r) * self._lo:
                     break
@@ -113,6 +110,11 @@ class Search:
         while found[-1] * RATIO <= .5:
             found.append(found[-1] * RATIO)
         return found[::-1]
+
+    def _least_rtol(self) -> float:
+        """Below this, rounding would decide."""
+        error = self._symbol.gram_error.max() / self._lo ** 2
+        return float(4 * self._shift + 8 * error)
 
     def _first_cells(self) -> Any:
         """Returns centers, shape ``(N, d)``, of one half of frequencies.
@@ -171,7 +173,7 @@ class Search:
                 continue
             lo = self._lo
             is_last = theta > ((1 + r / 2) * lo) ** 2
-            self._ascend(group, w[_largest(G)], r, is_last)
+            self._ascend(group, w, G, r, is_last)
             if self._lo > (1 + r / 8) * lo:
                 stack.append((level, w))
             elif is_last:
@@ -195,36 +197,51 @@ class Search:
         return proofs.are_positive(A)
 
     def _ascend(
-            self, group: int, w: Any, r: float, exactly: bool = False,
+            self, group: int, w: Any, G: Any, r: float, exactly: bool,
     ) -> None:
-        """Follows the largest singular value upwards."""
+        """Follows the largest one of norms upwards, if that may be of use.
+
+        Args:
+            group: The group.
+            w: Frequencies, shape ``(B, d)``.
+            G: The Gram matrices there.
+            r: The width that is wanted.
+            exactly: Whether the vectors have to be.
+
+        """
         symbol = self._symbol
+        best, square = _largest(G)
+        if square < .8 * self._lo ** 2:
+            return
+        w = w[best]
         x = lanczos.start(symbol.q) + 0j
-        best = 0.
+        value = 0.
         for _ in range(MAX_STEPS):
             G = symbol.gram(group, w[None])[0]
             if exactly or symbol.q <= FEW_ROWS:
                 x = numpy.linalg.eigh(G)[1][:, -1]
             else:
                 x = lanczos.leading(G, x, .1 * r)
-            value = symbol.value(group, w, x)
+            before, value = value, symbol.value(group, w, x)
             self._lo = max(self._lo, value)
-            if value <= (1 + .01 * r) * best:
+            if value <= (1 + .01 * r) * before:
                 break
-            best = value
             w = _uphill(symbol, group, w, x)
-            # Of that x, at the new frequency.
-            self._lo = max(self._lo, symbol.value(group, w, x))
 
 
-def _largest(G: Any) -> int:
-    """Returns which of some Gram matrices has the largest norm, about."""
+def _largest(G: Any) -> tuple[int, float]:
+    """Returns which of some Gram matrices has the largest norm, and that.
+
+    Of large ones it is one in the largest direction that was found.
+    """
     if G.shape[-1] <= FEW_ROWS:
-        return int(numpy.linalg.eigvalsh(G)[:, -1].argmax())
+        norms = numpy.linalg.eigvalsh(G)[:, -1]
+        return int(norms.argmax()), float(norms.max())
     x = lanczos.start(G.shape[-1])[:, None]
     for _ in range(POWERS):
         x = G @ (x / numpy.linalg.norm(x, axis=-2, keepdims=True))
-    return int(numpy.linalg.norm(x, axis=(-2, -1)).argmax())
+    norms = numpy.linalg.norm(x, axis=(-2, -1))
+    return int(norms.argmax()), float(norms.max())
 
 
 def _merged(cells: Any) -> Any:

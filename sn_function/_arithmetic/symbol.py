@@ -125,8 +125,8 @@ class Symbol:
 
     def _wave_error(self) -> float:
         """Bounds the error of ``e^{i <t, w>}``, |t| <= D and |w| <= pi."""
-        return 8 * EPS * (
-            1 + math.pi * self.degrees.sum() * (1 + len(self.degrees)))
+        return EPS * (
+            8 + math.pi * self.degrees.sum() * (1 + len(self.degrees)))
 
     def gram(self, group: int, w: Any) -> Any:
         """Returns G at each of the frequencies ``w``, shape ``(B, d)``."""
@@ -140,6 +140,15 @@ class Symbol:
                   @ self._odd[group].reshape(-1, self.q ** 2)).reshape(shape)
         return G
 
+    def lower_bound(self) -> float:
+        """Returns a lower bound of the largest norm of a group.
+
+        The mean of ``|F(w)^* x|^2`` over all w is ``sum_j |F_j^T x|^2``.
+        """
+        squares = (self.taps ** 2).sum(axis=(1, 3))
+        return math.sqrt(squares.max()) * (
+            1 - rounding(self.taps[0, :, 0].size))
+
     def value(self, group: int, w: Any, x: Any) -> float:
         """Returns a lower bound of ``|F(w)|_2``: what it does to ``x``."""
         y = numpy.exp(-1j * (self.shifts @ w)) @ self.responses(group, x)
@@ -149,7 +158,9 @@ class Symbol:
 
     def responses(self, group: int, x: Any) -> Any:
         """Returns ``F_j^T x`` for each j, shape ``(T, n)``."""
-        return x @ self.taps[group]
+        real, imaginary = numpy.moveaxis(
+            numpy.stack([x.real, x.imag]) @ self.taps[group], 1, 0)
+        return real + 1j * imaginary
 
 
 def _coefficient(taps: Any, t: Any) -> Any:
