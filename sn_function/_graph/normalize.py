@@ -13,7 +13,7 @@ import numpy
 from chainer import functions as F
 
 from sn_function import _checks, errors
-from sn_function._arithmetic.choose import arithmetic_of, is_on_device
+from sn_function._arithmetic.choose import arithmetic_of
 from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
     NEVER,
@@ -84,10 +84,12 @@ class Normalization:
 
     @property
     def has_converged(self) -> bool:
-        """Whether a tolerance was reached, if there is one; true on a device.
+        """Whether a tolerance was reached, if there is one.
+
+        True where that is decided on a device, which nothing waits for.
         """
         iterations, rtol = self.iterations, self.renewal.rtol
-        return rtol is None or is_on_device(iterations.u) or (
+        return rtol is None or not isinstance(iterations.sigma, float) or (
             iterations.residual() <= rtol)
 
     def backward(
