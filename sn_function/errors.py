@@ -668,6 +668,26 @@ class NoProjectionError(NoWeightError):
         super().__init__(target, 'project')
 
 
+class UnknownMapError(SpectralNormalizationError, ValueError):
+    """It is not known what a link does with its weight."""
+
+    def __init__(self, link: Any) -> None:
+        remedy = ('Give its links one by one.' if _is_chain(link) else
+                  'Of other links it knows that map if W is a matrix with a '
+                  'hook of this package.')
+        super().__init__(
+            f'certify finds the norm of the map of Linear, EmbedID, and the '
+            f'convolutions and deconvolutions of Chainer, from their weight '
+            f'W, but was given a {type(link).__name__}. {remedy}')
+
+
+class CertifyArgumentError(SpectralNormalizationError, ValueError):
+    """An argument of certify is out of its range."""
+
+    def __init__(self, name: str, value: Any, what: str) -> None:
+        super().__init__(f'{name} must be {what}, but is {value!r}.')
+
+
 class SpectralNormalizationWarning(UserWarning):
     """A weight, its vector or its estimate of sigma is not right, or what was
     asked for has no effect."""
