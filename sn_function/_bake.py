@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import chainer
 
-from sn_function import errors
+from sn_function import _bake_certified, _certify, errors
+from sn_function._bake_certified import Certificate
 from sn_function._links import n_step, vector
 from sn_function._links.bypass import bypasses_hooks
 from sn_function._models import (
@@ -22,21 +23,27 @@ from sn_function.link_hooks import SpectralNormalization
 Model = TypeVar('Model', bound=chainer.Link)
 
 
-def bake(model: Model, in_place: bool) -> Model:
+def bake(
+        model: Model, in_place: bool, certificate: Certificate | None = None,
+) -> Model:
     """See :func:`sn_function.bake`."""
     check_models('bake', model)
     hooked = list(hooked_links(model))
     for path, link in hooked:
         _check(path, link)
+    if certificate is not None:
+        _certify.check(*certificate)
+        _check_maps(hooked)
     if not hooked:
         warnings.warn(errors.NothingToBakeWarning(model), stacklevel=3)
     if not in_place:
         model = copy.deepcopy(model)
-    links = [link for _, link in hooked_links(model)]
+    hooked = list(hooked_links(model))
     # All of them first: an exception leaves the model as it was.
-    folded = [_fold(link, in_place) if hooks_of(link) else []
-              for link in links]
-    for link, weights in zip(links, folded):
+    folded = [[] if not hooks_of(link) else _fold(link, in_place)
+              if certificate is None else _certified(path, link, certificate)
+              for path, link in hooked]
+    for (_, link), weights in zip(hooked, folded):
         _replace(link, weights)
     for link in model.links():
         if n_step.is_n_step(link):
@@ -49,7 +56,7 @@ def bake(model: Model, in_place: bool) -> Model:
 
 
 def _check(path: str, link: chainer.Link) -> None:
-    where = f'{type(link).__name__} {path}'
+    where = _where(path, link)
     if n_step.is_n_step(link) and n_step.is_in_use(link):
         raise errors.WeightInUseError(where, 'ws')
     if hooks_of(link) and bypasses_hooks(link):
@@ -67,6 +74,19 @@ def _check(path: str, link: chainer.Link) -> None:
         if vector.shape_of(link, hook, W.shape,
                            vector.map_of(link, hook)) is None:
             raise errors.UnknownInputSizeError(where, hook.weight_name)
+
+
+def _check_maps(hooked: list[tuple[str, chainer.Link]]) -> None:
+    unknown = [
+        f'{_where(path, link)}.{hook.weight_name}' for path, link in hooked
+        for hook in hooks_of(link) if not _bake_certified.is_known(
+            link, hook, getattr(link, hook.weight_name))]
+    if unknown:
+        raise errors.UncertifiedWeightError(unknown)
+
+
+def _where(path: str, link: chainer.Link) -> str:
+    return f'{type(link).__name__} {path}'
 
 
 class _Folded(NamedTuple):
@@ -87,6 +107,22 @@ def _fold(link: chainer.Link, is_in_use: bool) -> list[_Folded]:
             # As in a call: the next hook may be one of the same weight.
             vars(twin)[hook.weight_name] = hook.normalize_weight(twin)
     return [_Folded(name, _parameter(vars(twin)[name].array, W))
+            for name, W in originals.items()]
+
+
+def _certified(
+        path: str, link: chainer.Link, certificate: Certificate,
+) -> list[_Folded]:
+    """Returns the weights of a link with certified norms, as parameters."""
+    originals = {hook.weight_name: getattr(link, hook.weight_name)
+                 for hook in hooks_of(link)}
+    arrays = {name: W.array for name, W in originals.items()}
+    for hook in hooks_of(link):
+        # The next hook may be one of the same weight.
+        arrays[hook.weight_name] = _bake_certified.normalize_weight(
+            _where(path, link), link, hook, arrays[hook.weight_name],
+            certificate)
+    return [_Folded(name, _parameter(link.device.send(arrays[name]), W))
             for name, W in originals.items()]
 
 

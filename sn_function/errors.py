@@ -522,6 +522,28 @@ class HookedExportError(SpectralNormalizationError, RuntimeError):
             f'onnx_chainer.export(sn_function.bake(model), args).')
 
 
+class UncertifiedWeightError(SpectralNormalizationError, ValueError):
+    """The map that a weight stands for is not known."""
+
+    def __init__(self, weights: Sequence[str]) -> None:
+        super().__init__(
+            f'The norms of these weights cannot be certified, as it is not '
+            f'known which map they are of: {_some(weights)}. Known are '
+            f'weights of 2 dimensions, and W of the convolutions and '
+            f'deconvolutions of chainer.links. Bake without certified=True, '
+            f'or delete the hooks of these links first.')
+
+
+class CertifiedNormError(SpectralNormalizationError, ValueError):
+    """A weight has no finite norm."""
+
+    def __init__(self, where: str, weight_name: str) -> None:
+        super().__init__(
+            f'{where}.{weight_name} has no finite norm that can be '
+            f'certified: it holds NaN or Inf, or would with its gamma and '
+            f'factor. Bake an earlier snapshot, or a smaller factor.')
+
+
 class FilterError(SpectralNormalizationError, TypeError):
     """A filter is not of a kind that can choose links."""
 
