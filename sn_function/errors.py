@@ -1027,6 +1027,18 @@ class SnapshotAxisError(SnapshotError):
             f'or --axis {key}=0, or axes={{{key!r}: 1}}.')
 
 
+class SnapshotMapError(SnapshotError):
+    """What a weight does as a convolution is not known, or not so."""
+
+    def __init__(self, path: str, key: str, what: str) -> None:
+        super().__init__(
+            path, key, what,
+            f'Say what its layer has: --stride {key}=N --pad {key}=N, and '
+            f'--dilate, --groups and --axis where they are not 1, 1 and 0, '
+            f'or stride={{{key!r}: N}}, and so on. Or load the model in '
+            f'Python, for sn_function.bake(model).')
+
+
 class SnapshotGammaError(SnapshotError):
     """A weight has a gamma, or a possible one, that is in the way."""
 
@@ -1042,6 +1054,18 @@ class SnapshotTargetError(SnapshotError):
     def __init__(self, path: str, key: str, what: str) -> None:
         super().__init__(
             path, key, what, 'Choose another layout, or bake the snapshot.')
+
+
+class MapOptionError(SpectralNormalizationError, ValueError):
+    """A stride, padding, dilation or number of groups is none."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        least = 'zero or more' if name == 'pad' else 'one or more'
+        kind = ("an integer or 'depthwise'" if name == 'groups'
+                else 'an integer, or one for each axis of the images')
+        super().__init__(
+            f'{name} must be {kind}, each {least}, or a dictionary of these '
+            f'by patterns of weights, but is {_describe(value)}.')
 
 
 class LayoutNameError(SpectralNormalizationError, ValueError):
