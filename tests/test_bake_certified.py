@@ -164,7 +164,8 @@ class TestNorm:
     @pytest.mark.parametrize('dtype', ['e', 'f', 'd'])
     def test_zero(self, dtype):
         with chainer.using_config('dtype', np.dtype(dtype)):
-            link = L.Convolution2D(2, 3, 3, initialW=0).add_hook(OURS())
+            link = L.Convolution2D(2, 3, 3, initialW=0)
+        link.add_hook(OURS(eps=0))
         assert not bake(link, certified=True).W.array.any()
 
     @pytest.mark.parametrize('scale', [1e-30, 1e30])
@@ -189,6 +190,21 @@ class TestNorm:
         baked = bake(link, certified=True)
         assert bounds[-1] <= 1
         assert norm_of_map(baked, ()) > .7
+
+    def test_of_what_rounding_undoes(self, monkeypatch):
+        """A bound that a slightly smaller weight does not bring down."""
+        with chainer.using_config('dtype', np.dtype('e')):
+            link = L.Linear(5, 4).add_hook(OURS())
+        bounds = []
+
+        def stubborn(W, *args):
+            hi = np.linalg.norm(W.astype('d'), 2)
+            bounds.append(1.000001 if len(bounds) and hi > .98 else hi)
+            return Interval(hi, bounds[-1])
+
+        monkeypatch.setattr(_bake_certified, 'interval_of', stubborn)
+        assert .9 < norm_of_map(bake(link, certified=True), ()) <= .98
+        assert len(bounds) < 9
 
 
 class TestModel:
@@ -240,12 +256,15 @@ class TestModel:
 
     def test_two_hooks_of_one_weight(self):
         """The later one counts, as in a call."""
-        link = L.Linear(5, 4).add_hook(OURS(factor=3.))
+        link = L.Linear(5, 4).add_hook(OURS(use_gamma=True))
+        link.gamma.array[...] = -3
         link.add_hook(CHAINERS(name='second', factor=.5))
         link(np.zeros((1, 5), 'f'))
+        W = link.W.array.copy()
         for in_place in False, True:
             baked = bake(link, in_place, certified=True)
             assert .4999 < norm_of_map(baked, ()) <= .5
+            assert (baked.W.array / W < 0).all()
 
     def test_weight_of_two_links(self):
         a, b = L.Linear(5, 5), L.Linear(5, 5)
@@ -256,6 +275,14 @@ class TestModel:
         model = bake(chainer.Sequential(a, b), in_place=True, certified=True)
         np.testing.assert_array_equal(model[1].W.array, raw)
         assert .9999 < norm_of_map(model[0], ()) <= 1
+
+    def test_weight_of_two_links_that_is_left_alone(self):
+        a, b = L.Linear(5, 5), L.Linear(5, 5)
+        b.W = a.W
+        for link in a, b:
+            link.add_hook(OURS(cap=100.))
+        model = bake(chainer.Sequential(a, b), in_place=True, certified=True)
+        assert not np.shares_memory(model[0].W.array, model[1].W.array)
 
 
 class TestErrors:
