@@ -130,7 +130,7 @@ class Search:
 
     def _halves(self, level: int) -> Any:
         """Returns the half-widths of cells, with what rounding may add."""
-        return math.pi / self._counts / 2 ** level + 16 * EPS
+        return math.pi / self._counts / 2 ** level + 64 * EPS
 
     def _remaining(self, group: int, level: int, r: float) -> float:
         """Returns what ``|F(c)|^2`` is at least in the center of a cell with
