@@ -75,7 +75,7 @@ def certify(
         zeros, and (nan, nan) for one that holds NaN or Inf.
 
     Raises:
-        UnknownMapError: It is not known what the link does with its weight.
+        CertifyLinkError: It is not known what the link does with its weight.
         UninitializedWeightError: The weight has no array yet.
         CertifyArgumentError: An argument is out of its range.
         InputSizeError: Images of ``insize`` are too small.
@@ -95,11 +95,19 @@ def certify(
         4.000000 4.000000
 
     """
-    _check(rtol, time_limit)
+    check(rtol, time_limit)
     W, convolution = _map_of(link)
     if convolution is not None and insize is not None:
         convolution = convolution._replace(
             insize=_checked_size(insize, len(convolution.stride)))
+    return interval_of(W, convolution, rtol, time_limit, progress)
+
+
+def interval_of(
+        W: Any, convolution: Convolution | None, rtol: float,
+        time_limit: float | None,
+        progress: Callable[[Interval], Any] | None = None) -> Interval:
+    """Returns the interval of a map, with progress as of :func:`certify`."""
     report = _Report(progress)
     try:
         return norm_interval(W, convolution, rtol, time_limit, report)
@@ -115,12 +123,12 @@ def _map_of(link: chainer.Link) -> tuple[Any, Convolution | None]:
     convolution = convolution_of(link)
     is_matrix = bool(hooks) or isinstance(link, (L.Linear, L.EmbedID))
     if convolution is None and not is_matrix:
-        raise errors.UnknownMapError(link)
+        raise errors.CertifyLinkError(link)
     W = call.original(link, 'W')
     if W.array is None:
         raise errors.UninitializedWeightError(type(link).__name__, 'W')
     if convolution is None and W.ndim != 2:
-        raise errors.UnknownMapError(link)
+        raise errors.CertifyLinkError(link)
     array = _normalized(link, hooks) if hooks else W.array
     return cuda.to_cpu(array), convolution
 
@@ -139,7 +147,8 @@ def _normalized(link: chainer.Link, hooks: Any) -> Any:
     return vars(twin)['W'].array
 
 
-def _check(rtol: Any, time_limit: Any) -> None:
+def check(rtol: Any, time_limit: Any) -> None:
+    """Raises an error unless both are in their ranges."""
     if not 0 < _checks.as_float(rtol) < math.inf:
         raise errors.CertifyArgumentError(
             'rtol', rtol, 'a finite number above 0, such as 1e-3')

@@ -610,7 +610,7 @@ class NoProjectionError(NoWeightError):
         super().__init__(target, 'project')
 
 
-class UnknownMapError(SpectralNormalizationError, ValueError):
+class CertifyLinkError(SpectralNormalizationError, ValueError):
     """It is not known what a link does with its weight."""
 
     def __init__(self, link: Any) -> None:

@@ -151,7 +151,7 @@ def test_own_link():
                 self.W = chainer.Parameter(np.ones(shape, 'f'))
 
     link = Own(3, 4)
-    with pytest.raises(errors.UnknownMapError, match='given a Own'):
+    with pytest.raises(errors.CertifyLinkError, match='given a Own'):
         sn_function.certify(link)
     link.add_hook(SpectralNormalization())
     lo, hi = sn_function.certify(link)
@@ -159,14 +159,14 @@ def test_own_link():
     assert hi >= 1 - 1e-6
     link = Own(3, 4, 5)
     link.add_hook(SpectralNormalization())
-    with pytest.raises(errors.UnknownMapError):
+    with pytest.raises(errors.CertifyLinkError):
         sn_function.certify(link)
 
 
 def test_unknown_links():
-    with pytest.raises(errors.UnknownMapError, match='one by one'):
+    with pytest.raises(errors.CertifyLinkError, match='one by one'):
         sn_function.certify(chainer.Sequential(L.Linear(2, 2)))
-    with pytest.raises(errors.UnknownMapError, match='BatchNorm'):
+    with pytest.raises(errors.CertifyLinkError, match='BatchNorm'):
         sn_function.certify(L.BatchNormalization(3))
     with pytest.raises(errors.ModelTypeError, match='certify takes a model'):
         sn_function.certify(np.ones((2, 2)))
