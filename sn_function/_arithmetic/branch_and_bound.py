@@ -85,7 +85,8 @@ class Search:
         self._symbol, self._clock = symbol, clock
         self._counts = 2 * len(symbol.degrees) * symbol.degrees
         self._shift = proofs.shift(symbol.q)
-        self._rtol = rtol
+        # Less what rounding may add to the last target.
+        self._rtol = max(rtol, 1e-14) - 8 * EPS
         self._lo = symbol.lower_bound()
 
     def run(self) -> tuple[float, float]:
