@@ -85,7 +85,8 @@ class Search:
         self._symbol, self._clock = symbol, clock
         self._counts = 2 * len(symbol.degrees) * symbol.degrees
         self._shift = proofs.shift(symbol.q)
-        self._rtol = rtol
+        # Less what rounding may add to the last target.
+        self._rtol = max(rtol, 1e-14) - 8 * EPS
         self._lo = symbol.lower_bound()
 
     def run(self) -> tuple[float, float]:
@@ -130,7 +131,7 @@ class Search:
 
     def _halves(self, level: int) -> Any:
         """Returns the half-widths of cells, with what rounding may add."""
-        return math.pi / self._counts / 2 ** level + 16 * EPS
+        return math.pi / self._counts / 2 ** level + 64 * EPS
 
     def _remaining(self, group: int, level: int, r: float) -> float:
         """Returns what ``|F(c)|^2`` is at least in the center of a cell with

@@ -29,7 +29,7 @@ def norm(A):
 
 
 def is_within(rtol, interval):
-    return interval.hi <= (1 + rtol) * interval.lo * (1 + 1e-12)
+    return interval.hi <= (1 + rtol) * interval.lo
 
 
 # Every image size
@@ -253,18 +253,51 @@ def test_large_matrix_is_proved(monkeypatch):
     assert norm_interval(A, rtol=2.).hi >= norm(A)
 
 
-@pytest.mark.parametrize('n', [3, 17, 60])
-def test_no_proof_of_what_is_not_so(n):
-    """Bounds that are below the norm, by less and less."""
+def largest_below_norm(A):
+    """The largest float that is not above the norm of A."""
+    bound = norm(A) * (1 - 1e-14)
+    while not is_above_norm(np.nextafter(bound, math.inf), A):
+        bound = np.nextafter(bound, math.inf)
+    return bound
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (2, 3), (5, 8)])
+def test_no_proof_of_what_is_not_so(shape):
+    """The next float is above the norm; this one is not."""
+    for _ in range(20):
+        A = np.random.normal(size=shape)
+        bound = largest_below_norm(A)
+        assert not proofs.is_below(A, bound)
+        assert proofs.is_below(A, bound * (1 + 1e-12))
+
+
+@pytest.mark.parametrize('n', [17, 60])
+def test_no_proof_by_lapack_of_what_is_not_so(n):
     for _ in range(10):
-        v = np.random.randint(-8, 9, n) * 1.
-        w = np.random.randint(-8, 9, n + 2) * 1.
-        A = np.outer(v, w)
-        sigma = math.sqrt(v @ v) * math.sqrt(w @ w)
-        assert proofs.is_below(A, sigma * (1 + 1e-6))
-        for k in range(1, 40):
-            assert not proofs.is_below(A, sigma * (1 - k * 2.3e-16))
-            # A thousand right hand sides may round either way.
+        v, w = np.random.normal(size=(2, n))
+        A = np.outer(v, np.round(w * 8))
+        # Of rank one it is the product of the norms, but for roundings.
+        sigma = math.sqrt(math.fsum((A * A).ravel()))
+        assert not proofs.is_below(A, sigma * (1 - 1e-15))
+        assert proofs.is_below(A, sigma * (1 + 1e-9))
+
+
+def test_no_cell_is_done_that_is_not():
+    """At w = 0, where the symbol of positive taps is largest."""
+    for _ in range(10):
+        W = np.random.uniform(size=(2, 4, 3))
+        W = np.round(W * 2 ** 40) / 2 ** 40  # so that the sum is exact
+        bound = largest_below_norm(W.sum(axis=2))
+        found = symbol.Symbol(symbol.taps(W[None], plain(1)))
+        search = branch_and_bound.Search(
+            found, 1e-3, branch_and_bound.Clock(None))
+        G = found.gram(0, np.zeros((1, 1)))
+        theta = np.nextafter(bound ** 2, 0)
+        assert not search._are_below(0, G, theta)
+        # With the largest error that it may have.
+        G = G - .9 * found.gram_error[0] * np.eye(2)
+        assert not search._are_below(0, G, theta)
+        assert search._are_below(0, G, theta * (1 + 1e-10))
 
 
 def test_together_or_by_lapack():
