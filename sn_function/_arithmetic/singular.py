@@ -136,17 +136,24 @@ def leading(A: Any, n: int) -> tuple[float, Any]:
 
 def leading_of_map(
         W: Any, convolution: Convolution, n: int) -> tuple[float, Any]:
-    """As :func:`leading`, of the map of a convolution.
+    """As :func:`leading`, of the map of a convolution, or of each group of it.
 
     Of several vectors those after the first are approximate.
     """
     W = W.astype(numpy.float64)
+    if convolution.split is not None:
+        shape = convolution.shape_of_group(W.shape)
+        values, us = zip(*[
+            leading_of_map(block.reshape(shape), convolution.of_group(), n)
+            for block in convolution.split.split(W, 0)])
+        return max(values), numpy.concatenate(us, axis=-1)
     value, u, _ = _largest(ConvolutionMatrix(W, convolution))
-    if n == 1 or not value:
+    if n == 1:
         return value, u
     U = numpy.random.RandomState(0).normal(size=(n, len(u)))
-    U[0] = u
-    host.warm_up(W, U, 0, MAP_ITERATIONS, convolution=convolution)
+    if value:
+        U[0] = u
+        host.warm_up(W, U, 0, MAP_ITERATIONS, convolution=convolution)
     return value, U
 
 
