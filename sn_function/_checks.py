@@ -205,7 +205,7 @@ def check_arrays(
         raise errors.VectorTypeError(u, array.dtype)
     if convolution is not None:
         length = math.prod(convolution.in_shape(shape))
-        most = min(length, math.prod(convolution.out_shape(shape)))
+        most = convolution.most_vectors(shape, groups)
     else:
         length = length_of_u(shape, axis, groups)
         most = (math.prod(shape) // length if is_part

@@ -101,8 +101,8 @@ def count(
     if n == 1:
         return 1
     if convolution is not None:
-        return min(n, math.prod(convolution.in_shape(shape)),
-                   math.prod(convolution.out_shape(shape)))
+        return min(n, convolution.most_vectors(
+            shape, groups_of(link, hook)))
     return min(n, most_vectors(
         shape, output_axis(link), groups_of(link, hook)))
 

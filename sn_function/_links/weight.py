@@ -28,10 +28,12 @@ def output_axis(link: chainer.Link) -> int:
 def groups_of(link: chainer.Link, hook: Any) -> Groups | None:
     """Returns the groups that a hook sees in its weight, if several.
 
-    Where it normalizes each, they are those of the convolution's ``W``.
-    Chainer's hook does not.
+    Where it takes the norm of each, or of the map, which is that of the
+    largest, they are those of the convolution's ``W``.  Chainer's hook does
+    not.
     """
-    if getattr(hook, 'groups', None) is None or hook.weight_name != 'W':
+    if hook.weight_name != 'W' or (
+            getattr(hook, 'groups', None) is None and not is_map(link, hook)):
         return None
     if isinstance(link, L.DepthwiseConvolution2D):
         return Groups(None, axis=1)  # one for each channel of the input

@@ -66,7 +66,8 @@ def _read_map(
         convolution = given.map(reader.path, weight, W.shape, shape)
         arrays = arrays._replace(
             axis=int(convolution.is_transposed), convolution=convolution)
-    if weight.us is not None:
+        arrays = arrays._replace(fault=_fault_of(arrays.by_group(u)))
+    if arrays.fault is None and weight.us is not None:
         arrays = _with_others(reader, weight.us, arrays, shape)
     return arrays
 
@@ -93,7 +94,7 @@ def _with_others(
     if us.dtype.char not in 'efd':
         return arrays._replace(fault_of_us=f'of dtype {us.dtype}')
     us = us[:arrays.most_vectors - 1].reshape(-1, len(arrays.u))
-    fault = _fault_of(us) if us.size else None
+    fault = _fault_of(arrays.by_group(us)) if us.size else None
     arrays = arrays._replace(us=us, fault_of_us=fault)
     if fault is None and not vectors.are_independent(arrays):
         return arrays._replace(fault_of_us='not independent')

@@ -13,10 +13,8 @@ import numpy
 
 from sn_function import functions
 from sn_function._arithmetic import host, singular
-from sn_function._arithmetic.convolution import (
-    Convolution,
-    ConvolutionMatrix,
-)
+from sn_function._arithmetic.convolution import Convolution
+from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
     SETTLED,
     Forward,
@@ -54,12 +52,21 @@ class WeightArrays(NamedTuple):
     @property
     def most_vectors(self) -> int:
         if self.convolution is not None:
-            A = ConvolutionMatrix(self.W, self.convolution)
-            return min(A.m, A.n)
+            return self.convolution.most_vectors(self.W.shape, self.groups)
         if self.map_shape is not None:
             return math.prod(self.map_shape)
         m = self.W.shape[self.axis]
         return min(m, self.W.size // m)
+
+    @property
+    def groups(self) -> Groups | None:
+        """Those of the map, each of which has a vector."""
+        return None if self.convolution is None else self.convolution.split
+
+    def by_group(self, us: Any) -> Any:
+        """Returns vectors with a row for each group of the map."""
+        n = 1 if self.groups is None else self.groups.count_in(self.W.shape)
+        return us.reshape(-1, us.shape[-1] // n)
 
     @property
     def is_unknown_map(self) -> bool:
@@ -85,9 +92,7 @@ def estimate(
         A = singular.as_matrix(arrays.W, arrays.axis)
         return float(arrays.u @ (A @ arrays.v))
     sigma, = _forward(
-        arrays, Settings(
-            n_power_iteration, arrays.axis, True,
-            convolution=arrays.convolution), n_warmup, 'sigma')
+        arrays, _settings(arrays, n_power_iteration), n_warmup, 'sigma')
     return float(sigma)
 
 
@@ -100,10 +105,15 @@ def normalized(
         scale = arrays.W.dtype.type(factor / max(sigma, eps))
         return arrays.W * scale, sigma
     Y, sigma = _forward(
-        arrays, Settings(
-            n_power_iteration, arrays.axis, True, factor, eps,
-            convolution=arrays.convolution), n_warmup, 'Y', 'sigma')
+        arrays, _settings(arrays, n_power_iteration)._replace(
+            factor=factor, eps=eps), n_warmup, 'Y', 'sigma')
     return Y, float(sigma)
+
+
+def _settings(arrays: WeightArrays, n_power_iteration: int) -> Settings:
+    return Settings(
+        n_power_iteration, arrays.axis, True, groups=arrays.groups,
+        convolution=arrays.convolution)
 
 
 def _forward(

@@ -46,6 +46,8 @@ LINKS = {
         (2, 6, 6)),
     'transposed': (
         lambda n: L.Deconvolution2D(n, 3, 4, stride=2, pad=1), (4, 3, 3)),
+    'transposed, groups': (
+        lambda n: L.Deconvolution2D(n, 6, 3, stride=2, groups=2), (4, 3, 3)),
     'outsize': (
         lambda n: L.DeconvolutionND(
             2, n, 3, 3, stride=2, pad=1, outsize=(6, 5)), (4, 3, 3)),
@@ -68,6 +70,13 @@ def make(name, lazy=False, **settings):
 def conv(n=3, m=4, **settings):
     return L.Convolution2D(n, m, 3, pad=1).add_hook(
         SpectralNormalization(norm='operator', **settings))
+
+
+def groups_in(link):
+    """The number of maps that no product mixes."""
+    if isinstance(link, L.DepthwiseConvolution2D):
+        return link.W.shape[1]
+    return getattr(link, 'groups', 1)
 
 
 def hook_of(link):
@@ -181,10 +190,12 @@ class TestNorm:
         with chainer.using_config('train', False):
             link.cleargrads()
             F.sum(F.sin(link(x)) * weights).backward()
-        v = hook_of(link).v.ravel()
         twin = copy.deepcopy(link)
         twin.b.array[...] = 0
-        u = maps.dense(twin, shape) @ v
+        G = groups_in(link)
+        of_groups = np.eye(G)[:, :, None] * hook_of(link).v.reshape(G, -1)
+        u, v = max([(maps.dense(twin, shape) @ v.ravel(), v.ravel())
+                    for v in of_groups], key=lambda uv: uv[0] @ uv[0])
         u /= np.linalg.norm(u)
 
         def loss(W):
@@ -200,17 +211,52 @@ class TestNorm:
             (loss(W + 1e-6 * direction) - loss(W - 1e-6 * direction)) / 2e-6,
             rel=1e-6, abs=1e-8)
 
-    @pytest.mark.parametrize('norm', ['matrix', 'operator'])
-    def test_double_backward(self, norm):
-        link = L.Convolution2D(2, 3, 2).add_hook(
-            SpectralNormalization(norm=norm, n_warmup=3))
-        x = chainer.Variable(batch((2, 3, 3)))
-        y = F.sum(link(x) ** 2)
-        g, = chainer.grad([y], [link.W], enable_double_backprop=True)
-        link.cleargrads()
-        F.sum(g ** 2).backward()
-        assert np.isfinite(link.W.grad).all()
-        assert link.W.grad.any()
+    @each
+    @pytest.mark.parametrize('settings', [
+        {}, dict(detach_uv=True), dict(n_vectors=2)], ids=str)
+    def test_double_backward(self, name, settings):
+        link, shape = make(name, n_warmup=0, **settings)
+        link.W.array = link.W.array.astype('d')
+        link.b.array = link.b.array.astype('d')
+        x = batch(shape, dtype='d')
+        link(x)
+
+        def square_of_gradient():
+            y = F.sum(F.sin(link(x)))
+            return F.sum(chainer.grad(
+                [y], [link.W], enable_double_backprop=True)[0] ** 2)
+
+        with chainer.using_config('train', False):
+            link.cleargrads()
+            square_of_gradient().backward()
+            assert np.isfinite(link.W.grad).all()
+            assert link.W.grad.any()
+            if settings:  # differences see the constants move
+                return
+            W, direction = link.W.array, np.random.normal(size=link.W.shape)
+            found, values = link.W.grad, []
+            for step in (1e-5, -1e-5):
+                link.W.array = W + step * direction
+                values.append(float(square_of_gradient().array))
+        assert np.vdot(found, direction) == pytest.approx(
+            (values[0] - values[1]) / 2e-5, rel=1e-5)
+
+    @pytest.mark.parametrize('n_vectors', [1, 2])
+    @pytest.mark.parametrize(
+        'name', ['groups', 'depthwise', 'transposed, groups'])
+    def test_another_group_becomes_the_largest(self, name, n_vectors):
+        """No product mixes groups: each keeps what it has of the vector."""
+        link, shape = make(name, n_vectors=n_vectors, rtol=1e-3)
+        x = batch(shape)
+        group = (np.index_exp[:, :1] if name == 'depthwise'
+                 else np.index_exp[:len(link.W.array) // 2])
+        link.W.array[group] *= 100
+        for _ in range(60):
+            link(x)
+        for factor in (1e-4, 1e4):
+            link.W.array[group] *= factor
+            Y = normalized(link)
+            assert norm_of(link, shape, Y) == pytest.approx(1, rel=1e-3)
 
 
 class TestParity:
@@ -731,8 +777,8 @@ class Model(chainer.Chain):
 class TestModels:
 
     def test_of_a_chain(self):
-        model = Model().add_hook(
-            ChainSpectralNormalization(norm='operator', rtol=1e-4))
+        model = Model().add_hook(ChainSpectralNormalization(
+            norm='operator', rtol=1e-3, n_vectors=2))
         x = batch((3, 7, 7))
         for _ in range(4):
             model(x)
@@ -808,7 +854,7 @@ class TestModels:
 
     def test_bake(self):
         model = Model().add_hook(ChainSpectralNormalization(
-            norm='operator', rtol=1e-3))
+            norm='operator', rtol=1e-2))
         x = batch((3, 7, 7))
         model(x)
         with chainer.using_config('train', False):
@@ -856,8 +902,8 @@ class TestModels:
     @pytest.mark.parametrize('n_vectors', [1, 3])
     def test_report(self, n_vectors):
         model = Model().add_hook(ChainSpectralNormalization(
-            norm='operator', n_vectors=n_vectors, rtol=1e-5,
-            max_iterations=1000))
+            norm='operator', n_vectors=n_vectors, rtol=1e-4,
+            max_iterations=2000))
         report = extensions.SpectralNormReport(model, true_sigma=True)
         assert report.measure() == []
         model(batch((3, 7, 7)))
@@ -868,7 +914,7 @@ class TestModels:
             assert layer.true_sigma == pytest.approx(expected, rel=1e-6)
             assert layer.sigma == pytest.approx(expected, rel=1e-4)
             assert layer.norm == pytest.approx(1, rel=1e-4)
-            assert layer.residual < 1e-4
+            assert layer.residual <= 1.1e-4
 
     @pytest.mark.gpu
     @pytest.mark.parametrize('n_vectors', [1, 2])

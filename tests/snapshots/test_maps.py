@@ -51,7 +51,11 @@ def entries(link, shape, n_vectors=1, dtype='f'):
     """Those of a link whose vector has settled, and of one with a matrix."""
     link.W.array = np.random.normal(size=link.W.shape).astype(dtype)
     rows = maps.dense(link, shape, link.W.array.astype('d'))
-    units = np.linalg.svd(rows)[0].T[:n_vectors].astype(dtype)
+    n_groups = shape[0] if isinstance(link, L.DepthwiseConvolution2D) else (
+        getattr(link, 'groups', 1))
+    units = np.concatenate([
+        np.linalg.svd(block)[0].T[:n_vectors]
+        for block in np.split(rows, n_groups)], axis=1).astype(dtype)
     arrays = {'l/W': link.W.array, 'l/W_map': units[0].reshape(shape)}
     if n_vectors > 1:
         arrays['l/W_maps'] = units[1:].reshape(-1, *shape)
@@ -145,6 +149,17 @@ class TestInspect:
         report = report_of()
         assert report.status == status
         assert not report.healthy
+
+    def test_vector_of_a_group(self):
+        """Each group has one of its own."""
+        arrays, _, options = saved('groups', n_vectors=3)
+        for name in 'W_map', 'W_maps':
+            broken = {**arrays, f'l/{name}': arrays[f'l/{name}'].copy()}
+            broken[f'l/{name}'][..., 2:, :, :] = 0
+            np.savez('in.npz', **broken)
+            assert not report_of(**options).healthy
+            assert report_of(**options).status.startswith('zero')
+            assert report_of().status == 'map'  # as far as can be told
 
     def test_vectors_that_are_not_independent(self):
         arrays, _, options = saved(n_vectors=3)
