@@ -20,6 +20,7 @@ __all__ = [
     '__version__',
     'bake',
     'cached',
+    'certify',
     'chain',
     'conv_spectral_normalize',
     'errors',
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         link_hooks,
         optimizer_hooks,
     )
+    from sn_function._certify import certify
     from sn_function._refresh import refresh
     from sn_function._summary import summary
     from sn_function.chain import ChainSpectralNormalization, cached
@@ -62,6 +64,7 @@ else:
         'ChainSpectralNormalization': 'chain',
         'SpectralNormalization': 'link_hooks',
         'cached': 'chain',
+        'certify': '_certify',
         'conv_spectral_normalize': 'functions',
         'refresh': '_refresh',
         'spectral_norm': 'functions',

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import chainer
 
-from sn_function import errors
-from sn_function._links import n_step
+from sn_function import _bake_certified, _certify, errors
+from sn_function._bake_certified import Certificate
+from sn_function._links import n_step, vector
 from sn_function._links.bypass import bypasses_hooks
 from sn_function._models import (
     ALL_HOOKS,
@@ -22,21 +23,27 @@ from sn_function.link_hooks import SpectralNormalization
 Model = TypeVar('Model', bound=chainer.Link)
 
 
-def bake(model: Model, in_place: bool) -> Model:
+def bake(
+        model: Model, in_place: bool, certificate: Certificate | None = None,
+) -> Model:
     """See :func:`sn_function.bake`."""
     check_models('bake', model)
     hooked = list(hooked_links(model))
     for path, link in hooked:
         _check(path, link)
+    if certificate is not None:
+        _certify.check(*certificate)
+        _check_maps(hooked)
     if not hooked:
         warnings.warn(errors.NothingToBakeWarning(model), stacklevel=3)
     if not in_place:
         model = copy.deepcopy(model)
-    links = [link for _, link in hooked_links(model)]
+    hooked = list(hooked_links(model))
     # All of them first: an exception leaves the model as it was.
-    folded = [_fold(link, in_place) if hooks_of(link) else []
-              for link in links]
-    for link, weights in zip(links, folded):
+    folded = [[] if not hooks_of(link) else _fold(link, in_place)
+              if certificate is None else _certified(path, link, certificate)
+              for path, link in hooked]
+    for (_, link), weights in zip(hooked, folded):
         _replace(link, weights)
     for link in model.links():
         if n_step.is_n_step(link):
@@ -49,7 +56,7 @@ def bake(model: Model, in_place: bool) -> Model:
 
 
 def _check(path: str, link: chainer.Link) -> None:
-    where = f'{type(link).__name__} {path}'
+    where = _where(path, link)
     if n_step.is_n_step(link) and n_step.is_in_use(link):
         raise errors.WeightInUseError(where, 'ws')
     if hooks_of(link) and bypasses_hooks(link):
@@ -62,8 +69,24 @@ def _check(path: str, link: chainer.Link) -> None:
             raise errors.WeightInUseError(where, hook.weight_name)
         # Chainer's hook makes its vector in a call, even where there is a
         # weight already.
-        if W.array is None or not hasattr(link, hook.vector_name):
+        if W.array is None or not hasattr(link, vector.names(hook, link)[0]):
             raise errors.UninitializedWeightError(where, hook.weight_name)
+        if vector.shape_of(link, hook, W.shape,
+                           vector.map_of(link, hook)) is None:
+            raise errors.UnknownInputSizeError(where, hook.weight_name)
+
+
+def _check_maps(hooked: list[tuple[str, chainer.Link]]) -> None:
+    unknown = [
+        f'{_where(path, link)}.{hook.weight_name}' for path, link in hooked
+        for hook in hooks_of(link) if not _bake_certified.is_known(
+            link, hook, getattr(link, hook.weight_name))]
+    if unknown:
+        raise errors.UncertifiedWeightError(unknown)
+
+
+def _where(path: str, link: chainer.Link) -> str:
+    return f'{type(link).__name__} {path}'
 
 
 class _Folded(NamedTuple):
@@ -87,6 +110,22 @@ def _fold(link: chainer.Link, is_in_use: bool) -> list[_Folded]:
             for name, W in originals.items()]
 
 
+def _certified(
+        path: str, link: chainer.Link, certificate: Certificate,
+) -> list[_Folded]:
+    """Returns the weights of a link with certified norms, as parameters."""
+    originals = {hook.weight_name: getattr(link, hook.weight_name)
+                 for hook in hooks_of(link)}
+    arrays = {name: W.array for name, W in originals.items()}
+    for hook in hooks_of(link):
+        # The next hook may be one of the same weight.
+        arrays[hook.weight_name] = _bake_certified.normalize_weight(
+            _where(path, link), link, hook, arrays[hook.weight_name],
+            certificate)
+    return [_Folded(name, _parameter(link.device.send(arrays[name]), W))
+            for name, W in originals.items()]
+
+
 def _parameter(array: Any, W: chainer.Parameter) -> chainer.Parameter:
     parameter = chainer.Parameter(array, name=W.name)
     parameter.initializer = W.initializer  # for copy('init') and repeat()
@@ -101,7 +140,8 @@ def _replace(link: chainer.Link, folded: list[_Folded]) -> None:
             continue
         # What two of Chainer's hooks on one link have in common is gone with
         # the first, and its own `deleted` would fail.
-        for name in [hook.vector_name, 'gamma'][:1 + bool(hook.use_gamma)]:
+        names = [*vector.names(hook, link), 'gamma']
+        for name in names[:1 + bool(hook.use_gamma)]:
             if hasattr(link, name):
                 delattr(link, name)
     # Not by delete_hook: copy('share') leaves two links with one dictionary.

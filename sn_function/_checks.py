@@ -62,6 +62,26 @@ def check_count(name: str, value: int, least: int) -> None:
         raise errors.IterationCountError(name, value, least)
 
 
+def check_norm(
+        norm: Any, groups: Any, insize: Any) -> int | tuple[int, ...] | None:
+    """Checks a hook's norm, and what has to fit it; returns ``insize``."""
+    if not isinstance(norm, str) or norm not in ('matrix', 'operator'):
+        raise errors.NormError(norm)
+    if norm == 'operator' and groups is not None:
+        raise errors.NormConflictError(norm, 'groups', groups)
+    if insize is None:
+        return None
+    if norm == 'matrix':
+        raise errors.NormConflictError(norm, 'insize', insize)
+    is_one = not isinstance(insize, (tuple, list))
+    try:
+        for size in [insize] if is_one else insize:
+            check_count('insize', size, 1)
+        return int(insize) if is_one else tuple(map(int, insize))
+    except errors.IterationCountError:
+        raise errors.InsizeError(insize) from None
+
+
 def check_groups(groups: Any) -> Groups | None:
     """Returns the groups along the first axis of a weight, if several."""
     try:
@@ -111,11 +131,24 @@ def check_convolution(
         stride, pad, dilate, int(groups), bool(cover_all), is_transposed,
         None if outsize is None else _check_sizes(
             'outsize', outsize, ndim, 1), insize=tuple(shape[-ndim:]))
-    convolution.out_shape(W_shape)
-    if outsize is not None and not (
-            is_transposed and convolution.fits_outsize(W_shape)):
+    if outsize is not None and not is_transposed:
         raise errors.OutputSizeError(outsize, shape[-ndim:], W_shape)
+    check_insize(convolution, W_shape)
     return convolution
+
+
+def check_insize(convolution: Convolution, shape: tuple[int, ...]) -> None:
+    """Raises an error unless images of the size given are mapped.
+
+    Args:
+        convolution: The convolution, with ``insize``.
+        shape: Shape of its weight.
+
+    """
+    convolution.out_shape(shape)
+    insize, outsize = convolution.insize, convolution.outsize
+    if insize and outsize and not convolution.fits_outsize(shape):
+        raise errors.OutputSizeError(outsize, insize, shape)
 
 
 def _check_sizes(name: str, x: Any, ndim: int, least: int) -> tuple[int, ...]:
@@ -172,7 +205,7 @@ def check_arrays(
         raise errors.VectorTypeError(u, array.dtype)
     if convolution is not None:
         length = math.prod(convolution.in_shape(shape))
-        most = min(length, math.prod(convolution.out_shape(shape)))
+        most = convolution.most_vectors(shape, groups)
     else:
         length = length_of_u(shape, axis, groups)
         most = (math.prod(shape) // length if is_part

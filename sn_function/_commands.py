@@ -79,6 +79,40 @@ _axis = click.option(
     help='Output axis of the weights whose entry fits the pattern: 1 for '
          'deconvolutions, else 0. Needed only where the shape and the vector '
          'leave it open. May be repeated; the first that fits counts.')
+
+
+def _parse_numbers(
+        context: Any, parameter: Any, values: Sequence[str],
+) -> dict[str, Any] | None:
+    numbers: dict[str, Any] = {}
+    for value in values:
+        pattern, _, text = value.rpartition('=')
+        parts = text.split(',')
+        if ('=' in value and not pattern) or not (
+                all(part.isdecimal() for part in parts)
+                or (parameter.name, text) == ('groups', 'depthwise')):
+            raise click.BadParameter(
+                f'{value!r} is not N or PATTERN=N, such as "convs/*/W=2".')
+        numbers[pattern or '*'] = text if not text[0].isdecimal() else (
+            int(text) if len(parts) == 1 else tuple(map(int, parts)))
+    return numbers or None
+
+
+def _map_options(command: Callable) -> Callable:
+    """Adds what a snapshot does not hold of convolutions."""
+    for name, what in (
+            ('groups', 'Their number of groups, or "depthwise".'),
+            ('dilate', 'Their dilation.'),
+            ('pad', "Their padding; only vectors of norm='operator' need it."),
+            ('stride', 'Stride of the convolutions whose entry fits the '
+             'pattern, or of all; 2,1 has one for each axis. May be '
+             'repeated; the first that fits counts.')):
+        command = click.option(
+            f'--{name}', metavar='[PATTERN=]N', multiple=True,
+            callback=_parse_numbers, help=what)(command)
+    return command
+
+
 _rename = click.option(
     '--rename', metavar='OLD=NEW', multiple=True, callback=_parse_renames,
     help='New path for the entries below the path OLD in SNAPSHOT, in whole '
@@ -127,11 +161,21 @@ def _reports_errors(command: Callable) -> Callable:
 @click.argument('snapshot_', metavar='SNAPSHOT')
 @_model
 @_axis
+@click.option('--certify', is_flag=True,
+              help='Add intervals that surely hold the norm, as a map of '
+                   'images of every size, also of weights without a vector.')
+@click.option('--rtol', type=click.FloatRange(0, min_open=True), default=1e-3,
+              show_default=True, metavar='R',
+              help='Width of these intervals, relative to the norm.')
+@click.option('--time-limit', type=click.FloatRange(0), default=10.0,
+              show_default=True, metavar='S',
+              help='The most seconds of one; when they are over, it is wider.')
+@_map_options
 @_json
 @_reports_errors
 def inspect(
-        snapshot_: str, model: str | None, axes: dict[str, int],
-        as_json: bool) -> None:
+        snapshot_: str, as_json: bool, certify: bool, rtol: float,
+        **settings: Any) -> None:
     """Report the norm of each weight and whether its vector can be used.
 
     sigma is the largest singular value of the weight, in float64; estimate is
@@ -144,7 +188,14 @@ def inspect(
       lags            usable; training, or repair --all, brings it up
       stale           of another weight: the hook iterates first, in each
                       call, unless n_warmup is 0; repair --all ends that
+      map             of norm='operator'; its estimate needs --stride, --pad
+      no vector       there is none; with --certify only
       NaN, zero, ...  not usable: see repair
+
+    With --certify, certified is an interval that surely holds the norm of
+    the weight as a map of images of every size, and normalized that of the
+    weight as test mode uses it. Its upper end also holds for any stride,
+    dilation and groups; give them for a tight one.
 
     All entries are read, and their checksums compared. The exit code is 3 if
     a vector is not usable.
@@ -154,9 +205,11 @@ def inspect(
       sn-function inspect dis.npz
       sn-function inspect result/snapshot_iter_2000 --model dis
       sn-function inspect dis.npz --json | jq '.[].sigma'
+      sn-function inspect dis.npz --certify --stride 'convs/*/W=2'
     """
     reports = snapshot.inspect(
-        snapshot_, model=model, axes=axes, progress=progress('Inspecting'))
+        snapshot_, certify=rtol if certify else None,
+        progress=progress('Inspecting'), **settings)
     print_reports(snapshot_, reports, as_json)
     if not all(report.healthy for report in reports):
         sys.exit(UNHEALTHY)
@@ -177,6 +230,7 @@ def inspect(
               help='That of the hook: only norms above C are brought down.')
 @_model
 @_axis
+@_map_options
 @_rename
 @_output_options
 @_json
@@ -187,13 +241,15 @@ def bake(
 
     OUT has the weights that the model with the hook uses in test mode, bit
     for bit. Vectors and gammas are dropped, also from the state of an
-    optimizer; all other entries are copied.
+    optimizer; all other entries are copied. Weights with a vector of
+    norm='operator' need --stride and --pad, as their layers have them.
 
     \b
     Examples:
       sn-function bake dis.npz dis-plain.npz -k 5
       sn-function bake snapshot_iter_2000 gen.npz --model gen
       sn-function bake gen.npz plain.npz --axis 'deconvs/*/W=1'
+      sn-function bake flow.npz plain.npz --stride 1 --pad 1
     """
     print_outcome(snapshot.bake(
         snapshot_, out, progress=progress('Baking'), **settings), as_json)
@@ -222,7 +278,8 @@ def convert(
 
     The kind of OUT is that of its extension: .npz, .h5, .safetensors or .pt;
     without one, that of SNAPSHOT. The other entries of a layer are renamed
-    as well; those whose name is not known are listed.
+    as well; those whose name is not known are listed. Weights with a vector
+    of norm='operator' stay as they are, and have no place but in chainer.
 
     \b
     Examples:
@@ -255,7 +312,8 @@ def repair(
     """Replace vectors that are NaN or zero by converged ones.
 
     So are those of the wrong length, and missing ones. A weight that holds
-    NaN itself is lost: then nothing is written.
+    NaN itself is lost: then nothing is written. A vector of norm='operator'
+    is left out instead: the hook makes it in its next call.
 
     A snapshot of a model without hooks has no vectors, so it does not load
     into one with hooks; --add-u makes them.

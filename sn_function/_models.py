@@ -32,16 +32,17 @@ Filter = Any
 
 def is_supported(
         link: chainer.Link, weight_name: str = 'W', groups: str | None = None,
-) -> bool:
+        norm: str = 'matrix') -> bool:
     """Whether the link's weight is one that a chain's hook normalizes.
 
     Args:
         link: The link.
         weight_name: Name of the weight.
-        groups: As in :class:`.link_hooks.SpectralNormalization`.
+        groups, norm: As in :class:`.link_hooks.SpectralNormalization`.
 
     """
-    kinds = SUPPORTED if groups is None else SUPPORTED_BY_GROUP
+    kinds = (SUPPORTED if groups is None and norm == 'matrix'
+             else SUPPORTED_BY_GROUP)
     return isinstance(link, kinds) and hasattr(link, weight_name)
 
 
@@ -58,7 +59,8 @@ def is_hooked(link: chainer.Link, weight_name: str = 'W') -> bool:
 
 def vector_names(link: chainer.Link) -> list[str]:
     """Returns the names of the vectors that hooks keep on the link."""
-    return [name for hook in hooks_of(link) for name in vector.names(hook)]
+    return [name for hook in hooks_of(link)
+            for name in vector.names(hook, link)]
 
 
 def gamma_of(link: chainer.Link, hook: Any) -> chainer.Parameter | None:
@@ -126,11 +128,11 @@ def hooked_links(
 
 def supported_links(
         model: chainer.Link, weight_name: str = 'W',
-        groups: str | None = None,
+        groups: str | None = None, norm: str = 'matrix',
 ) -> Iterator[tuple[str, chainer.Link]]:
     """Yields each supported link under each of its paths, as filters do."""
     return ((path, link) for path, link in model.namedlinks()
-            if is_supported(link, weight_name, groups))
+            if is_supported(link, weight_name, groups, norm))
 
 
 def _unique_links(

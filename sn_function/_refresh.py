@@ -10,6 +10,7 @@ from chainer.backends import cuda
 
 from sn_function import _models, errors
 from sn_function._arithmetic import singular
+from sn_function._arithmetic.convolution import Convolution
 from sn_function._links import call, vector
 from sn_function._links import gamma as _gamma
 from sn_function._links.weight import groups_of, output_axis
@@ -27,11 +28,13 @@ def refresh(*models: chainer.Link, gamma: bool = False) -> None:
     numbers are drawn.
 
     It finds that vector in float64 on the host, exactly, which takes about as
-    long as a singular value decomposition does.  A weight that is not
-    initialized is left alone, as its first call makes ``u``.  The weights are
-    those on the links, without what other hooks make of them in a call.  Call
-    it outside of :func:`cached`: an open scope goes on with the vectors that
-    it has.
+    long as a singular value decomposition does.  With ``norm='operator'`` it
+    is that of the map, by the Lanczos method, and of several vectors those
+    after the first are approximate.  A weight that is not initialized is left
+    alone, as its first call makes ``u``; so is a map whose size is not known
+    before that.  The weights are those on the links, without what other hooks
+    make of them in a call.  Call it outside of :func:`cached`: an open scope
+    goes on with the vectors that it has.
 
     Args:
         models (~chainer.Link): Links or chains, with hooks of this package or
@@ -70,25 +73,37 @@ def refresh(*models: chainer.Link, gamma: bool = False) -> None:
 
 def _refresh(weight: _models.LinkWeight, W: Any, gamma: bool) -> None:
     path, link, weight_name, hook = weight
-    A = singular.matrices(
-        cuda.to_cpu(W), output_axis(link), groups_of(link, hook))
-    if not numpy.isfinite(A).all():
+    convolution = vector.map_of(link, hook)
+    shape = vector.shape_of(link, hook, W.shape, convolution)
+    if shape is None:
+        return
+    if not numpy.isfinite(cuda.to_cpu(W)).all():
         warnings.warn(
             f'{path.rstrip("/")}/{weight_name} of {type(link).__name__} holds '
-            f'NaN or Inf, so {hook.vector_name} was left as it was.',
-            errors.SpectralNormalizationWarning, stacklevel=3)
+            f'NaN or Inf, so {vector.names(hook, link)[0]} was left as it '
+            f'was.', errors.SpectralNormalizationWarning, stacklevel=3)
         return
-    n = vector.count(link, hook, W.shape)
-    sigmas, us = zip(*[singular.leading(x, n) for x in A])
-    sigma = max(sigmas)
+    n = vector.count(link, hook, W.shape, convolution)
+    sigma, u = _leading(link, hook, cuda.to_cpu(W), n, convolution)
     if sigma > 0:
-        u = numpy.concatenate(us, axis=-1).astype(W.dtype)
-        vector.store(link, hook, u)
+        vector.store(link, hook, u.astype(W.dtype), shape)
     parameter = _models.gamma_of(link, hook) if gamma else None
     if parameter is None or parameter.array is None:
         return
     if isinstance(parameter.initializer, _gamma.LargestSingularValue):
         _gamma.initialize(
-            parameter, call.original(link, weight_name), is_made_anew=True)
+            parameter, call.original(link, weight_name), is_made_anew=True,
+            convolution=convolution)
     else:
         parameter.array[...] = sigma or 1
+
+
+def _leading(
+        link: chainer.Link, hook: Any, W: Any, n: int,
+        convolution: Convolution | None) -> tuple[float, Any]:
+    """Returns the norm, and the ``n`` first vectors as the arithmetic does."""
+    if convolution is not None:
+        return singular.leading_of_map(W, convolution, n)
+    A = singular.matrices(W, output_axis(link), groups_of(link, hook))
+    sigmas, us = zip(*[singular.leading(x, n) for x in A])
+    return max(sigmas), numpy.concatenate(us, axis=-1)

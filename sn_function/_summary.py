@@ -176,7 +176,7 @@ class _Structure:
             for hook in chain.local_link_hooks.values()
             if isinstance(hook, ChainSpectralNormalization)
             for path, link in _models.supported_links(
-                chain, groups=hook.hook.groups)
+                chain, groups=hook.hook.groups, norm=hook.hook.norm)
             if not hook.accepts(path, link)}
         self.owners = {
             id(layer): link for link in model.links()

@@ -1,6 +1,7 @@
 """What the commands print: tables and a progress bar, by rich, and JSON."""
 from __future__ import annotations
 
+import decimal
 import json
 import math
 import sys
@@ -17,8 +18,9 @@ from rich.text import Text
 from sn_function import errors
 from sn_function.snapshot import Outcome, WeightReport
 
-# Where there is no terminal to ask for its width, wide enough.
-_WIDTH = 100
+# Where there is no terminal to ask for its width, wide enough; also for
+# intervals.
+_WIDTH, _WIDE = 100, 120
 
 
 # Results
@@ -29,7 +31,8 @@ def print_reports(
         _print_json([{**report._asdict(), 'healthy': report.healthy}
                      for report in reports])
         return
-    console = _console()
+    console = _console(
+        _WIDE if any(report.certified for report in reports) else _WIDTH)
     console.print(_reports_table(errors.printable(path), reports))
     console.print(_reports_summary(reports), soft_wrap=True)
 
@@ -51,8 +54,9 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
     console.print(_printable(f'Written: {outcome.path}'), soft_wrap=True)
 
 
-def _console() -> Console:
-    width = None if sys.stdout.isatty() else _WIDTH
+def _console(width: int | None = _WIDTH) -> Console:
+    if sys.stdout.isatty():
+        width = None
     return Console(width=width, highlight=False, emoji=False, markup=False)
 
 
@@ -88,33 +92,59 @@ def _number(x: float | None, form: str = '#.6g') -> str:
     return '-' if x is None else format(x, form)
 
 
+def _interval(interval: tuple[float, float] | None) -> str:
+    """Returns it in 6 digits, rounded outwards: so it still holds."""
+    if interval is None or not all(map(math.isfinite, interval)):
+        return '-'
+    lo, hi = (
+        float(decimal.Context(prec=6, rounding=rounding).create_decimal(x))
+        for x, rounding in zip(
+            interval, (decimal.ROUND_FLOOR, decimal.ROUND_CEILING)))
+    return f'{_number(lo)} - {_number(hi)}'
+
+
 def _printable(text: str, style: str = '') -> Text:
     return Text(errors.printable(text), style)
 
 
 def _reports_table(title: str, reports: Sequence[WeightReport]) -> Table:
     table = _table(
-        title, 'weight, shape, >sigma, >estimate, >condition, vector')
+        title, 'weight, shape, >sigma, >estimate, >condition, >certified, '
+        '>normalized, vector')
     for report in reports:
-        style = {'ok': 'green', 'lags': 'yellow', 'stale': 'yellow'}.get(
-            report.status, 'red')
+        style = {'ok': 'green', 'lags': 'yellow', 'stale': 'yellow',
+                 'map': 'green', 'no vector': ''}.get(report.status, 'red')
         shape = '-' if report.shape is None else ' x '.join(
             map(str, report.shape))
         table.add_row(
             _printable(report.key), shape, _number(report.sigma),
             _number(report.estimate), _number(report.condition, '#.3g'),
+            _interval(report.certified), _interval(report.normalized),
             _printable('; '.join(filter(None, (
                 report.status, report.note))), style))
+    _drop_empty(table, reports, 'certified', 'normalized')
     return table
 
 
+def _drop_empty(table: Table, items: Sequence[Any], *names: str) -> None:
+    """Removes columns that none of the items has a value for."""
+    for name in names:
+        if not any(getattr(item, name) for item in items):
+            del table.columns[
+                [column.header for column in table.columns].index(name)]
+
+
 def _reports_summary(reports: Sequence[WeightReport]) -> Text:
-    layouts = ', '.join(sorted({report.layout for report in reports}))
+    with_vector = [
+        report for report in reports if report.status != 'no vector']
+    layouts = ', '.join(sorted({report.layout for report in with_vector}))
     ill = sum(not report.healthy for report in reports)
     if ill:
         return Text(f'{ill} of {len(reports)} not healthy ({layouts}). '
                     f'sn-function repair makes vectors anew.', 'red')
-    return Text(f'All {len(reports)} vectors can be used ({layouts}).')
+    if not with_vector:
+        return Text('There are no vectors.')
+    return Text(f'All {len(with_vector)} vectors can be used ({layouts}).')
 
 
 def _outcome_table(outcome: Outcome) -> Table:
@@ -126,10 +156,7 @@ def _outcome_table(outcome: Outcome) -> Table:
             _printable(change.key), Text(change.action, style),
             _number(change.sigma), _number(change.difference, '.1e'),
             _printable(change.note))
-    for name in 'difference', 'note':
-        if not any(getattr(change, name) for change in outcome.weights):
-            del table.columns[
-                [column.header for column in table.columns].index(name)]
+    _drop_empty(table, outcome.weights, 'difference', 'note')
     return table
 
 

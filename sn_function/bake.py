@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 Model = TypeVar('Model', bound='chainer.Link')
 
 
-def bake(model: Model, in_place: bool = False) -> Model:
+def bake(
+        model: Model, in_place: bool = False, *, certified: bool = False,
+        rtol: float = 1e-3, time_limit: float | None = 10.0) -> Model:
     """Returns a model without hooks that has the normalized weights.
 
     The weight of every link that has a :class:`SpectralNormalization`, of its
@@ -40,9 +42,36 @@ def bake(model: Model, in_place: bool = False) -> Model:
     * A model without hooks is not changed, and there is a
       :class:`~sn_function.errors.SpectralNormalizationWarning`.
 
+    With ``certified=True`` each layer surely is c-Lipschitz, with
+    c = ``|gamma| * factor``, or ``cap``: its raw weight becomes
+
+    .. math::
+
+        \\bar W = \\gamma f W / \\max(\\mathrm{hi}, \\epsilon)
+
+    where hi is the upper end of the interval that
+    :func:`sn_function.certify` gives for the weight: the norm of a
+    convolution as a map of images of every size, that of another weight as a
+    matrix.  After it is rounded the new weight is certified as well, and made
+    smaller by what is missing.
+
+    * The outputs are not those of the hooked model: they differ by the ratio
+      of hi and the hook's estimate.  For a kernel of 3 x 3 and a hook with
+      ``norm='matrix'`` that is a factor of 1 to 3.
+    * ``u`` has no part in it.  A weight whose hi is at most ``cap`` stays as
+      it is, and so does one that is zero.
+    * Where the time is up the interval is wider, so the weight is smaller.
+      The bound holds all the same.
+
     Args:
         model (~chainer.Link): A link or a chain.
         in_place (bool): Change this model, instead of a deep copy of it.
+        certified (bool): Divide each weight by a certified bound of its norm,
+            instead of the estimate of its hook.
+        rtol (float): How near the bound is to the norm; see
+            :func:`sn_function.certify`.
+        time_limit (float or None): The most seconds of each certificate, of
+            which a weight needs two or a few more.
 
     Returns:
         ~chainer.Link: The baked model: a copy, or ``model`` itself.
@@ -54,6 +83,10 @@ def bake(model: Model, in_place: bool = False) -> Model:
         HookBypassedError: The hook of a link has no effect.
         UninitializedWeightError: A link that has a hook was never called.
         WeightInUseError: It is called within a call of the model.
+        CertifyArgumentError: ``rtol`` or ``time_limit`` is out of its range.
+        UncertifiedWeightError: With ``certified``, a weight has more than 2
+            dimensions and is not of a convolution.
+        CertifiedNormError: Likewise, a weight has no finite norm.
         ValueError: Chainer cannot copy a :class:`~chainer.Sequential` that
             has a lambda: give it a named function, or bake in place.
 
@@ -73,6 +106,17 @@ def bake(model: Model, in_place: bool = False) -> Model:
         ...     bool((plain(x).array == layer(x).array).all())
         True
 
+        With a certificate, as a map of images of every size:
+
+        >>> layer = L.Convolution2D(2, 3, 3).add_hook(
+        ...     sn_function.SpectralNormalization())
+        >>> plain = sn_function.bake(layer, certified=True)
+        >>> sn_function.certify(plain).hi <= 1
+        True
+
     """
     from sn_function import _bake
-    return _bake.bake(model, in_place)
+    from sn_function._bake_certified import Certificate
+    return _bake.bake(
+        model, in_place,
+        Certificate(rtol, time_limit) if certified else None)

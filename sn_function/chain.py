@@ -87,7 +87,8 @@ class ChainSpectralNormalization(LocalHook):
     Adds a :class:`~sn_function.SpectralNormalization` to every link in the
     chain that it supports: :class:`~chainer.links.Linear`,
     :class:`~chainer.links.EmbedID`, the convolutions and the deconvolutions,
-    and with ``groups='each'`` :class:`~chainer.links.DepthwiseConvolution2D`.
+    and with ``groups='each'`` or ``norm='operator'``
+    :class:`~chainer.links.DepthwiseConvolution2D`.
     When the chain is called, all these weights are normalized in one node of
     the graph; a link that the chain calls twice uses the same normalized
     weight twice.  Otherwise it is the same as a hook on each link: the same
@@ -175,7 +176,7 @@ class ChainSpectralNormalization(LocalHook):
         """Returns the links that get the hook, with the path of each."""
         weight_name = self.hook.weight_name
         supported = list(_models.supported_links(
-            chain, weight_name, self.hook.groups))
+            chain, weight_name, self.hook.groups, self.hook.norm))
         free = [(path, link) for path, link in supported
                 if not LinkState.is_on(link, weight_name)]
         chosen = [(path, link) for path, link in free

@@ -79,8 +79,9 @@ def bcast_data(communicator: Any, model: chainer.Link) -> None:
     """Broadcasts the parameters and the vectors of rank 0.
 
     It replaces ``communicator.bcast_data(model)``, where that is called
-    directly.  Parameters that have no array yet are left out.  All ranks have
-    to call it.
+    directly.  Parameters that have no array yet are left out, and with
+    ``norm='operator'`` the vectors of links that were not called yet, unless
+    the hook has ``insize``.  All ranks have to call it.
 
     Args:
         communicator: Communicator of ChainerMN.
@@ -172,7 +173,7 @@ def _state(optimizer: chainer.Optimizer) -> dict[str, numpy.ndarray]:
 def _vectors(model: chainer.Link) -> Iterator[tuple[str, chainer.Link, str]]:
     """Yields the path of each array of vectors, its link and its name."""
     for path, link, _, hook in _models.hooked_weights(model):
-        for name in vector.names(hook):
+        for name in vector.names(hook, link):
             yield f'{path.rstrip("/")}/{name}', link, name
 
 
@@ -208,10 +209,11 @@ def _make_vectors(link: chainer.Link, hook: SpectralNormalization) -> None:
     W = call.original(link, hook.weight_name)
     if W.array is None:
         return
-    for name in vector.names(hook):
-        if not vector.is_sound(getattr(link, name)):
-            setattr(link, name, None)
-    HookedWeight(hook, link, W).vector_and_gamma()
+    own = HookedWeight(hook, link, W)
+    for name in vector.unsound_names(hook, link):
+        setattr(link, name, None)
+    if own.shape is not None:
+        own.vector_and_gamma()
 
 
 def _put(link: chainer.Link, name: str, u: Any) -> None:

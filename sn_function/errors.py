@@ -340,6 +340,64 @@ class GroupsError(SpectralNormalizationError, ValueError):
             f"known from the link.")
 
 
+class NormError(SpectralNormalizationError, ValueError):
+    """The hook is told an unknown norm."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__(
+            f"norm must be 'matrix', for the weight as a matrix, or "
+            f"'operator', for what a convolution makes of images, but is "
+            f'{norm!r}.')
+
+
+class NormConflictError(SpectralNormalizationError, ValueError):
+    """A norm is given with a setting that it has no use for."""
+
+    def __init__(self, norm: str, name: str, value: Any) -> None:
+        why = ('the map of a convolution has its groups by itself'
+               if norm == 'operator' else
+               "only norm='operator' depends on the size of images")
+        super().__init__(
+            f'norm={norm!r} and {name}={value!r} do not go together: {why}. '
+            f'Leave {name} out, or choose the other norm.')
+
+
+class InsizeError(SpectralNormalizationError, ValueError):
+    """The size of images is not one, or not of as many dimensions."""
+
+    def __init__(self, insize: Any, owner: str = '', ndim: int = 0) -> None:
+        what = (f'a tuple of {ndim}, as {owner} has {ndim} dimensions'
+                if ndim else 'a tuple of them')
+        super().__init__(
+            f'insize, the size of the images that a convolution is called '
+            f'with, must be an integer of at least 1 or {what}, but is '
+            f'{insize!r}. Leave it out for that of the first call.')
+
+
+class UnknownMapError(SpectralNormalizationError, ValueError):
+    """What a link makes of its input is not known."""
+
+    def __init__(self, link: Any, weight_name: str) -> None:
+        super().__init__(
+            f"norm='operator' is the norm of what a convolution or a "
+            f'deconvolution of Chainer makes of images, by its W. What '
+            f'{type(link).__name__} does with {weight_name}, which has more '
+            f"than 2 dimensions, is not known. Use norm='matrix', or a link "
+            f'of Chainer.')
+
+
+class UnknownInputSizeError(SpectralNormalizationError, ValueError):
+    """The size of the images, which the norm depends on, is not known yet."""
+
+    def __init__(self, owner: str, weight_name: str) -> None:
+        super().__init__(
+            f"{owner}.{weight_name} is normalized with norm='operator', that "
+            f'of the map of images, and their size is not known before the '
+            f'first call with an array of as many dimensions as the weight. '
+            f'Call the link once, or give the size to the hook, e.g. '
+            f"SpectralNormalization(norm='operator', insize=32).")
+
+
 class GammaError(SpectralNormalizationError, TypeError):
     """gamma is not a number."""
 
@@ -462,6 +520,28 @@ class HookedExportError(SpectralNormalizationError, RuntimeError):
             f'ONNX has no spectral normalization, but {what}. Export a model '
             f'that has the normalized weights instead: '
             f'onnx_chainer.export(sn_function.bake(model), args).')
+
+
+class UncertifiedWeightError(SpectralNormalizationError, ValueError):
+    """The map that a weight stands for is not known."""
+
+    def __init__(self, weights: Sequence[str]) -> None:
+        super().__init__(
+            f'The norms of these weights cannot be certified, as it is not '
+            f'known which map they are of: {_some(weights)}. Known are '
+            f'weights of 2 dimensions, and W of the convolutions and '
+            f'deconvolutions of chainer.links. Bake without certified=True, '
+            f'or delete the hooks of these links first.')
+
+
+class CertifiedNormError(SpectralNormalizationError, ValueError):
+    """A weight has no finite norm."""
+
+    def __init__(self, where: str, weight_name: str) -> None:
+        super().__init__(
+            f'{where}.{weight_name} has no finite norm that can be '
+            f'certified: it holds NaN or Inf, or would with its gamma and '
+            f'factor. Bake an earlier snapshot, or a smaller factor.')
 
 
 class FilterError(SpectralNormalizationError, TypeError):
@@ -608,6 +688,26 @@ class NoProjectionError(NoWeightError):
 
     def __init__(self, target: Any) -> None:
         super().__init__(target, 'project')
+
+
+class CertifyLinkError(SpectralNormalizationError, ValueError):
+    """It is not known what a link does with its weight."""
+
+    def __init__(self, link: Any) -> None:
+        remedy = ('Give its links one by one.' if _is_chain(link) else
+                  'Of other links it knows that map if W is a matrix with a '
+                  'hook of this package.')
+        super().__init__(
+            f'certify finds the norm of the map of Linear, EmbedID, and the '
+            f'convolutions and deconvolutions of Chainer, from their weight '
+            f'W, but was given a {type(link).__name__}. {remedy}')
+
+
+class CertifyArgumentError(SpectralNormalizationError, ValueError):
+    """An argument of certify is out of its range."""
+
+    def __init__(self, name: str, value: Any, what: str) -> None:
+        super().__init__(f'{name} must be {what}, but is {value!r}.')
 
 
 class SpectralNormalizationWarning(UserWarning):
@@ -927,6 +1027,18 @@ class SnapshotAxisError(SnapshotError):
             f'or --axis {key}=0, or axes={{{key!r}: 1}}.')
 
 
+class SnapshotMapError(SnapshotError):
+    """What a weight does as a convolution is not known, or not so."""
+
+    def __init__(self, path: str, key: str, what: str) -> None:
+        super().__init__(
+            path, key, what,
+            f'Say what its layer has: --stride {key}=N --pad {key}=N, and '
+            f'--dilate, --groups and --axis where they are not 1, 1 and 0, '
+            f'or stride={{{key!r}: N}}, and so on. Or load the model in '
+            f'Python, for sn_function.bake(model).')
+
+
 class SnapshotGammaError(SnapshotError):
     """A weight has a gamma, or a possible one, that is in the way."""
 
@@ -942,6 +1054,18 @@ class SnapshotTargetError(SnapshotError):
     def __init__(self, path: str, key: str, what: str) -> None:
         super().__init__(
             path, key, what, 'Choose another layout, or bake the snapshot.')
+
+
+class MapOptionError(SpectralNormalizationError, ValueError):
+    """A stride, padding, dilation or number of groups is none."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        least = 'zero or more' if name == 'pad' else 'one or more'
+        kind = ("an integer or 'depthwise'" if name == 'groups'
+                else 'an integer, or one for each axis of the images')
+        super().__init__(
+            f'{name} must be {kind}, each {least}, or a dictionary of these '
+            f'by patterns of weights, but is {_describe(value)}.')
 
 
 class LayoutNameError(SpectralNormalizationError, ValueError):

@@ -355,7 +355,9 @@ def conv_spectral_normalize(
 convolution_nd`, and so are the next three.
         pad (int or tuple): Width of the zeros around inputs.
         dilate (int or tuple): Dilation of the kernel.
-        groups (int): Number of groups of channels.
+        groups (int): Number of groups of channels.  Each is a map by itself,
+            with iterations of its own, and sigma is the largest one; of
+            several vectors, each group has ``b``.
         transposed (bool): Whether it is a deconvolution.
         outsize (tuple or None): Size of the outputs of a deconvolution, as in
             :func:`~chainer.functions.deconvolution_nd`.
@@ -404,7 +406,8 @@ convolution_nd`, and so are the next three.
         W, stride, pad, dilate, groups, transposed, outsize, cover_all,
         u.shape)
     outputs, = normalize.normalize([normalize.make_map(
-        W, u, gamma, settings._replace(convolution=convolution),
+        W, u, gamma, settings._replace(
+            convolution=convolution, groups=convolution.split),
         ('Y', 'sigma') if return_sigma else ('Y',), update_u,
         normalize.until(rtol, max_iterations, n_power_iteration))])
     return (outputs[0], outputs[1]) if return_sigma else outputs[0]

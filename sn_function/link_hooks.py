@@ -1,19 +1,20 @@
 """The link hook: a drop-in for ``chainer.link_hooks.SpectralNormalization``.
 
 State belongs to the link: the vector ``W_u``, with several vectors ``W_us`` as
-well, which are persistent and so saved and loaded, and on request the
-parameter ``gamma``.  A hook holds settings only, and may serve any number of
-links.
+well, or ``W_map`` and ``W_maps``, which are persistent and so saved and
+loaded, and on request the parameter ``gamma``.  A hook holds settings only,
+and may serve any number of links.
 """
 from __future__ import annotations
 
 import contextlib
 import warnings
 import weakref
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import chainer
 from chainer import link_hooks as chainer_link_hooks
+from chainer.utils.conv_nd import as_tuple
 
 from sn_function import _checks, errors
 from sn_function._arithmetic import buffers
@@ -34,7 +35,14 @@ from sn_function._links.bypass import bypasses_hooks
 from sn_function._links.hooked_weight import HookedWeight
 from sn_function._links.local_hook import LocalHook
 from sn_function._links.state import LinkState
-from sn_function._links.weight import groups_of, output_axis
+from sn_function._links.weight import (
+    check_map,
+    convolution_of,
+    groups_of,
+    insize_of,
+    is_map,
+    output_axis,
+)
 
 optional.install()
 
@@ -128,9 +136,41 @@ class SpectralNormalization(LocalHook):
             ``n_power_iteration`` iterations in each call.
         max_iterations (int): The most iterations of a call with ``rtol``.
             Where they do not suffice, there is a warning, once for each link.
+        norm (str): ``'matrix'``, as in Chainer's hook: the largest singular
+            value of the weight as a matrix.  ``'operator'``: the norm of what
+            a convolution or a deconvolution makes of images, which is what
+            bounds the layer; see below.
+        insize (int, tuple of int or None): With ``norm='operator'``, the size
+            of images whose norm is taken, one number for each axis or one for
+            all.  ``None``: that of the link's first call.
+
+    **The norm of a convolution.**  A convolution whose weight has the norm 1
+    as a matrix may still magnify an image, a 3 x 3 kernel up to 3 times.  With
+    ``norm='operator'`` the map itself, from images to images, gets the norm 1,
+    with its stride, padding, dilation and groups.  Take it where a bound of
+    the layer matters: for networks that are to be invertible, certified, or
+    Lipschitz with a constant that is known.
+
+    * Each iteration takes as long as the layer for two images.  On a device
+      the host waits for two numbers in each.
+    * The singular values of a map of images are close to each other.  So an
+      estimate by one iteration in each call is below the norm: give ``rtol``,
+      such as 1e-2, and perhaps ``n_vectors``.
+    * The norm depends on the size of images: larger ones have a larger norm,
+      up to a limit.  It is taken at one size, that of the first call or
+      ``insize``, and the same weight is used for images of other sizes.
+      :func:`sn_function.certify` bounds the norm for all of them.
+    * The link keeps an input instead of ``W_u``: ``link.W_map``, of shape
+      ``(c_in, *insize)``, which is ``None`` until the size is known.  With
+      several vectors the others are ``link.W_maps``.  A snapshot without them
+      loads, and the next call draws them.
+    * On links that are no convolution, such as :class:`~chainer.links.Linear`
+      and :class:`~chainer.links.EmbedID`, it is the norm of the matrix, and
+      ``W_u`` is kept.
 
     Attributes:
-        vector_name (str): Name of the link's vector, ``weight_name + '_u'``.
+        vector_name (str): Name of the vector of the link that the hook was
+            last added to, ``weight_name + '_u'``, or ``'W_map'``.
             That attribute of the link is ``None`` while the weight is not
             initialized.  With ``n_vectors`` of b above 1 it is the leading
             one, and the link keeps the others under the same name with an
@@ -179,6 +219,8 @@ class SpectralNormalization(LocalHook):
     n_vectors = 1              # likewise, as the next two
     rtol: float | None = None
     max_iterations = 200
+    norm = 'matrix'
+    insize: int | tuple[int, ...] | None = None
 
     def __init__(
             self,
@@ -196,6 +238,8 @@ class SpectralNormalization(LocalHook):
             n_vectors: int = 1,
             rtol: float | None = None,
             max_iterations: int = 200,
+            norm: str = 'matrix',
+            insize: int | Sequence[int] | None = None,
     ) -> None:
         _checks.check_settings(n_power_iteration, factor, eps, cap)
         if cap is not None and use_gamma:
@@ -206,6 +250,7 @@ class SpectralNormalization(LocalHook):
             raise errors.GroupsError(groups)
         _checks.check_count('n_vectors', n_vectors, 1)
         _checks.check_tolerance(rtol, max_iterations, n_power_iteration)
+        insize = _checks.check_norm(norm, groups, insize)
         self.n_power_iteration = n_power_iteration
         self.eps = eps
         self.use_gamma = use_gamma
@@ -220,6 +265,8 @@ class SpectralNormalization(LocalHook):
         self.n_vectors = n_vectors
         self.rtol = rtol
         self.max_iterations = max_iterations
+        self.norm = norm
+        self.insize = insize
         if name is not None:
             self.name = name
 
@@ -227,7 +274,8 @@ class SpectralNormalization(LocalHook):
     def v(self) -> Any:
         """The right vector of the latest call, shape ``(n,)``, or ``None``.
 
-        With ``groups='each'``, those of all groups, one after another.  An
+        With ``groups='each'``, those of all groups, one after another; of a
+        map of images, of the shape of an output, ``(c_out, *outsize)``.  An
         array on the device of the weight, as in Chainer's hook.  A hook on
         several links gives that of the link that was called last.
         """
@@ -252,28 +300,48 @@ class SpectralNormalization(LocalHook):
             link.local_link_hooks.popitem()
             raise
         self.axis = output_axis(link)
+        names = vector.names(self, link)
+        self.vector_name = names[0]
         W = getattr(link, weight_name)
         LinkState(weight_name, gamma_name).put(link)
-        for name in vector.names(self):
+        for name in names:
             setattr(link, name, None)
             link.register_persistent(name)
         if gamma_name is not None:
             gamma.register(link, gamma_name, W, self.axis,
-                           groups_of(link, self))
+                           groups_of(link, self), vector.map_of(link, self))
         if W.array is not None:
-            HookedWeight(self, link, W).vector_and_gamma()
+            own = HookedWeight(self, link, W)
+            if own.shape is not None:
+                own.vector_and_gamma()
 
     def _check_link(self, link: chainer.Link) -> None:
         W = getattr(link, self.weight_name, None)
         if not isinstance(W, chainer.Parameter):
             raise errors.WeightNotFoundError(link, self.weight_name)
-        for name in vector.names(self):
+        # A link of Chainer's hook has W_u, and one of this its state.
+        for name in (*vector.names(self, link), f'{self.weight_name}_u',
+                     LinkState.key(self.weight_name)):
             if hasattr(link, name):
                 raise errors.HookCollisionError(link, name, self.weight_name)
         if W.array is not None:
             _checks.check_weight(W.array)
+            check_map(link, self, W)
+        self._check_insize(link, W)
         if bypasses_hooks(link):
             raise errors.HookBypassedError([('', link)])
+
+    def _check_insize(
+            self, link: chainer.Link, W: chainer.Parameter) -> None:
+        convolution = convolution_of(link) if is_map(link, self) else None
+        if convolution is None or self.insize is None:
+            return
+        ndim = len(convolution.stride)
+        if isinstance(self.insize, tuple) and len(self.insize) != ndim:
+            raise errors.InsizeError(self.insize, type(link).__name__, ndim)
+        if W.array is not None:
+            _checks.check_insize(convolution._replace(
+                insize=as_tuple(self.insize, ndim)), W.shape)
 
     def _warn(self, link: chainer.Link) -> None:
         if self.use_gamma and is_set_up(link):
@@ -285,7 +353,7 @@ class SpectralNormalization(LocalHook):
         gamma_name = LinkState.of(link, self.weight_name).gamma_name
         if gamma_name is not None:
             delattr(link, gamma_name)
-        for name in vector.names(self):
+        for name in vector.names(self, link):
             if hasattr(link, name):  # n_vectors may have been changed
                 delattr(link, name)
         LinkState.remove(link, self.weight_name)
@@ -300,7 +368,9 @@ class SpectralNormalization(LocalHook):
             W = call.original(link, self.weight_name)
             if W.array is None:
                 weight.initialize(cb_args, W, self.weight_name)
-            return self.normalize_weight(link)
+            if not is_map(link, self):
+                return self.normalize_weight(link)
+            return self.normalize_weight(link, insize_of(cb_args))
 
         link = cb_args.link
         call.replace_weight(cb_args, self.weight_name, make)
@@ -309,30 +379,37 @@ class SpectralNormalization(LocalHook):
         """Ensures that the weight is the link's own parameter again."""
         call.restore_weight(cb_args.link, self.weight_name)
 
-    def normalize_weight(self, link: chainer.Link) -> chainer.Variable:
+    def normalize_weight(
+            self, link: chainer.Link, insize: tuple[int, ...] | None = None,
+    ) -> chainer.Variable:
         """Returns the link's weight, normalized, and moves its vectors on.
 
         Args:
             link (~chainer.Link): A link that this hook was added to.
+            insize (tuple of int or None): With ``norm='operator'``, the size
+                of images, where neither ``link.W_map`` nor the hook says it.
 
         Returns:
             ~chainer.Variable: The normalized weight.
 
         Raises:
             UninitializedWeightError: The weight has no array yet.
+            UnknownInputSizeError: Nothing says the size of images.
 
         """
         if turn.has_turn(link):
-            return self._normalize(link)
+            return self._normalize(link, insize)
         with turn.Turn(link):
-            return self._normalize(link)
+            return self._normalize(link, insize)
 
-    def _normalize(self, link: chainer.Link) -> chainer.Variable:
+    def _normalize(
+            self, link: chainer.Link, insize: tuple[int, ...] | None,
+    ) -> chainer.Variable:
         W = call.original(link, self.weight_name)
         if W.array is None:
             raise errors.UninitializedWeightError(
                 type(link).__name__, self.weight_name)
-        own = HookedWeight(self, link, W)
+        own = HookedWeight(self, link, W, insize)
         state = own.state
         is_train, is_second_run, will_be_run_again = node.config(
             'train', 'in_recomputing', '_will_recompute')
@@ -345,8 +422,9 @@ class SpectralNormalization(LocalHook):
                     is_train and not is_second_run, is_second_run)
         except errors.VectorValueError:
             own.discard_bad_vector()
-            return self._normalize(link)
-        state.keep(iterations, is_second_run)
+            convolution = own.convolution
+            return self._normalize(link, convolution and convolution.insize)
+        state.keep(iterations, is_second_run, own.v_shape)
         _LATEST[self] = weakref.ref(state)
         if is_second_run or will_be_run_again:
             recompute.record(link, state, iterations.start)

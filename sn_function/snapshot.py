@@ -15,21 +15,24 @@ written to a temporary file, which takes its name when it is complete.
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy
 
-from sn_function import _checks, errors
+from sn_function import _certify, _checks, errors
 from sn_function._arithmetic import singular
+from sn_function._arithmetic.certificate import norm_interval
+from sn_function._arithmetic.convolution import Convolution
 from sn_function._snapshots import (
     entries,
     finding,
+    given,
     layouts,
     readers,
     vectors,
     writers,
 )
-from sn_function._snapshots.entries import Axes
+from sn_function._snapshots.given import Axes, Given, Numbers
 from sn_function._snapshots.layouts import WeightKeys
 from sn_function._snapshots.plan import Entries, Plan, Progress
 from sn_function._snapshots.readers import Path, Reader
@@ -39,8 +42,9 @@ from sn_function._snapshots.vectors import WeightArrays
 LAYOUTS = layouts.LAYOUTS
 # The largest relative error of an estimate of sigma that is not reported.
 LAG = 0.1
-# That of the hook, where it is not given.
+# Those of the hook, where they are not given.
 N_WARMUP = 15
+EPS = 1e-6
 
 
 class WeightReport(NamedTuple):
@@ -50,11 +54,12 @@ class WeightReport(NamedTuple):
         key: Entry of the weight.
         layout: One of :data:`LAYOUTS`, or of those that are only read:
             ``'torch-0.4'``, ``'torch-wrapper'`` and ``'biggan'``; see
-            :doc:`cli`.
+            :doc:`cli`.  ``'plain'`` for a weight without a vector.
         shape: Shape of the weight, ``None`` if it was not initialized.
         dtype: Its dtype.
         axis: Its output axis.
-        sigma: Its largest singular value.
+        sigma: Its largest singular value; that of the map of images, for a
+            vector of ``norm='operator'``.
         estimate: What its vectors give for sigma, in test mode, by a hook
             with the default settings.
         condition: ``sigma`` over the smallest singular value; ``inf`` where
@@ -62,10 +67,17 @@ class WeightReport(NamedTuple):
         status: ``'ok'``; ``'lags'``, for an estimate more than 10% too low;
             ``'stale'``, where the hook first iterates to a vector of this
             weight, as the stored one alone gives 10% less than the estimate;
-            or what is wrong with the vector, or the weight.
-        healthy: Whether the vector can be used: ``'ok'``, ``'lags'`` or
-            ``'stale'``.
+            ``'map'``, for a vector of ``norm='operator'`` where the stride
+            and the padding are not given, without which there is no estimate;
+            ``'no vector'``; or what is wrong with the vector, or the weight.
+        healthy: Whether the vector, if any, can be used: ``'ok'``,
+            ``'lags'``, ``'stale'``, ``'map'`` or ``'no vector'``.
         note: What else there is to say.
+        certified: With ``certify``, ``(lo, hi)``, which surely hold the norm
+            of the weight: of its map of images of every size, if it has more
+            than 2 dimensions.
+        normalized: The same of the weight that test mode uses, by a hook with
+            the default settings, with its gamma.
 
     What is not known is ``None``.
     """
@@ -80,10 +92,12 @@ class WeightReport(NamedTuple):
     condition: float | None = None
     status: str = 'not initialized'
     note: str = ''
+    certified: tuple[float, float] | None = None
+    normalized: tuple[float, float] | None = None
 
     @property
     def healthy(self) -> bool:
-        return self.status in ('ok', 'lags', 'stale')
+        return self.status in ('ok', 'lags', 'stale', 'map', 'no vector')
 
 
 class WeightChange(NamedTuple):
@@ -127,7 +141,10 @@ class Outcome(NamedTuple):
 
 def inspect(
         path: Path, *, model: str | None = None, axes: Axes | None = None,
-        progress: Progress = iter) -> list[WeightReport]:
+        certify: float | None = None, time_limit: float | None = 10.0,
+        stride: Numbers = None, pad: Numbers = None, dilate: Numbers = None,
+        groups: Numbers = None, progress: Progress = iter,
+) -> list[WeightReport]:
     """Reports the norm of each weight, and whether its vector can be used.
 
     Args:
@@ -136,6 +153,21 @@ def inspect(
             trainer, or what is below this path.
         axes (dict or None): Output axes of weights, by their entry or by a
             pattern; see :doc:`cli`.
+        certify (float or None): How near ``certified`` is to the norm,
+            relative to it, such as 1e-3; ``None`` for no certificate.  With
+            it, each other ``W`` and ``weight`` of 2 or more dimensions is
+            reported, too.
+        time_limit (float or None): The most seconds of each certificate; see
+            :func:`sn_function.certify`.
+        stride (int, tuple or dict): Of the convolutions; a tuple has one for
+            each axis of their images, and a dictionary has either by entries
+            or patterns, as ``axes``.
+        pad (int, tuple or dict): Likewise, for vectors of
+            ``norm='operator'``; no certificate depends on it.
+        dilate (int, tuple or dict): Likewise; 1 where it is not given.
+        groups (int, str or dict): Their numbers of groups, or ``'depthwise'``
+            for a :class:`~chainer.links.DepthwiseConvolution2D`; 1 where it is
+            not given.
         progress (callable): Given the weights, passes them on.
 
     Returns:
@@ -143,6 +175,9 @@ def inspect(
 
     Raises:
         SnapshotError: The file is damaged, or has no such weight.
+        CertifyArgumentError: ``certify`` or ``time_limit`` is out of its
+            range.
+        MapOptionError: A stride, padding, dilation or number of groups is.
 
     .. admonition:: Example
 
@@ -163,10 +198,15 @@ def inspect(
         True
 
     """
-    axes = axes or {}
+    known = given.make(
+        axes, stride=stride, pad=pad, dilate=dilate, groups=groups)
+    if certify is not None:
+        _certify.check(certify, time_limit)
     with readers.open_snapshot(path) as reader:
-        weights = entries.find(reader, layouts.prefix_of(reader, model), axes)
-        reports = [_report(reader, weight, axes)
+        weights = entries.find(
+            reader, layouts.prefix_of(reader, model), known,
+            () if certify is None else None)
+        reports = [_report(reader, weight, known, certify, time_limit)
                    for weight in progress(weights)]
         were_read = {each.key for each in reports if each.shape is not None}
         for key in reader.keys:
@@ -175,28 +215,58 @@ def inspect(
     return reports
 
 
-def _report(reader: Reader, weight: WeightKeys, axes: Axes) -> WeightReport:
+def _report(
+        reader: Reader, weight: WeightKeys, known: Given,
+        certify: float | None, time_limit: float | None) -> WeightReport:
     if not reader.entry(weight.W).is_plain:
         return WeightReport(weight.W, weight.layout)
-    arrays = entries.read(reader, weight, axes)
-    W = arrays.W
-    notes = [entries.note_of(reader, weight)]
-    if arrays.us is not None and len(arrays.us):
-        notes.append(f'{len(arrays.us) + 1} vectors')
-    if arrays.axis_is_unclear:
-        notes.append(f'axis 0 or 1; u fits 1: give --axis {weight.W}=1')
+    arrays = entries.read(reader, weight, known)
+    W, axis = arrays.W, arrays.axis
     report = WeightReport(
-        weight.W, weight.layout, W.shape, str(W.dtype), arrays.axis,
-        note='; '.join(filter(None, notes)))
+        weight.W, weight.layout, W.shape, str(W.dtype),
+        None if arrays.is_unknown_map else axis,
+        note='; '.join(filter(None, _notes(reader, weight, arrays))))
     if not numpy.isfinite(W).all():
         return report._replace(status='the weight holds NaN or Inf')
     with numpy.errstate(all='ignore'):
-        sigma, condition = singular.singular_values(W, arrays.axis)
-    report = report._replace(sigma=sigma, condition=condition)
+        if arrays.map_shape is None:
+            sigma, condition = singular.singular_values(W, axis)
+            report = report._replace(sigma=sigma, condition=condition)
+        elif arrays.convolution is not None:
+            report = report._replace(sigma=float(singular.norm(
+                W, axis, convolution=arrays.convolution)))
+    report = _with_status(report, weight, arrays)
+    if certify is None:
+        return report
+    return _with_certificates(report, weight, arrays, known.convolution(
+        reader.path, weight, W.shape), certify, time_limit)
+
+
+def _notes(
+        reader: Reader, weight: WeightKeys, arrays: WeightArrays,
+) -> Iterator[str]:
+    yield entries.note_of(reader, weight)
+    if arrays.us is not None and len(arrays.us):
+        yield f'{len(arrays.us) + 1} vectors'
+    if arrays.axis_is_unclear:
+        yield f'axis 0 or 1; u fits 1: give --axis {weight.W}=1'
+    if arrays.map_shape is not None:
+        yield f'map of {" x ".join(map(str, arrays.map_shape))}'
+    if arrays.is_unknown_map and arrays.fault is None:
+        yield 'its estimate needs --stride and --pad'
+
+
+def _with_status(
+        report: WeightReport, weight: WeightKeys, arrays: WeightArrays,
+) -> WeightReport:
     fault = entries.fault_of(weight, arrays)
+    if weight.layout == layouts.PLAIN:
+        return report._replace(status='no vector')
     if fault is not None:
         return report._replace(status=fault)
-    return _with_estimate(report, weight, arrays, sigma)
+    if report.sigma is None:
+        return report._replace(status='map')
+    return _with_estimate(report, weight, arrays, report.sigma)
 
 
 def _with_estimate(
@@ -207,12 +277,30 @@ def _with_estimate(
     status, note = 'ok', report.note
     if of_u < (1 - LAG) * estimate:
         status = 'stale'
+        remedy = ('sn_function.refresh(model)' if weight.is_map
+                  else 'repair --all')
         note = '; '.join(filter(None, (
             f'u is of another weight, and gives {of_u:#.6g} by itself: '
-            f'repair --all makes it anew', note)))
+            f'{remedy} makes it anew', note)))
     if abs(estimate - sigma) > LAG * sigma:
         status = 'lags'
     return report._replace(estimate=estimate, status=status, note=note)
+
+
+def _with_certificates(
+        report: WeightReport, weight: WeightKeys, arrays: WeightArrays,
+        convolution: Convolution | None, rtol: float,
+        time_limit: float | None) -> WeightReport:
+    def interval(W: Any) -> tuple[float, float]:
+        lo, hi = norm_interval(W, convolution, rtol, time_limit)
+        return lo, hi
+
+    report = report._replace(certified=interval(arrays.W))
+    if report.estimate is None:
+        return report
+    Y, _ = vectors.normalized(
+        arrays, 1, weight.warmup(N_WARMUP), 1.0, EPS)
+    return report._replace(normalized=interval(Y))
 
 
 # Baking
@@ -220,8 +308,10 @@ def _with_estimate(
 def bake(
         src: Path, dst: Path, *, n_power_iteration: int = 1,
         n_warmup: int = N_WARMUP, factor: float | None = None,
-        eps: float = 1e-6, cap: float | None = None,
-        model: str | None = None, axes: Axes | None = None,
+        eps: float = EPS, cap: float | None = None,
+        stride: Numbers = None, pad: Numbers = None, dilate: Numbers = None,
+        groups: Numbers = None, model: str | None = None,
+        axes: Axes | None = None,
         rename: Rename | None = None, overwrite: bool = False,
         compress: bool | None = None, progress: Progress = iter) -> Outcome:
     """Writes a snapshot with normalized weights, for a model without hooks.
@@ -242,6 +332,15 @@ def bake(
         factor (float or None): That of the hook.
         eps (float): That of the hook.
         cap (float or None): That of the hook.
+        stride (int, tuple or dict): Of the convolutions; a tuple has one for
+            each axis of their images, and a dictionary has either by entries
+            or patterns, as ``axes``.
+        pad (int, tuple or dict): Likewise.  A vector of ``norm='operator'``
+            needs both, as its link has them.
+        dilate (int, tuple or dict): Likewise; 1 where it is not given.
+        groups (int, str or dict): Their numbers of groups, or ``'depthwise'``
+            for a :class:`~chainer.links.DepthwiseConvolution2D`; 1 where it is
+            not given.
         model (str or None): Write only the model of this name in the
             snapshot of a trainer, or what is below this path, without that
             path in the names.
@@ -259,7 +358,8 @@ def bake(
 
     Raises:
         SnapshotError: The file is damaged, has no such weight, or a vector
-            of it cannot be used.  Nothing is written.
+            of it cannot be used, or is one of ``norm='operator'`` without a
+            stride and a padding.  Nothing is written.
         SpectralNormalizationError: A setting is out of its range.
 
     .. admonition:: Example
@@ -283,8 +383,9 @@ def bake(
         1.000
 
     """
-    axes = axes or {}
     changes: list[WeightChange] = []
+    known = given.make(
+        axes, stride=stride, pad=pad, dilate=dilate, groups=groups)
     factor_, eps_, _ = _checks.check_settings(
         n_power_iteration, 1.0 if factor is None else factor, eps, cap)
     _checks.check_count('n_warmup', n_warmup, 0)
@@ -298,7 +399,7 @@ def bake(
                     reader.path, weight.gamma,
                     'a weight that is capped has no gamma')
             Y, sigma = vectors.normalized(
-                entries.read_usable(reader, weight, axes),
+                entries.read_usable(reader, weight, known),
                 weight.iterations(n_power_iteration),
                 weight.warmup(n_warmup), factor_, eps_)
             name = names.plain(weight)
@@ -307,7 +408,7 @@ def bake(
                 note=entries.note_of(reader, weight)))
             yield name, Y
 
-        weights = entries.find(reader, plan.prefix, axes)
+        weights = entries.find(reader, plan.prefix, known)
         names = Names(reader, plan.prefix, weights, None, rename or {})
         for weight in weights:
             plan.drop([*weight.keys, *layouts.gamma_state(reader, weight)])
@@ -342,6 +443,9 @@ def convert(
     Here Chainer is its own hook, or that of this package with ``n_warmup=0``.
     By default that of this package iterates further, in test mode, from a
     vector that has not settled: then its norms are nearer to 1.
+
+    No other library has the vectors of ``norm='operator'``, so a weight with
+    one goes to the layout ``'chainer'`` only, as it is.
 
     Args:
         src (path): A snapshot, or a state dict.
@@ -402,14 +506,14 @@ def convert(
     if layout not in LAYOUTS:
         raise errors.LayoutNameError(layout, LAYOUTS)
     _checks.check_count('n_power_iteration', n_power_iteration, 1)
-    axes, changes = axes or {}, []
+    known, changes = given.make(axes), []
     path = writers.check_output(dst, src, overwrite)
     to_torch = layout in layouts.OF_TORCH
     with readers.open_snapshot(src) as reader:
         plan = Plan(finding.prefix_for(reader, model, layout))
 
         def convert_weight(weight: WeightKeys, new: WeightKeys) -> Entries:
-            arrays = entries.read_usable(reader, weight, axes)
+            arrays = entries.read_usable(reader, weight, known)
             _check_target(reader, weight, new, arrays)
             n = weight.iterations(n_power_iteration)
             converted = vectors.converted(arrays, to_torch, n, converge)
@@ -421,20 +525,45 @@ def convert(
                 entries.note_of(reader, weight, new)))
             return entries.named(new, converted)
 
-        weights = entries.find(reader, plan.prefix, axes)
+        weights = entries.find(reader, plan.prefix, known)
         names = Names(
             reader, plan.prefix, weights, to_torch, rename or {})
+        moved: dict[str, str] = {}
         for weight in weights:
             new = names.of_weight(weight, layout)
-            if converge or weight != new:
+            if weight.is_map:
+                _check_target_of_map(reader, weight, new)
+                moved.update(zip(weight.keys, new.keys))
+            elif converge or weight != new:
                 plan.drop(weight.keys)
                 plan.replace(weight.W, convert_weight, weight, new)
                 _plan_gamma_state(plan, reader, weight, new)
         unknown = _rename_others(plan, reader, names)
+        for key, name in moved.items():
+            plan.rename(key, name)
         left_out = plan.write(reader, path, compress, progress)
-    changes += [WeightChange(plan.name_of(weight.W), 'kept')
-                for weight in weights if weight.W not in plan]
+    changes += [WeightChange(
+        plan.name_of(moved.get(weight.W, weight.W)), 'kept',
+        note=_note_of_map(reader, weight, converge))
+        for weight in weights if weight.W not in plan]
     return Outcome(os.fspath(dst), changes, left_out, unknown)
+
+
+def _check_target_of_map(
+        reader: Reader, weight: WeightKeys, new: WeightKeys) -> None:
+    if not new.is_map:
+        raise errors.SnapshotTargetError(
+            reader.path, weight.W, f"it is one of a hook with "
+            f"norm='operator', and {new.layout} has no place for its vector "
+            f"{layouts.split(weight.u)[1]}")
+
+
+def _note_of_map(
+        reader: Reader, weight: WeightKeys, is_to_change: bool) -> str:
+    if not (is_to_change and weight.is_map):
+        return ''
+    return (f'{layouts.split(weight.u)[1]} stays as it is: '
+            f'sn_function.refresh(model) makes it anew')
 
 
 def _check_target(
@@ -491,7 +620,9 @@ def repair(
     Vectors that are zero, not finite, of the wrong shape, or were never
     initialized are replaced by the first singular vectors of their weights.
     Where one of several is bad, or they are not independent, all are.
-    Everything else is copied.
+    A bad vector of ``norm='operator'`` is left out, as a snapshot does not
+    hold what it depends on: the hook makes one in its next call.  Everything
+    else is copied.
 
     Args:
         src (path): A snapshot.
@@ -535,25 +666,28 @@ def repair(
         'it had no vector'
 
     """
-    axes, changes = axes or {}, []
+    known, changes = given.make(axes), []
     path = writers.check_output(dst, src, overwrite)
     with readers.open_snapshot(src) as reader:
         plan = Plan()
         patterns = [add_u] if isinstance(add_u, str) else add_u
-        for weight in progress(entries.find(reader, '', axes, patterns)):
+        for weight in progress(entries.find(reader, '', known, patterns)):
             # Without a weight its link makes both in the first call.
             if reader.entry(weight.W).is_plain:
-                changes.append(_repair_weight(plan, reader, weight, axes, all))
+                changes.append(_repair_weight(
+                    plan, reader, weight, known, all))
         left_out = plan.write(reader, path, compress, iter)
     return Outcome(os.fspath(dst), changes, left_out, [])
 
 
 def _repair_weight(
-        plan: Plan, reader: Reader, weight: WeightKeys, axes: Axes,
+        plan: Plan, reader: Reader, weight: WeightKeys, known: Given,
         always: bool) -> WeightChange:
-    arrays = entries.read(reader, weight, axes)
+    arrays = entries.read(reader, weight, known)
     entries.check_finite(reader, weight.W, arrays.W)
     fault = entries.fault_of(weight, arrays)
+    if weight.is_map:
+        return _repair_map(plan, reader, weight, arrays, always)
     if fault is None and not always:
         return WeightChange(weight.W, 'kept', vectors.estimate(
             arrays, n_warmup=weight.warmup(N_WARMUP)))
@@ -569,10 +703,30 @@ def _repair_weight(
     _plan_vectors(plan, reader, weight, new)
     note = ('it had no vector' if fault == 'missing'
             else f'its vector was {fault or "usable"}')
-    if entries.axis_is_guessed(reader, weight, arrays, axes):
+    if entries.axis_is_guessed(reader, weight, arrays, known):
         note += '; taken as a convolution, unless --axis says otherwise'
     return WeightChange(
         entries.repaired_name(weight), 'repaired', sigma, None, note)
+
+
+def _repair_map(
+        plan: Plan, reader: Reader, weight: WeightKeys, arrays: WeightArrays,
+        always: bool) -> WeightChange:
+    """Leaves a vector out that the hook is to make anew."""
+    fault = entries.fault_of(weight, arrays)
+    if fault is None:
+        return WeightChange(
+            weight.W, 'kept', note=_note_of_map(reader, weight, always))
+    if fault == 'not initialized':
+        return WeightChange(
+            weight.W, 'kept', note='its vector is made in the next call')
+    bad = [key for key in (weight.u, weight.us) if key is not None][
+        arrays.fault is None:]
+    plan.drop(bad)
+    names = ' and '.join(layouts.split(key)[1] for key in bad)
+    return WeightChange(
+        weight.W, 'repaired', note=f'its vector was {fault}: without {names} '
+        f'the hook makes it anew in its next call')
 
 
 def _plan_vectors(

@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -98,6 +99,11 @@ class TestHelp:
         ['bake', 'a', 'b', '--rename', 'l=m', '--rename', 'l=n'],
         ['repair', 'a', 'b', '--rename', 'l=m'],
         ['convert', 'a', 'b', '--to', 'biggan'],
+        ['inspect', 'a', '--stride', 'W=a'], ['inspect', 'a', '--stride', ''],
+        ['inspect', 'a', '--pad', '=1'], ['inspect', 'a', '--dilate', '1,'],
+        ['inspect', 'a', '--stride', 'depthwise'],
+        ['inspect', 'a', '--certify', '--rtol', '0'],
+        ['inspect', 'a', '--certify', '--time-limit', '-1'],
     ], ids=' '.join)
     def test_wrong_arguments(self, args):
         assert run(*args).exit_code == 2
@@ -138,6 +144,58 @@ class TestInspect:
         assert 'NaN' in result.output
         if not option:
             assert '1 of 2 not healthy' in result.output
+
+    def test_certify(self, path):
+        plain = run('inspect', path).output
+        assert 'certified' not in plain
+        result = run('inspect', path, '--certify', '--rtol', '1e-2',
+                     '--time-limit', '5')
+        assert result.exit_code == 0
+        row = next(line for line in result.output.splitlines()
+                   if 'l2/W' in line)
+        (lo, hi), normalized = (
+            tuple(map(float, text.split(' - ')))
+            for text in re.findall(r'[\d.]+ - [\d.]+', row))
+        reports = {each['key']: each for each in json.loads(run(
+            'inspect', path, '--certify', '--rtol', '1e-2', '--json').output)}
+        certified = reports['l2/W']['certified']
+        assert lo <= certified[0] <= certified[1] <= hi
+        assert lo == pytest.approx(certified[0], rel=1e-5)
+        assert hi / lo < 1.0101
+        assert normalized[1] == pytest.approx(
+            reports['l2/W']['normalized'][1], rel=1e-5)
+
+    def test_certify_with_what_a_snapshot_does_not_hold(self, tmp_path):
+        link = L.Convolution2D(2, 3, 3, 2, nobias=True)
+        np.savez(tmp_path / 'a.npz', **{'l/W': link.W.array})
+
+        def upper_end(*options):
+            report, = json.loads(run(
+                'inspect', tmp_path / 'a.npz', '--certify', '--json', *options,
+            ).output)
+            assert report['status'] == 'no vector'
+            return report['certified'][1]
+
+        strided = upper_end('--stride', 'l/*=2')
+        assert strided < upper_end() / 1.05
+        assert strided == upper_end('--stride', '2,2', '--pad', '1')
+        assert strided < upper_end('--stride', '1', '--stride', 'l/W=2')
+        assert upper_end('--groups', 'depthwise') < upper_end() / 1.05
+        output = run('inspect', tmp_path / 'a.npz', '--certify').output
+        assert 'There are no vectors.' in output
+
+    def test_vector_of_a_map(self, tmp_path):
+        file = tmp_path / 'a.npz'
+        np.savez(file, W=np.ones((3, 2, 3, 3)), W_map=np.ones((2, 8, 8)))
+        result = run('inspect', file)
+        assert result.exit_code == 0
+        for text in ' map;', '2 x 8 x 8', '--stride', '--pad':
+            assert text in ' '.join(result.output.split())
+        output = run('bake', file, tmp_path / 'b.npz').output
+        assert 'sn_function.bake(model)' in output
+        options = '--stride', '1', '--pad', '*=1'
+        assert 'ok; map of 2 x 8 x 8' in run('inspect', file, *options).output
+        assert run('bake', file, tmp_path / 'b.npz', *options).exit_code == 0
 
     def test_long_names_are_folded(self, tmp_path):
         key = '/'.join(f'block{i}' for i in range(30)) + '[bold]/W'

@@ -43,8 +43,24 @@ def dense(link, shape, W):
     return M
 
 
-def iterate(M, u, K):
-    """K iterations of u, as a complex step needs them."""
+def of_groups(M, G):
+    """For each group, the rows and the columns of M, and zero elsewhere."""
+    m, n = (size // G for size in M.shape)
+    for g in range(G):
+        block = np.zeros_like(M)
+        part = np.index_exp[g * m:(g + 1) * m, g * n:(g + 1) * n]
+        block[part] = M[part]
+        yield block
+
+
+def iterate(M, u, K, G):
+    """K iterations of u on each group; those of the largest one."""
+    return max([_iterate(block, u, K) for block in of_groups(M, G)],
+               key=lambda found: found[-1].real)
+
+
+def _iterate(M, u, K):
+    """As a complex step needs them."""
     for _ in range(K):
         y = u @ M
         y = y / np.sqrt((y * y).sum())
@@ -71,8 +87,9 @@ def test_exact_gradient_equals_complex_step(seed):
         W, u, gY = arguments(link, shape)
         K, gsigma = np.random.randint(1, 4), np.random.normal()
 
-        def loss(W, u, gamma, link=link, shape=shape, K=K, gY=gY, gs=gsigma):
-            *_, sigma = iterate(dense(link, shape, W), u.ravel(), K)
+        def loss(W, u, gamma, link=link, shape=shape, K=K, gY=gY, gs=gsigma,
+                 G=how['groups']):
+            *_, sigma = iterate(dense(link, shape, W), u.ravel(), K, G)
             return (gY * gamma * W / sigma).sum() + gs * sigma
 
         xs = [chainer.Variable(x) for x in (W, u, np.array(1.3))]
@@ -96,7 +113,8 @@ def test_detached_gradient_equals_its_definition(seed):
     np.random.seed(seed)
     for link, shape, how in cases(10):
         W, u, gY = arguments(link, shape)
-        u_1, v_1, sigma = iterate(dense(link, shape, W), u.ravel(), 1)
+        u_1, v_1, sigma = iterate(
+            dense(link, shape, W), u.ravel(), 1, how['groups'])
         D = np.random.normal(size=W.shape)
         along = u_1 @ dense(link, shape, D) @ v_1
         W = chainer.Variable(W)
@@ -110,24 +128,34 @@ def test_detached_gradient_equals_its_definition(seed):
             rtol=0, atol=1e-11 * abs(W.grad * D).sum())
 
 
+def span_norm(M, rows, G):
+    """The largest of any group, in the span of its part of the rows."""
+    m, n = (size // G for size in M.shape)
+    return max([reference.span_norm(
+        M[g * m:(g + 1) * m, g * n:(g + 1) * n],
+        rows[:, g * m:(g + 1) * m])[2] for g in range(G)],
+        key=lambda sigma: sigma.real)
+
+
 @pytest.mark.parametrize('seed', range(10))
 def test_several_vectors(seed):
     np.random.seed(seed)
     for link, shape, how in cases(5):
         W, _, gY = arguments(link, shape)
         M = dense(link, shape, W)
-        b = min(3, *M.shape)
+        G = how['groups']
+        b = min(3, *[size // G for size in M.shape])
         U = np.random.normal(size=(b, *shape))
         rows = U.reshape(b, -1).copy()
         W = chainer.Variable(W)
         Y, sigma = F.conv_spectral_normalize(
             W, U, return_sigma=True, update_u=True, **how)
         assert sigma.array == pytest.approx(
-            reference.span_norm(M, rows)[2], rel=1e-11)
+            span_norm(M, rows, G), rel=1e-11)
         (CF.sum(Y * gY) + sigma).backward()
 
-        def loss(Z, link=link, shape=shape, gY=gY, rows=rows):
-            sigma = reference.span_norm(dense(link, shape, Z), rows)[2]
+        def loss(Z, link=link, shape=shape, gY=gY, rows=rows, G=G):
+            sigma = span_norm(dense(link, shape, Z), rows, G)
             return (gY * Z / sigma).sum() + sigma
 
         D = np.random.normal(size=W.shape)
@@ -148,7 +176,8 @@ def test_converges_to_the_norm(seed):
     np.random.seed(seed)
     for link, shape, how in cases(10):
         norm = np.linalg.norm(maps.dense(link, shape), 2)
-        b = min(6, *maps.dense(link, shape).shape)
+        b = min(6, *[size // how['groups']
+                     for size in maps.dense(link, shape).shape])
         Y, sigma = F.conv_spectral_normalize(
             link.W.array, np.random.normal(size=(b, *shape)), rtol=1e-8,
             max_iterations=5000, return_sigma=True, **how)
@@ -175,7 +204,11 @@ def test_double_backward(kind, n_vectors, detach_uv):
     if detach_uv:
         Y, = [F.conv_spectral_normalize(W, u, detach_uv=True, **how)]
         of_W = Y.creator.weights[0].iterations
-        u_K, v_K = of_W.u, of_W.v
+        # Of the largest group; nothing depends on the others.
+        u_K, v_K = (np.zeros_like(x).reshape(2, -1) for x in (of_W.u, of_W.v))
+        of_group = of_W.of_largest()
+        u_K[of_W.largest], v_K[of_W.largest] = of_group.u, of_group.v
+        u_K, v_K = u_K.ravel(), v_K.ravel()
         link = _link_of(how, W.shape)
 
         def f(W):

@@ -94,6 +94,28 @@ class TestOptimizer:
         models = make_models(size, kind, n_in, use_gamma=True)
         assert all(all_same(threads.run(size, train, models, 30)))
 
+    @pytest.mark.parametrize('n_vectors', [1, 2])
+    @pytest.mark.parametrize('settings', [{}, {'insize': 5}], ids=str)
+    def test_maps_are_the_same_in_each_step(self, n_vectors, settings):
+        models = [chainer.Sequential(
+            functools.partial(F.reshape, shape=(-1, 1, 5)),
+            L.Convolution1D(1, 3, 2).add_hook(SpectralNormalization(
+                norm='operator', n_vectors=n_vectors, use_gamma=True,
+                **settings))) for _ in range(2)]
+        assert all(all_same(threads.run(2, train, models, 10)))
+        assert models[0][1].W_map.shape == (1, 5)
+
+    def test_a_bad_map_is_made_anew(self):
+        models = [L.Convolution1D(1, 3, 2).add_hook(SpectralNormalization(
+            norm='operator')) for _ in range(2)]
+        for model in models:
+            model(np.ones((1, 1, 5), 'f'))
+        models[0].W_map[...] = 0
+        threads.run(2, distributed.bcast_data, models)
+        assert is_one(models)
+        assert models[1].W_map.any()
+        assert models[1].W_map.shape == (1, 5)
+
     @KINDS
     def test_that_of_chainermn_leaves_each_rank_its_own(self, kind):
         found = threads.run(

@@ -25,6 +25,7 @@ from chainer.functions.connection import convolution_nd, deconvolution_nd
 from chainer.utils.conv import get_conv_outsize, get_deconv_outsize
 
 from sn_function import errors
+from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.matrix import Matrix
 
 
@@ -94,6 +95,30 @@ class Convolution(NamedTuple):
     def groups_of(self, shape: Sequence[int]) -> int:
         """Returns the number of groups of a weight of that shape."""
         return shape[1] if self.is_depthwise else self.groups
+
+    def most_vectors(
+            self, shape: Sequence[int], groups: Groups | None = None) -> int:
+        """Returns how many vectors the map, or each of its groups, has."""
+        G = 1 if groups is None else groups.count_in(shape)
+        return min(math.prod(self.in_shape(shape)),
+                   math.prod(self.out_shape(shape))) // G
+
+    @property
+    def split(self) -> Groups | None:
+        """The groups of its weight, if there are several."""
+        if self.is_depthwise:
+            return Groups(None, axis=1)
+        return Groups(self.groups) if self.groups > 1 else None
+
+    def of_group(self) -> Convolution:
+        """Returns the convolution that one group is the weight of."""
+        return self._replace(groups=1, is_depthwise=False)
+
+    def shape_of_group(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape of that weight."""
+        if self.is_depthwise:
+            return shape[0], 1, *shape[2:]
+        return shape[0] // self.groups, *shape[1:]
 
     def _sizes(
             self, of_axis: Any, sizes: Sequence[int], shape: Sequence[int],
@@ -203,14 +228,14 @@ class ConvolutionMatrix(Matrix):
 
     def is_zero(self) -> bool:
         """Whether all entries are zero; those of W need not be."""
-        return not self._row_sums().any()
+        return not self.row_sums().any()
 
     def start_at_largest_row(self, dtype: Any) -> Any:
         u = self.xp.zeros(self.m, dtype)
-        u[self._row_sums().argmax()] = 1
+        u[self.row_sums().argmax()] = 1
         return u
 
-    def _row_sums(self) -> Any:
+    def row_sums(self) -> Any:
         """Returns the sums of magnitudes in rows, as parts of the largest."""
         W = abs(self.array)
         return ConvolutionMatrix(

@@ -10,6 +10,8 @@ or small that its square has lost digits, and then in float64; on a device,
 always.  What a scale does to the letters:
 
     A = W_g / scale        sigma_g = scale |t_K|        G is the same
+
+Where each group is a map of images, ``A`` is a :class:`.group_maps.GroupMaps`.
 """
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ import chainer
 import numpy
 
 from sn_function import errors
+from sn_function._arithmetic.group_maps import GroupMaps
 from sn_function._arithmetic.interface import (
     NEVER,
     SETTLED,
@@ -61,7 +64,7 @@ class Vectors(NamedTuple):
     def residuals(self, A: Any) -> Any:
         """``|W^T u - sigma v| / sigma`` of each group; 0 as in turns."""
         return self.or_zero(length(
-            _tdot(A, self.us[-1]) / self.t_norms[-1] - self.vs[-1]))
+            tdot(A, self.us[-1]) / self.t_norms[-1] - self.vs[-1]))
 
     def or_zero(self, numbers: Any) -> Any:
         """Numbers of the groups, or 0 where sigma is zero or not finite."""
@@ -206,20 +209,28 @@ def iterate(A: Any, u: Any, n: int) -> Vectors:
     """
     vectors = Vectors([u], [], [], [])
     for _ in range(n):
-        v, s_norm = _unit(_tdot(A, u))
+        v, s_norm = _unit(tdot(A, u))
         u, t_norm = _unit(_dot(A, v))
         for column, x in zip(vectors, (u, v, s_norm, t_norm)):
             column.append(x)
     return vectors
 
 
-def _tdot(A: Any, u: Any) -> Any:
-    """``W^T u`` of each group, shape ``(G, l, 1, r)``."""
-    return u @ A
+def xp_of(A: Any) -> Any:
+    """The module of the groups: NumPy or CuPy."""
+    return A.xp if isinstance(A, GroupMaps) else (
+        chainer.backend.get_array_module(A))
+
+
+def tdot(A: Any, U: Any) -> Any:
+    """``W^T u`` of each group and vector, shape ``(G, l, b, r)``."""
+    return A.tdot(U) if isinstance(A, GroupMaps) else U @ A
 
 
 def _dot(A: Any, v: Any) -> Any:
     """``W v`` of each group, shape ``(G, 1, 1, m)``."""
+    if isinstance(A, GroupMaps):
+        return A.dot(v)
     t = A @ transposed(v)
     if A.shape[1] > 1:
         t = t.sum(axis=1)
@@ -242,9 +253,25 @@ def or_one(x: Any) -> Any:
     return x + (x == 0)
 
 
+def divided(A: Any, scale: Any) -> Any:
+    """``A / scale``, in the dtype of A."""
+    if isinstance(A, GroupMaps):
+        return A.divided_by(scale)
+    return (A / scale).astype(A.dtype, copy=False)
+
+
+def row_sizes(A: Any) -> Any:
+    """What tells the largest rows of each group, shape ``(G, m)``."""
+    if isinstance(A, GroupMaps):
+        return A.row_sizes()
+    return (A * A).sum(axis=(1, 3))
+
+
 def peak(x: Any) -> Any:
     """The largest magnitude of each group, or 1 where it is 0 or not finite.
     """
+    if isinstance(x, GroupMaps):
+        x = x.blocks
     xp = chainer.backend.get_array_module(x)
     largest = abs(x).max(axis=(1, 2, 3), keepdims=True).astype(numpy.float64)
     return xp.where((largest > 0) & xp.isfinite(largest), largest, 1.0)
@@ -268,7 +295,7 @@ def iterate_anew(
         renewal: When more are needed.
 
     """
-    xp = chainer.backend.get_array_module(A)
+    xp = xp_of(A)
     found, limit, is_off = run(start), renewal.limit, True
     if xp is not numpy and renewal.rtol is None:
         return found
@@ -302,7 +329,7 @@ def power_iteration(
     # A copy: the owner of u is free to change it.
     given = u.astype(A.dtype)
     start = given.reshape(len(A), 1, 1, A.shape[2])
-    if not isinstance(A, numpy.ndarray):
+    if xp_of(A) is not numpy:
         return _carefully(A, start, n, renewal)
     vectors = iterate_anew(
         A, lambda u: iterate(A, u, n), start, n, renewal)
@@ -324,15 +351,15 @@ def _carefully(
     is one that is not finite: by the unit vector of the row of the largest
     norm.
     """
-    xp = chainer.backend.get_array_module(A)
+    xp = xp_of(A)
     scale, u_peak = peak(A), peak(given)
-    A = (A / scale).astype(A.dtype, copy=False)
+    A = divided(A, scale)
     start, start_norm = _unit(given / u_peak)  # in float64, as peaks are
     start = start.astype(A.dtype, copy=False)
-    rows = (A * A).sum(axis=(1, 3)).reshape(given.shape)
+    rows = row_sizes(A).reshape(given.shape)
     is_zero = rows.max(axis=3, keepdims=True) == 0
     is_usable = xp.isfinite(start_norm) & (is_zero | (
-        _tdot(A, start) != 0).any(axis=(1, 3), keepdims=True))
+        tdot(A, start) != 0).any(axis=(1, 3), keepdims=True))
     largest_row = xp.arange(A.shape[2]) == xp.expand_dims(
         rows.argmax(axis=3), 3)
     start = xp.where(is_usable, start, largest_row.astype(A.dtype))
@@ -377,7 +404,7 @@ def adjoint(
     P, Q = [], []
     tbar, ubar = us[-1], None
     for k in range(len(vs) - 1, -1, -1):
-        sbar = _tdot(A, tbar)
+        sbar = tdot(A, tbar)
         sbar = sbar - vs[k] * (vs[k] * sbar).sum()
         sbar = (sbar / or_one(s_norms[k])).astype(dtype, copy=False)
         P += [tbar, us[k]]
@@ -387,7 +414,7 @@ def adjoint(
                 dtype, copy=False)
         elif need_u:
             ubar = _dot(A, sbar)
-    xp = chainer.backend.get_array_module(A)
+    xp = xp_of(A)
     return xp.concatenate(P, axis=2), xp.concatenate(Q, axis=2), ubar
 
 

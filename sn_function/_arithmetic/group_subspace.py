@@ -23,13 +23,18 @@ from sn_function._arithmetic.group_iterations import (
     Vectors,
     as_groups,
     as_rows,
+    divided,
     finished,
     iterate_anew,
     length,
     or_one,
     peak,
+    row_sizes,
+    tdot,
     transposed,
+    xp_of,
 )
+from sn_function._arithmetic.group_maps import GroupMaps
 from sn_function._arithmetic.interface import NEVER, Renewal
 from sn_function._arithmetic.matrix import ORDINARY
 from sn_function._arithmetic.subspace import (
@@ -96,7 +101,7 @@ def subspace_iteration(
     A, scale = _in_range(A)
     moves = moves or renewal != NEVER
 
-    is_host = isinstance(A, numpy.ndarray)
+    is_host = xp_of(A) is numpy
 
     def run(U: Any) -> Subspaces:
         found = _iterate(A, U, n, moves)
@@ -117,24 +122,32 @@ def subspace_iteration(
         singular_values=found.singular_values * scale)
 
 
+def _dot(A: Any, S: Any) -> Any:
+    """``W s`` of each group and vector, shape ``(G, 1, b, m)``."""
+    if isinstance(A, GroupMaps):
+        return A.dot(S)
+    return transposed((A @ transposed(S)).sum(axis=1, keepdims=True))
+
+
 def _in_range(A: Any) -> tuple[Any, Any]:
     """Returns the groups divided by a scale of each, if that is needed."""
     scale = peak(A)
-    if isinstance(A, numpy.ndarray):
+    if xp_of(A) is numpy:
         low, high = ORDINARY[A.dtype.char]
         if low < scale.min() and scale.max() < high:
             return A, 1.0
-    return (A / scale).astype(A.dtype, copy=False), scale
+    return divided(A, scale), scale
 
 
 def _usable(A: Any, given: Any) -> Any:
     """Returns start vectors that no group but a zero one takes to zero."""
-    xp = chainer.backend.get_array_module(A)
+    xp = xp_of(A)
     b, m = given.shape[2:]
     U, is_usable = _orthonormal(given)
     axes: dict[str, Any] = {'axis': (1, 2, 3), 'keepdims': True}
-    is_usable &= (U @ A != 0).any(**axes) | (A == 0).all(**axes)
-    rows = (A * A).sum(axis=(1, 3))
+    rows = row_sizes(A)
+    is_usable &= (tdot(A, U) != 0).any(**axes) | (
+        rows == 0).all(axis=1).reshape(-1, 1, 1, 1)
     largest = xp.argsort(-rows, axis=1)[:, None, :b, None] == xp.arange(m)
     return xp.where(is_usable, given, largest.astype(given.dtype))
 
@@ -172,9 +185,9 @@ def _iterate(
 
 def _step(A: Any, start: Any, moves: bool) -> Subspaces:
     """One pass over all groups, or two to move the vectors on."""
-    xp, dtype = chainer.backend.get_array_module(A), A.dtype
+    xp, dtype = xp_of(A), A.dtype
     U, are_independent = _orthonormal(start)
-    S = U @ A
+    S = tdot(A, U)
     unit = peak(S)  # where U hardly has what A is large on, it is tiny
     S = (S / unit).astype(dtype, copy=False)
     H = (S @ transposed(S)).sum(axis=1, keepdims=True).astype(numpy.float64)
@@ -192,7 +205,7 @@ def _step(A: Any, start: Any, moves: bool) -> Subspaces:
     if not moves:
         return Subspaces(
             vectors, basis, start, are_independent, singular_values)
-    T = transposed((A @ transposed(S)).sum(axis=1, keepdims=True)) / unit
+    T = _dot(A, S) / unit
     t = T[:, :, :1] / or_one(square)
     vectors.t_norms[0] = length(t) * sigma
     c = -REGULAR * square

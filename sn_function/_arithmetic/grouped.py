@@ -29,6 +29,7 @@ from sn_function._arithmetic.group_iterations import (
     as_rows,
     transposed,
 )
+from sn_function._arithmetic.group_maps import GroupMaps
 from sn_function._arithmetic.interface import (
     GAMMA_LIMIT,
     GAMMA_TURN,
@@ -52,7 +53,7 @@ def normalize(call: Forward) -> tuple[Arrays, Iterations]:
     settings, W = call.settings, call.W
     dtype = accumulator_dtype(W.dtype)
     array = W.astype(dtype, copy=False)
-    A, n = _split(settings, array), settings.n_power_iteration
+    A, n = _matrices(settings, array), settings.n_power_iteration
     if settings.n_vectors is None:
         iterations = group_iterations.power_iteration(
             A, call.u, n, call.renewal)
@@ -100,6 +101,26 @@ def _coefficient_of_Y(call: Forward, iterations: Any) -> Any:
 def _split(settings: Settings, W: Any) -> Any:
     assert settings.groups is not None
     return settings.groups.split(W, settings.axis)
+
+
+def largest_group(
+        settings: Settings, iterations: Iterations, W: Any,
+) -> tuple[Any, Settings]:
+    """Returns the largest group as a weight, and how that is a matrix."""
+    block = _split(settings, W)[iterations.largest][0]
+    convolution = settings.convolution
+    if convolution is None:
+        return block, settings._replace(axis=1)
+    return block.reshape(convolution.shape_of_group(W.shape)), (
+        settings._replace(convolution=convolution.of_group()))
+
+
+def _matrices(settings: Settings, W: Any) -> Any:
+    """Returns what iterations are run on: the groups, or their maps."""
+    if settings.convolution is None:
+        return _split(settings, W)
+    assert settings.groups is not None
+    return GroupMaps(W, settings.groups, settings.convolution)
 
 
 def normalize_and_store(call: Forward) -> tuple[Arrays, Iterations]:
@@ -150,7 +171,8 @@ def gradients(call: Backward) -> Arrays:
             out = _times(gY, a, buffers.empty_of(
                 W, reuse and W is array), array)
             blocks = _split(settings, out)
-            blocks[iterations.largest] += (G * c).astype(dtype, copy=False)
+            blocks[iterations.largest] += (G * c).astype(
+                dtype, copy=False).reshape(1, *blocks.shape[1:])
             grads['W'] = out.astype(W.dtype, copy=False)
         if 'u' in wanted:
             xp = chainer.backend.get_array_module(W)
@@ -180,27 +202,36 @@ def _of_sigma(
     """Differentiates sigma with respect to the largest group and its vector.
 
     Returns:
-        ``G``, shape ``(1, l, m, r)``, and the derivative with respect to the
-        vector that was given, shape ``(1, 1, 1, m)``, or ``None``.
+        ``G``, in the order of the group's entries, and the derivative with
+        respect to the vector that was given, shape ``(1, 1, 1, m)``, or
+        ``None``.
 
     """
-    largest = iterations.largest
+    largest, A = iterations.largest, _matrices(settings, W)
     vectors = Vectors(*[
         [x[largest] for x in column] for column in iterations.vectors])
     if settings.detach_uv or settings.n_vectors is not None:
-        return transposed(vectors.us[-1]) * vectors.vs[-1], None
+        return _product(A, largest, vectors.us[-1], vectors.vs[-1]), None
     scale, u_norm, restarts = [
         x[largest] if hasattr(x, 'shape') else x for x in (
             iterations.scale, iterations.u_norm, iterations.restarts)]
-    A = (_split(settings, W)[largest] / scale).astype(
-        vectors.us[0].dtype, copy=False)
-    P, Q, ubar = group_iterations.adjoint(A, vectors, need_u)
+    of_group = A.pick(largest) if isinstance(A, GroupMaps) else A[largest]
+    P, Q, ubar = group_iterations.adjoint(
+        group_iterations.divided(of_group, scale).astype(
+            vectors.us[0].dtype, copy=False), vectors, need_u)
     if ubar is not None:
         ubar = ubar * (scale / u_norm)
         if restarts is not False:
             xp = chainer.backend.get_array_module(ubar)
             ubar = xp.where(restarts, 0, ubar)
-    return transposed(P) @ Q, ubar
+    return _product(A, largest, P, Q), ubar
+
+
+def _product(A: Any, largest: Any, P: Any, Q: Any) -> Any:
+    """``P^T Q``, the gradient with respect to the entries of the group."""
+    if isinstance(A, GroupMaps):
+        return A.pick(largest).gradient(P, Q)
+    return transposed(P) @ Q
 
 
 def _inner(x: Any, y: Any) -> Any:

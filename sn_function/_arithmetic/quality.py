@@ -25,7 +25,7 @@ from typing import Any
 import chainer
 import numpy
 
-from sn_function._arithmetic import power_iteration, singular
+from sn_function._arithmetic import grouped, power_iteration, singular
 from sn_function._arithmetic.choose import arithmetic_of
 from sn_function._arithmetic.convolution import Convolution
 from sn_function._arithmetic.groups import Groups
@@ -110,8 +110,7 @@ def _estimate(
     except VectorValueError:  # a device replaces it without a word
         return {**dict.fromkeys(names, math.nan), 'is_sound': False}
     if settings.groups is not None:
-        W = settings.groups.split(W, settings.axis)[iterations.largest][0]
-        settings = settings._replace(axis=1)
+        W, settings = grouped.largest_group(settings, iterations, W)
         iterations = iterations.of_largest()
     if settings.n_vectors is None:
         return {'sigma': sigma, 'residual': residual(

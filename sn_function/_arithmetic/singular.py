@@ -8,7 +8,7 @@ import chainer
 import numpy
 from chainer.backends import cuda
 
-from sn_function._arithmetic import matrix
+from sn_function._arithmetic import host, matrix
 from sn_function._arithmetic.convolution import (
     Convolution,
     ConvolutionMatrix,
@@ -22,6 +22,12 @@ LARGE = 4096
 SMALL = 256
 MAX_STEPS = 512
 MAX_STARTS = 20
+# Residuals, relative to the largest singular value.  Its own error is far
+# below that, as it is of second order; a map takes long.
+RTOL = 1e-13
+MAP_RTOL = 1e-4
+# For the vectors of a map after the first.
+MAP_ITERATIONS = 50
 
 
 def as_matrix(W: Any, axis: int) -> Any:
@@ -49,7 +55,7 @@ def norm(
     xp = chainer.backend.get_array_module(W)
     if convolution is not None:
         return xp.asarray(_largest(ConvolutionMatrix(
-            cuda.to_cpu(W).astype(numpy.float64), convolution))[0])
+            cuda.to_cpu(W).astype(numpy.float64), convolution), MAP_RTOL)[0])
     A = matrices(W, axis, groups)
     with numpy.errstate(all='ignore'):
         peak = abs(A).max()
@@ -89,7 +95,8 @@ def largest(A: Any) -> tuple[float, Any, Any]:
     return _largest(matrix.Matrix(A, 0))
 
 
-def _largest(A: matrix.Matrix) -> tuple[float, Any, Any]:
+def _largest(
+        A: matrix.Matrix, rtol: float = RTOL) -> tuple[float, Any, Any]:
     """As :func:`largest`; NaN where A holds NaN or Inf."""
     scale = float(abs(A.array).max())
     if not math.isfinite(scale):
@@ -100,9 +107,9 @@ def _largest(A: matrix.Matrix) -> tuple[float, Any, Any]:
         # Drawn, but always the same: so is the output.
         v = numpy.random.RandomState(0).normal(size=A.n)
         for _ in range(MAX_STARTS):
-            value, u, v, residual = _bidiagonalized(A, v)
+            value, u, v, residual = _bidiagonalized(A, v, rtol)
             found = value * scale, u, v
-            if residual <= 1e-13 * value or min(A.m, A.n) > LARGE:
+            if residual <= rtol * value or min(A.m, A.n) > LARGE:
                 return found
     u, values, v = numpy.linalg.svd(
         A.tdot_all(numpy.eye(A.m)), full_matrices=False)
@@ -132,7 +139,32 @@ def leading(A: Any, n: int) -> tuple[float, Any]:
     return math.sqrt(max(squares[-1], 0.)) * scale, vectors.T
 
 
-def _bidiagonalized(A: matrix.Matrix, v: Any) -> tuple[float, Any, Any, float]:
+def leading_of_map(
+        W: Any, convolution: Convolution, n: int) -> tuple[float, Any]:
+    """As :func:`leading`, of the map of a convolution, or of each group of it.
+
+    Of several vectors those after the first are approximate.
+    """
+    W = W.astype(numpy.float64)
+    if convolution.split is not None:
+        shape = convolution.shape_of_group(W.shape)
+        values, us = zip(*[
+            leading_of_map(block.reshape(shape), convolution.of_group(), n)
+            for block in convolution.split.split(W, 0)])
+        return max(values), numpy.concatenate(us, axis=-1)
+    value, u, _ = _largest(ConvolutionMatrix(W, convolution), MAP_RTOL)
+    if n == 1:
+        return value, u
+    U = numpy.random.RandomState(0).normal(size=(n, len(u)))
+    if value:
+        U[0] = u
+        host.warm_up(W, U, 0, MAP_ITERATIONS, convolution=convolution)
+    return value, U
+
+
+def _bidiagonalized(
+        A: matrix.Matrix, v: Any, rtol: float = RTOL,
+) -> tuple[float, Any, Any, float]:
     """:func:`largest` in the span of few vectors, from v, and its residual.
 
     Golub-Kahan-Lanczos bidiagonalization with full reorthogonalization: with
@@ -155,7 +187,7 @@ def _bidiagonalized(A: matrix.Matrix, v: Any) -> tuple[float, Any, Any, float]:
         if k % 8 == 7 or is_last:
             P, values, Q = numpy.linalg.svd(B[:k + 1, :k + 1])
             residual = beta * abs(P[k, 0])
-            if is_last or residual <= 1e-13 * values[0]:
+            if is_last or residual <= rtol * values[0]:
                 break
         B[k, k + 1] = beta
     return (float(values[0]), P[:, 0] @ U[:k + 1], Q[0] @ V[:k + 1],

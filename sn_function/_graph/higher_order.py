@@ -73,12 +73,10 @@ def _estimate(
         settings: Settings, iterations: Iterations, W: chainer.Variable,
         u: Any) -> chainer.Variable:
     """Sigma of a multiple of the weight that the iterations were run on."""
-    axis = settings.axis
     of_group: Any = iterations
     if settings.groups is not None:
-        W, u, of_group = _largest_group(settings, iterations, W, u)
-        axis = 1
-    A = (_Blocks(W, axis) if settings.convolution is None
+        W, u, settings, of_group = _largest_group(settings, iterations, W, u)
+    A = (_Blocks(W, settings.axis) if settings.convolution is None
          else _Map(W, settings.convolution))
     if settings.detach_uv:
         return F.sum(of_group.u * A.dot(chainer.as_variable(of_group.v)))
@@ -103,8 +101,8 @@ def _largest_in_span(A: _Blocks | _Map, iterations: Any) -> chainer.Variable:
 
 def _largest_group(
         settings: Settings, iterations: Any, W: chainer.Variable, u: Any,
-) -> tuple[chainer.Variable, Any, Any]:
-    """Returns the largest group as a weight of output axis 1, and its own.
+) -> tuple[chainer.Variable, Any, Settings, Any]:
+    """Returns the largest group as a weight, and what belongs to that.
 
     A group is chosen by a sum over all, of which the others are multiplied by
     zero: so it is on a device, which does not tell which one it is.
@@ -112,16 +110,22 @@ def _largest_group(
     assert settings.groups is not None
     xp = backend.get_array_module(W.array)
     blocks = settings.groups.split(W, settings.axis)
-    G, _, m, _ = blocks.shape
+    G = len(blocks)
     chosen = xp.zeros((G, 1), W.dtype)
     chosen[iterations.largest] = 1
     weight = F.sum(blocks * F.broadcast_to(chainer.as_variable(
         chosen.reshape(G, 1, 1, 1)), blocks.shape), axis=0)
     if isinstance(u, chainer.Variable):
-        u = F.reshape(u, (G, m))
+        u = F.reshape(u, (G, -1))
         u = F.sum(u * F.broadcast_to(
-            chainer.as_variable(chosen.astype(u.dtype)), (G, m)), axis=0)
-    return weight, u, iterations.of_largest()
+            chainer.as_variable(chosen.astype(u.dtype)), u.shape), axis=0)
+    convolution = settings.convolution
+    if convolution is None:
+        settings = settings._replace(axis=1)
+    else:
+        weight = F.reshape(weight, convolution.shape_of_group(W.shape))
+        settings = settings._replace(convolution=convolution.of_group())
+    return weight, u, settings, iterations.of_largest()
 
 
 def _where(condition: Any, x: Any, y: Any) -> chainer.Variable:

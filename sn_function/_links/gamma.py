@@ -14,6 +14,7 @@ from chainer.backends import cuda
 from sn_function import errors
 from sn_function._arithmetic import singular
 from sn_function._arithmetic.choose import is_on_device
+from sn_function._arithmetic.convolution import Convolution
 from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.matrix import accumulator_dtype
 
@@ -28,28 +29,32 @@ def free_name(link: chainer.Link, weight_name: str) -> str:
 
 def register(
         link: chainer.Link, name: str, W: chainer.Parameter, axis: int,
-        groups: Groups | None = None,
+        groups: Groups | None = None, convolution: Convolution | None = None,
 ) -> None:
     """Adds gamma to the parameters of the link."""
-    gamma = chainer.Parameter(LargestSingularValue(W, axis, groups))
+    gamma = chainer.Parameter(
+        LargestSingularValue(W, axis, groups, convolution))
     gamma.to_device(link.device)
     with link.init_scope():
         setattr(link, name, gamma)
 
 
 def initialize(
-        gamma: chainer.Parameter, W: Any, is_made_anew: bool = False) -> None:
+        gamma: chainer.Parameter, W: Any, is_made_anew: bool = False,
+        convolution: Convolution | None = None) -> None:
     """Initializes gamma from ``W``, unless that was done.
 
     Args:
         gamma: The parameter.
         W: The weight, a Variable with an array.
         is_made_anew: Whether to do it again.
+        convolution: The map whose norm it is, if that is no matrix.
 
     """
     initializer = _initializer_for(gamma, W)
     if initializer is not None:
         initializer.W = W  # in a copy of the link it was that of another
+        initializer.convolution = convolution
         if gamma.array is not None and initializer.shape is None:
             initializer.shape = W.shape  # gamma was loaded before its weight
     if gamma.array is None:
@@ -120,6 +125,8 @@ class LargestSingularValue:
         W: The weight, which may be initialized later.
         axis: Its output axis.
         groups: Its groups, if the norm is that of the largest one.
+        convolution: The map, if the norm is that of images.  While their size
+            is not known, gamma is 1, as without a weight.
 
     Attributes:
         value: What gamma was initialized with, an array of shape ``()``.
@@ -132,13 +139,16 @@ class LargestSingularValue:
     shape: Any = None
     n_updates = 0
     groups: Groups | None = None  # in pickles of versions before 0.2
+    convolution: Convolution | None = None  # likewise
 
     def __init__(
             self, W: chainer.Parameter, axis: int,
-            groups: Groups | None = None) -> None:
+            groups: Groups | None = None,
+            convolution: Convolution | None = None) -> None:
         self.W = W
         self.axis = axis
         self.groups = groups
+        self.convolution = convolution
         self._dtype: Any = None
 
     @property
@@ -159,10 +169,13 @@ class LargestSingularValue:
     def __call__(self, array: Any) -> None:
         array[...] = 1
         W: Any = self.W.array
-        if W is None:
+        convolution = self.convolution
+        if W is None or (
+                convolution is not None and convolution.insize is None):
             return
         with numpy.errstate(over='ignore'):
-            array[...] = singular.norm(W, self.axis, self.groups)
+            array[...] = singular.norm(
+                W, self.axis, self.groups, convolution)
         xp = chainer.backend.get_array_module(array)
         array[...] = xp.where((array > 0) & xp.isfinite(array), array, 1.)
         self.value = array.copy()

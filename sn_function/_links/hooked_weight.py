@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import chainer
 
 from sn_function import errors
-from sn_function._arithmetic.groups import length_of_u
 from sn_function._arithmetic.interface import (
     NEVER,
     SETTLED,
@@ -37,7 +36,6 @@ class Hook(Protocol):
     """The settings of a hook: what to normalize, and how."""
 
     weight_name: str
-    vector_name: str
     n_power_iteration: int
     n_warmup: int
     detach_uv: bool
@@ -75,21 +73,26 @@ class HookedWeight:
         link: The link.
         W: The weight, which has an array.  It is no parameter of the link
             where another hook has replaced that.
+        insize: Size of the images of a call, for the norm of a map of which
+            nothing else says a size.
 
     Attributes:
         state (LinkState): What the link keeps for the hook.
+        convolution (Convolution or None): The map whose norm the hook takes,
+            if that is not the weight as a matrix.
 
     """
 
-    __slots__ = ('W', 'hook', 'link', 'state')
+    __slots__ = ('W', 'convolution', 'hook', 'link', 'state')
 
     def __init__(
             self, hook: Hook, link: chainer.Link, W: chainer.Variable,
-    ) -> None:
+            insize: tuple[int, ...] | None = None) -> None:
         self.hook = hook
         self.link = link
         self.W = W
         self.state = LinkState.of(link, hook.weight_name)
+        self.convolution = vector.map_of(link, hook, insize)
 
     @property
     def settings(self) -> Settings:
@@ -102,23 +105,45 @@ class HookedWeight:
                 hook.n_power_iteration, output_axis(self.link),
                 hook.detach_uv, hook.factor, hook.eps, hook.cap,
                 groups_of(self.link, hook))
-        return state.settings[1]
+        settings: Settings = state.settings[1]
+        if self.convolution is None:
+            return settings
+        return settings._replace(convolution=self.convolution)
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """That of one vector, as the link keeps it; ``None`` if unknown."""
+        return vector.shape_of(
+            self.link, self.hook, self.W.array.shape, self.convolution)
+
+    @property
+    def v_shape(self) -> tuple[int, ...] | None:
+        """Shape of the outputs of a map; ``None`` for a matrix."""
+        if self.convolution is None:
+            return None
+        return self.convolution.out_shape(self.W.shape)
 
     def vector_and_gamma(self) -> tuple[Array, chainer.Parameter | None]:
         """Returns u and gamma, initialized where they are not yet.
 
         Both are made anew for a weight of another shape.
+
+        Raises:
+            UnknownInputSizeError: u is an input, of a size that is not known.
+
         """
         hook, link, W = self.hook, self.link, self.W.array
+        shape = self.shape
+        if shape is None:
+            raise errors.UnknownInputSizeError(
+                type(link).__name__, hook.weight_name)
         gamma = None
         if self.state.gamma_name is not None:
             gamma = getattr(link, self.state.gamma_name)
-        length = length_of_u(
-            W.shape, output_axis(link), groups_of(link, hook))
         misfits: list[Any] = []
-        for ndim, name in enumerate(vector.names(hook), 1):
+        for k, name in enumerate(vector.names(hook, link)):
             u = getattr(link, name, None)
-            if u is not None and (u.ndim, u.shape[-1]) != (ndim, length):
+            if u is not None and u.shape[k:] != shape:
                 misfits.append(name)
         if misfits:
             self._discard(misfits)
@@ -130,15 +155,17 @@ class HookedWeight:
             names = f'{", ".join(others)} and {last}' if others else last
             self._warn(f'{names} belonged to a weight of another shape than '
                        f'{W.shape}.')
-        u = vector.find(link, hook, W)
+        u = vector.find(link, hook, W, self.convolution)
         if gamma is not None:
-            _gamma.initialize(gamma, self.W, is_gamma_misfit)
+            _gamma.initialize(
+                gamma, self.W, is_gamma_misfit, self.convolution)
         return u, gamma
 
     def discard_bad_vector(self) -> None:
         """Has what is wrong in the vectors made anew, and warns of that."""
-        leading, *others = vector.names(self.hook)
-        if others and vector.is_sound(getattr(self.link, leading)):
+        leading, *others = vector.names(self.hook, self.link)
+        if others and leading not in vector.unsound_names(
+                self.hook, self.link):
             self._warn(f'{others[0]} was zero or not finite, or its rows '
                        f'were not independent.')
             self._discard(others)

@@ -1,7 +1,8 @@
-"""Snapshots that lack the further vectors of a weight, loaded strictly.
+"""Snapshots that lack some vectors of a weight, loaded strictly.
 
 ``W_u`` is in any snapshot of a link with a hook, Chainer's or ours; ``W_us``
-is in those of hooks with several vectors only.  Chainer's deserializers raise
+is in those of hooks with several vectors only, and ``W_map`` in those of hooks
+that take the norm of a map.  Chainer's deserializers raise
 an error for what a file lacks, and links have no say in it.  So
 ``Link.serialize`` is replaced by one that gives such links a deserializer
 which returns ``None`` for these names: then the next call makes the vectors.
@@ -24,8 +25,8 @@ def serialize(link: chainer.Link, serializer: Any) -> None:
     if not isinstance(serializer, chainer.Serializer):
         names = {
             name for hook in link.local_link_hooks.values()
-            if getattr(hook, 'n_vectors', 1) > 1
-            for name in vector.names(hook)[1:]}
+            if hasattr(hook, 'n_vectors')
+            for name in vector.optional_names(hook, link)}
         if names:
             serializer = _WithOptional(serializer, names)
     _serialize(link, serializer)

@@ -36,7 +36,7 @@ def start_vector(link: chainer.Link, state: LinkState, u: Any) -> Any:
             return _replay(node, run, (id(link), state.weight_name), u)
     # Without a Forget node the latest call is run again.
     start = state.start
-    is_usable = type(start) is type(u) and (
+    is_usable = type(start) is type(u) and start.shape == u.shape and (
         start.dtype == accumulator_dtype(u.dtype))
     return start if is_usable else u
 
@@ -77,4 +77,5 @@ def _replay(node: Any, run: Any, key: Any, u: Any) -> Any:
         node.__dict__['_sn_replay'] = weakref.ref(run), counts
     k = counts[key] = counts.get(key, -1) + 1
     starts = _starts(node, key)
-    return starts[k] if k < len(starts) else u
+    is_usable = k < len(starts) and starts[k].shape == u.shape
+    return starts[k] if is_usable else u

@@ -118,18 +118,23 @@ class Scope:
                 other = turn.Turn(link)
                 try:
                     if other.begin(waits=False):
-                        yield self._prepare(HookedWeight(hook, link, W))
+                        weight = HookedWeight(hook, link, W)
+                        # Of unknown size, it is made in a call of its own.
+                        if weight.shape is not None:
+                            yield self._prepare(weight)
                 finally:
                     other.end()
 
     def _prepare(self, weight: HookedWeight) -> _Prepared:
         u, gamma = weight.vector_and_gamma()
-        new = SharedWeight(weight.hook, weight.W, gamma)
+        new = SharedWeight(
+            weight.hook, weight.W, gamma, weight.shape)
         key = _key(weight.hook, weight.link)
         old = self._shared.get(key)
         is_first = True
         # It is the same, but has no graph.
-        if old is not None and old.is_of(weight.hook, weight.W):
+        if old is not None and old.is_of(weight.hook, weight.W) and (
+                old.shape == new.shape):
             is_first = False
             u = old.iterations.start
             new.is_stored = old.is_stored

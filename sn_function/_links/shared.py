@@ -18,6 +18,7 @@ class SharedWeight:
         hook: The hook that normalizes it.
         W: The weight.
         gamma: Its factor, if any.
+        shape: Of one vector, as the link keeps it.
 
     Attributes:
         Y (Variable): The normalized weight.
@@ -33,8 +34,10 @@ class SharedWeight:
 
     def __init__(
             self, hook: Hook, W: chainer.Variable,
-            gamma: chainer.Parameter | None) -> None:
+            gamma: chainer.Parameter | None,
+            shape: tuple[int, ...] | None) -> None:
         self.hook, self.W, self.gamma = hook, W, gamma
+        self.shape = shape
         self.is_stored = False
         self.has_graph, = node.config('enable_backprop')
         self._of_W, self._of_gamma = _version(W), _version(gamma)
@@ -57,7 +60,8 @@ class SharedWeight:
         if self.is_stored:
             return
         vector.store(
-            link, self.hook, self.u.astype(self.W.dtype, copy=False))
+            link, self.hook, self.u.astype(self.W.dtype, copy=False),
+            self.shape)
         self.is_stored = True
 
 

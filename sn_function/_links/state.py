@@ -32,17 +32,18 @@ class LinkState:
         self._start = start
         self._first_run: Any = None  # the iterations of the latest one
         self._latest: Any = None
+        self._v_shape: Any = None
         self.settings: Any = (None, None)
         self.has_warned = False
         self._link: Callable[[], Any] = lambda: None  # a weak reference
 
     def put(self, link: chainer.Link) -> None:
-        link.__dict__[self._key(self.weight_name)] = self
+        link.__dict__[self.key(self.weight_name)] = self
         self._link = weakref.ref(link)
 
     @classmethod
     def of(cls, link: chainer.Link, weight_name: str) -> LinkState:
-        state = link.__dict__.get(cls._key(weight_name))
+        state = link.__dict__.get(cls.key(weight_name))
         if state is None:
             raise errors.HookNotAddedError(link, weight_name)
         if state._link() is not link:  # a copy, or unpickled
@@ -52,30 +53,44 @@ class LinkState:
 
     @classmethod
     def remove(cls, link: chainer.Link, weight_name: str) -> None:
-        del link.__dict__[cls._key(weight_name)]
+        del link.__dict__[cls.key(weight_name)]
 
     @classmethod
     def is_on(cls, link: chainer.Link, weight_name: str) -> bool:
         """Whether the link has a hook of ours for that weight."""
-        return cls._key(weight_name) in link.__dict__
+        return cls.key(weight_name) in link.__dict__
 
     @staticmethod
-    def _key(weight_name: str) -> str:
+    def key(weight_name: str) -> str:
+        """Returns the name of the link's attribute."""
         return f'_{weight_name}_sn_state'
 
     # Of the iterations both vectors are views, which are made on demand: on a
     # device each takes as long as half a launch.
 
-    def keep(self, iterations: Iterations, is_second_run: bool) -> None:
-        """Keeps what a call found; a second run of it starts as the first."""
+    def keep(
+            self, iterations: Iterations, is_second_run: bool,
+            v_shape: tuple[int, ...] | None = None) -> None:
+        """Keeps what a call found; a second run of it starts as the first.
+
+        Args:
+            iterations: What the call found.
+            is_second_run: Whether it is one.
+            v_shape: Shape of the right vector, unless it is that of a matrix.
+
+        """
         self._latest = iterations
+        self._v_shape = v_shape
         if not is_second_run:
             self._first_run = iterations
 
     @property
     def v(self) -> Any:
         """The right vector that the latest call found, or ``None``."""
-        return None if self._latest is None else self._latest.v
+        if self._latest is None:
+            return None
+        v = self._latest.v
+        return v if self._v_shape is None else v.reshape(self._v_shape)
 
     @property
     def start(self) -> Any:

@@ -28,10 +28,12 @@ def output_axis(link: chainer.Link) -> int:
 def groups_of(link: chainer.Link, hook: Any) -> Groups | None:
     """Returns the groups that a hook sees in its weight, if several.
 
-    Where it normalizes each, they are those of the convolution's ``W``.
-    Chainer's hook does not.
+    Where it takes the norm of each, or of the map, which is that of the
+    largest, they are those of the convolution's ``W``.  Chainer's hook does
+    not.
     """
-    if getattr(hook, 'groups', None) is None or hook.weight_name != 'W':
+    if hook.weight_name != 'W' or (
+            getattr(hook, 'groups', None) is None and not is_map(link, hook)):
         return None
     if isinstance(link, L.DepthwiseConvolution2D):
         return Groups(None, axis=1)  # one for each channel of the input
@@ -39,6 +41,22 @@ def groups_of(link: chainer.Link, hook: Any) -> Groups | None:
         return None
     count = getattr(link, 'groups', 1)
     return Groups(count) if count > 1 else None
+
+
+def is_map(link: chainer.Link, hook: Any) -> bool:
+    """Whether a hook takes the norm of what the link makes of images."""
+    return getattr(hook, 'norm', 'matrix') == 'operator' and (
+        hook.weight_name == 'W' and isinstance(link, CONVOLUTIONS))
+
+
+def check_map(link: chainer.Link, hook: Any, W: Any) -> None:
+    """Raises an error if a hook takes the norm of a map that is unknown.
+
+    That of a weight with 2 dimensions is the weight itself.
+    """
+    if getattr(hook, 'norm', 'matrix') == 'operator' and (
+            W.ndim > 2 and not is_map(link, hook)):
+        raise errors.UnknownMapError(link, hook.weight_name)
 
 
 def convolution_of(link: chainer.Link) -> Convolution | None:
@@ -76,22 +94,50 @@ def initialize(cb_args: Any, W: chainer.Parameter, weight_name: str) -> None:
 
     """
     link = cb_args.link
-    # Of the class: the instance's may be shadowed by another hook.
-    bound = inspect.signature(type(link).forward).bind(
-        link, *cb_args.args, **cb_args.kwargs)
-    _, x, *_ = [*bound.args, *bound.kwargs.values(), None]
+    bound, x = _arguments(cb_args)
     if getattr(x, 'ndim', 0) >= 2 and _needs_input_size_only(link):
         if isinstance(link, L.Linear):
             n_batch_axes = bound.arguments.get('n_batch_axes', 1)
             in_size = size_of_shape(x.shape[n_batch_axes:])
         else:
-            in_size = chainer.memory_layouts.get_semantic_shape(
-                chainer.as_variable(x),
-                assumed_layout=getattr(link, 'x_layout', None))[1]
+            in_size = _semantic_shape(link, x)[1]
         link._initialize_params(in_size)
     if W.array is None:
         raise errors.UninitializedWeightError(
             type(link).__name__, weight_name)
+
+
+def insize_of(cb_args: Any) -> tuple[int, ...] | None:
+    """Returns the size of the images in a call of a convolution.
+
+    Args:
+        cb_args: Arguments of the link hook's callback.
+
+    Returns:
+        ``None`` where there is no input of as many dimensions as its weight.
+
+    """
+    link = cb_args.link
+    _, x = _arguments(cb_args)
+    if getattr(x, 'ndim', 0) != link.W.ndim:
+        return None
+    return tuple(_semantic_shape(link, x)[2:])
+
+
+def _arguments(cb_args: Any) -> tuple[inspect.BoundArguments, Any]:
+    """Returns those of a call, and the first of them, or ``None``."""
+    link = cb_args.link
+    # Of the class: the instance's may be shadowed by another hook.
+    bound = inspect.signature(type(link).forward).bind(
+        link, *cb_args.args, **cb_args.kwargs)
+    _, x, *_ = [*bound.args, *bound.kwargs.values(), None]
+    return bound, x
+
+
+def _semantic_shape(link: chainer.Link, x: Any) -> tuple[int, ...]:
+    return chainer.memory_layouts.get_semantic_shape(
+        chainer.as_variable(x),
+        assumed_layout=getattr(link, 'x_layout', None))
 
 
 def _needs_input_size_only(link: chainer.Link) -> bool:

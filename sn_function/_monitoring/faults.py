@@ -17,15 +17,15 @@ def fault(
         return 'zero', 'the weight is all zero, so it has no singular vector.'
     if weight.hook is None:
         return '', ''
+    names = vector.names(weight.hook, weight.link)
     if not numbers['is_sound']:
-        names = vector.names(weight.hook)
         return 'vector', (
             f'the stored vector {" or ".join(names)} is zero or not finite'
             + (', or they are not independent.' if names[1:] else '.'))
     if numbers.get('sigma_of_u', numbers['sigma']) < (
             1 - tolerance) * numbers['sigma']:
         return 'stale', (
-            f'the stored vector {weight.hook.vector_name} is of another '
+            f'the stored vector {names[0]} is of another '
             f'weight, as after training in test mode, which does not move it '
             f'on. Each call looks for a better one. sn_function.refresh(model)'
             f' stores that.')

@@ -8,7 +8,6 @@ from chainer import link_hooks
 
 from sn_function import _checks
 from sn_function._arithmetic import quality
-from sn_function._arithmetic.groups import length_of_u
 from sn_function._arithmetic.interface import NEVER
 from sn_function._links import call, vector
 from sn_function._links.hooked_weight import renewal_of
@@ -64,16 +63,17 @@ class MonitoredWeight:
         if self.array is None or hook is None:
             return self.array is not None
         # A weight of another shape gets another vector in the next call.
-        u = getattr(link, hook.vector_name, None)
-        return u is not None and u.size == length_of_u(
-            self.array.shape, output_axis(link), groups_of(link, hook))
+        u = getattr(link, vector.names(hook, link)[0], None)
+        return u is not None and u.shape == vector.shape_of(
+            link, hook, self.array.shape, vector.map_of(link, hook))
 
     def measure(self, true_sigma: bool) -> dict[str, Any]:
         """Returns numbers on it, arrays of shape () on its device."""
         W, hook, link = self.array, self.hook, self.link
         if hook is None:
             return quality.measure(W, None, output_axis(link), 1, true_sigma)
-        u = vector.at_hand(link, hook, W)
+        convolution = vector.map_of(link, hook)
+        u = vector.at_hand(link, hook, W, convolution)
         is_of_chainer = _is_of_chainer(hook)
         gamma = gamma_of(link, hook)
         if gamma is not None and gamma.array is None:
@@ -83,7 +83,8 @@ class MonitoredWeight:
         return quality.measure(
             W, u, hook.axis if is_of_chainer else output_axis(link),
             hook.n_power_iteration, true_sigma, renewal,
-            groups_of(link, hook), None if gamma is None else gamma.array)
+            groups_of(link, hook), None if gamma is None else gamma.array,
+            convolution)
 
     def layer(self, numbers: dict[str, float]) -> Layer:
         """Returns what users see of the numbers."""

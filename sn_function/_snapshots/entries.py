@@ -5,8 +5,7 @@ of its outputs: :func:`_output_axis` finds out.
 """
 from __future__ import annotations
 
-import fnmatch
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Sequence
 
 import numpy
 
@@ -14,16 +13,14 @@ from sn_function import errors
 from sn_function._arithmetic import singular
 from sn_function._arithmetic.matrix import normalize_axis
 from sn_function._snapshots import finding, layouts, vectors
+from sn_function._snapshots.given import Given
 from sn_function._snapshots.layouts import WeightKeys
 from sn_function._snapshots.readers import Reader
 from sn_function._snapshots.vectors import WeightArrays
 
-Axes = Mapping[str, int]  # of patterns of weights
-
-
 # Arrays
 
-def read(reader: Reader, weight: WeightKeys, axes: Axes) -> WeightArrays:
+def read(reader: Reader, weight: WeightKeys, given: Given) -> WeightArrays:
     """Reads a weight with all that it has.
 
     Raises:
@@ -34,7 +31,9 @@ def read(reader: Reader, weight: WeightKeys, axes: Axes) -> WeightArrays:
     W = _read_weight(reader, weight)
     gamma = None if weight.gamma is None else _read_gamma(
         reader, weight, weight.gamma)
-    axis, is_unclear = _output_axis(reader, weight, W, axes)
+    if weight.is_map:
+        return _read_map(reader, weight, W, gamma, given)
+    axis, is_unclear = _output_axis(reader, weight, W, given)
     m = W.shape[axis]
     u, fault = _read_vector(reader, weight.u, weight.u_shape(m))
     v = None
@@ -45,28 +44,57 @@ def read(reader: Reader, weight: WeightKeys, axes: Axes) -> WeightArrays:
         v = None  # made anew from u in each call
     arrays = WeightArrays(W, axis, u, v, gamma, fault, is_unclear)
     if fault is None and weight.us is not None:
-        arrays = _with_others(reader, weight.us, arrays)
+        arrays = _with_others(reader, weight.us, arrays, (m,))
     if fault is None and weight.is_torch:
         with numpy.errstate(all='ignore'):  # of a weight that is not finite
             return _checked_of_torch(weight, arrays)
     return arrays
 
 
+def _read_map(
+        reader: Reader, weight: WeightKeys, W: Any, gamma: Any, given: Given,
+) -> WeightArrays:
+    """The same of a weight whose vectors are inputs of its convolution."""
+    shape = reader.entry(weight.u).shape
+    u, fault = _read_vector(reader, weight.u, shape or ())
+    if shape is not None and not _is_input(shape, W.shape):
+        u, fault = None, f'of shape {shape}, which is no input of it'
+    arrays = WeightArrays(W, 0, u, gamma=gamma, fault=fault, map_shape=shape)
+    if shape is None or fault is not None:
+        return arrays
+    if given.has_map(weight):
+        convolution = given.map(reader.path, weight, W.shape, shape)
+        arrays = arrays._replace(
+            axis=int(convolution.is_transposed), convolution=convolution)
+        arrays = arrays._replace(fault=_fault_of(arrays.by_group(u)))
+    if arrays.fault is None and weight.us is not None:
+        arrays = _with_others(reader, weight.us, arrays, shape)
+    return arrays
+
+
+def _is_input(shape: Sequence[int], of_W: Sequence[int]) -> bool:
+    """Whether an input of a convolution may have that shape."""
+    return len(shape) == len(of_W) - 1 and min(shape) > 0 and (
+        shape[0] == of_W[0] or shape[0] % of_W[1] == 0)
+
+
 def _with_others(
-        reader: Reader, key: str, arrays: WeightArrays) -> WeightArrays:
+        reader: Reader, key: str, arrays: WeightArrays,
+        shape_of_u: tuple[int, ...]) -> WeightArrays:
     """Adds the vectors beside ``u``, or says what is wrong with them."""
     shape = reader.entry(key).shape
     if shape is None:  # the hook makes them in its next call
         return arrays
-    expected = _rows(shape), len(arrays.u)
+    n_rows = shape[0] if len(shape) == 1 + len(shape_of_u) else 0
+    expected = n_rows, *shape_of_u
     if shape != expected:
         return arrays._replace(
             fault_of_us=f'of shape {shape} instead of {expected}')
     us = reader.read(key)
     if us.dtype.char not in 'efd':
         return arrays._replace(fault_of_us=f'of dtype {us.dtype}')
-    us = us[:arrays.most_vectors - 1]
-    fault = _fault_of(us) if us.size else None
+    us = us[:arrays.most_vectors - 1].reshape(-1, len(arrays.u))
+    fault = _fault_of(arrays.by_group(us)) if us.size else None
     arrays = arrays._replace(us=us, fault_of_us=fault)
     if fault is None and not vectors.are_independent(arrays):
         return arrays._replace(fault_of_us='not independent')
@@ -84,15 +112,20 @@ def _checked_of_torch(
 
 
 def read_usable(
-        reader: Reader, weight: WeightKeys, axes: Axes) -> WeightArrays:
+        reader: Reader, weight: WeightKeys, given: Given) -> WeightArrays:
     """Reads a weight that can be used as it is.
 
     Raises:
         SnapshotError: It cannot.
 
     """
-    arrays = read(reader, weight, axes)
+    arrays = read(reader, weight, given)
     check_finite(reader, weight.W, arrays.W)
+    if weight.is_map and not given.has_map(weight):
+        raise errors.SnapshotMapError(
+            reader.path, weight.W, "it is one of a hook with "
+            "norm='operator', and the file does not hold the stride and the "
+            "padding that its norm depends on")
     check_axis(reader, weight, arrays)
     fault = fault_of(weight, arrays)
     if fault is not None:
@@ -121,11 +154,8 @@ def n_others(
     shape = None if weight.us is None else reader.entry(weight.us).shape
     if shape is None:
         return None
-    return min(_rows(shape), arrays.most_vectors - 1)
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    return shape[0] if len(shape) == 2 else 0
+    n_rows = shape[0] if len(shape) == 2 else 0
+    return min(n_rows, arrays.most_vectors - 1)
 
 
 def named(
@@ -220,8 +250,9 @@ def _read_vector(
     x = reader.read(key)
     if x.dtype.char not in 'efd':
         return None, f'of dtype {x.dtype}'
+    x = x.reshape(-1)
     fault = _fault_of(x)
-    return (x.reshape(-1), None) if fault is None else (None, fault)
+    return (x, None) if fault is None else (None, fault)
 
 
 def _fault_of(x: Any) -> str | None:
@@ -248,42 +279,32 @@ def check_finite(reader: Reader, key: str, array: Any) -> None:
 # Axes
 
 def find(
-        reader: Reader, prefix: str, axes: Axes,
-        without_u: Sequence[str] = (),
+        reader: Reader, prefix: str, given: Given,
+        without_u: Sequence[str] | None = (),
 ) -> list[WeightKeys]:
     """Returns the weights below a path; each pattern must fit one.
 
-    Those that have no vector are found by the patterns ``without_u``.
+    Those that have no vector are found by the patterns ``without_u``; all
+    are, if that is ``None``.
     """
-    if without_u:
+    if without_u is None:
+        weights = finding.find_all(reader, prefix)
+    elif without_u:
         weights = finding.with_plain(
             reader, finding.find_any(reader, prefix), without_u)
     else:
         weights = finding.find(reader, prefix)
-    for pattern, axis in axes.items():
-        if all(given_axis(weight, {pattern: axis}) is None
-               for weight in weights):
-            raise errors.SnapshotPatternError(
-                reader.path, pattern, 'no weight fits the pattern of an axis',
-                [weight.W for weight in weights])
+    given.check(reader.path, weights)
     return weights
 
 
-def given_axis(weight: WeightKeys, axes: Axes) -> int | None:
-    """Returns the axis of the first pattern that fits, if there is one."""
-    for pattern, axis in axes.items():
-        if pattern == weight.W or fnmatch.fnmatchcase(weight.W, pattern):
-            return axis
-    return None
-
-
 def _output_axis(
-        reader: Reader, weight: WeightKeys, W: Any, axes: Axes,
+        reader: Reader, weight: WeightKeys, W: Any, given: Given,
 ) -> tuple[int, bool]:
     """Returns the output axis, and whether it is doubtful."""
-    given = given_axis(weight, axes)
-    if given is not None:
-        return normalize_axis(given, W.ndim), False
+    axis = given.of('axis', weight)
+    if axis is not None:
+        return normalize_axis(axis, W.ndim), False
     # PyTorch may have dim=1 for a matrix; Chainer has 0.
     if weight.layout in layouts.FIRST_AXIS or (
             W.ndim == 2 and not weight.is_torch):
@@ -332,11 +353,11 @@ def check_axis(
 
 
 def axis_is_guessed(
-        reader: Reader, weight: WeightKeys, arrays: WeightArrays, axes: Axes,
+        reader: Reader, weight: WeightKeys, arrays: WeightArrays, given: Given,
 ) -> bool:
     """Whether the axis is 0 only because nothing says which it is."""
     if arrays.W.ndim == 2 or weight.layout in layouts.FIRST_AXIS or (
-            arrays.fault is None) or given_axis(weight, axes) is not None:
+            arrays.fault is None) or given.of('axis', weight) is not None:
         return False
     first, second = arrays.W.shape[:2]
     return first == second or _shape_of_u(reader, weight) not in (

@@ -14,6 +14,8 @@ _TORCH = re.compile(r'((?:.*\.)?)([^.]+)_(?:orig|bar|u|v)')
 _PARAMETRIZED = re.compile(
     r'((?:.*\.)?)parametrizations\.([^.]+)\.(?:original|0\._u|0\._v)')
 _BIGGAN = re.compile(r'((?:.*\.)?)(?:u|sv)0')
+# Names of weights, where no vector tells them.
+_WEIGHTS = 'W', 'weight'
 
 
 def find(reader: Reader, prefix: str) -> list[WeightKeys]:
@@ -64,7 +66,7 @@ def with_plain(
     new = []
     for pattern in patterns:
         fitting = [key for key in plain if key == pattern or (
-            layouts.split(key)[1] in ('W', 'weight')
+            layouts.split(key)[1] in _WEIGHTS
             and fnmatch.fnmatchcase(key, pattern))]
         if not fitting:
             raise errors.SnapshotPatternError(
@@ -96,6 +98,25 @@ def prefix_for(reader: Reader, model: str | None, layout: str) -> str:
 def _keys_below(reader: Reader, prefix: str) -> list[str]:
     return [key for key in reader.keys if key.startswith(prefix)
             and not key.startswith(layouts.OPTIMIZER)]
+
+
+def find_all(reader: Reader, prefix: str) -> list[WeightKeys]:
+    """Returns those with a vector and every other W and weight.
+
+    Raises:
+        SnapshotLayoutError: There is none.
+
+    """
+    found = find_any(reader, prefix)
+    taken = {key for weight in found for key in weight.keys}
+    found += [
+        WeightKeys(layouts.PLAIN, *layouts.split(key), key, f'{key}_u')
+        for key in _keys_below(reader, prefix) if key not in taken
+        and layouts.split(key)[1] in _WEIGHTS and _is_matrix(reader, key)]
+    if not found:
+        raise errors.SnapshotLayoutError(
+            reader.path, 'no weight was found in it', reader.keys)
+    return _in_order(reader, found)
 
 
 def _in_order(
@@ -140,11 +161,23 @@ def _find_chainer(reader: Reader, keys: Sequence[str]) -> list[WeightKeys]:
             if name == 'W_u' or shape is None or len(shape) > 1:
                 found.append(WeightKeys(
                     layouts.CHAINER, path, name[:-2], W, key))
-        elif name == 'u' and path + 'W' in known and (
-                f'{path}W_u' not in known):
+        elif name == 'W_map' and _is_of_map(reader, path, known):
+            found.append(WeightKeys(
+                layouts.CHAINER, path, 'W', path + 'W', key))
+        elif name == 'u' and path + 'W' in known and not (
+                {f'{path}W_u', f'{path}W_map'} & known):
             found.append(WeightKeys(
                 layouts.SNGAN, path, 'W', path + 'W', key))
     return found
+
+
+def _is_of_map(reader: Reader, path: str, known: set[str]) -> bool:
+    """Whether the W of a link may be of a convolution with a ``W_map``."""
+    W = f'{path}W'
+    if W not in known or f'{W}_u' in known or path.endswith('.'):
+        return False
+    shape = reader.entry(W).shape
+    return shape is None or len(shape) > 2
 
 
 def _gamma(

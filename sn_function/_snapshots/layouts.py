@@ -4,7 +4,9 @@
 layout              entries of a weight ``W`` of a link ``l``
 =================== ====================================================
 chainer             ``l/W``, ``l/W_u (m,)``, ``l/gamma ()``; with several
-                    vectors ``l/W_us (b - 1, m)``, those beside ``W_u``
+                    vectors ``l/W_us (b - 1, m)``, those beside ``W_u``.
+                    With ``norm='operator'`` they are inputs of the layer:
+                    ``l/W_map (c, *size)``, ``l/W_maps (b - 1, c, *size)``
 sngan-projection    ``l/W``, ``l/u (1, m)``, ``l/gamma (1, ..., 1)``
 torch               ``l.weight_orig``, ``l.weight_u (m,)``,
                     ``l.weight_v (n,)``
@@ -39,6 +41,8 @@ LAYOUTS = CHAINER, SNGAN, *OF_TORCH
 # ajbrock/BigGAN-PyTorch.
 TORCH_OLD, WRAPPER, BIGGAN = 'torch-0.4', 'torch-wrapper', 'biggan'
 READ_ONLY = TORCH_OLD, WRAPPER, BIGGAN
+# Of a weight without a vector.
+PLAIN = 'plain'
 # With u of shape (1, m), and with the first axis as that of the outputs.
 _ROWS = SNGAN, BIGGAN
 FIRST_AXIS = SNGAN, WRAPPER, BIGGAN
@@ -73,6 +77,11 @@ class WeightKeys(NamedTuple):
     @property
     def is_torch(self) -> bool:
         return self.layout in OF_TORCH + READ_ONLY
+
+    @property
+    def is_map(self) -> bool:
+        """Whether ``u`` is an input of the layer, for the norm of its map."""
+        return self.layout == CHAINER and self.u == f'{self.W}_map'
 
     @property
     def keys(self) -> list[str]:

@@ -65,6 +65,8 @@ class Names:
         if layout in layouts.OF_TORCH:
             return layouts.torch_keys(layout, path, name)
         u = path + (f'{name}_u' if layout == layouts.CHAINER else 'u')
+        if weight.is_map and layout == layouts.CHAINER:
+            u = f'{path}{name}_map'
         gamma = None if weight.gamma is None else path + (
             'gamma' if layout == layouts.SNGAN
             else layouts.split(weight.gamma)[1])

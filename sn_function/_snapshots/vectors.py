@@ -6,12 +6,15 @@ weight.  PyTorch keeps ``u`` and ``v``, and in test mode sigma is ``u^T W v``.
 """
 from __future__ import annotations
 
+import math
 from typing import Any, Callable, NamedTuple
 
 import numpy
 
 from sn_function import functions
 from sn_function._arithmetic import host, singular
+from sn_function._arithmetic.convolution import Convolution
+from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
     SETTLED,
     Forward,
@@ -36,6 +39,8 @@ class WeightArrays(NamedTuple):
     axis_is_unclear: bool = False
     us: Any = None     # (b - 1, m), of this package only
     fault_of_us: str | None = None
+    map_shape: tuple[int, ...] | None = None  # (c, *size) of u, if it is one
+    convolution: Convolution | None = None    # of such a u, where it is known
 
     @property
     def start(self) -> Any:
@@ -46,8 +51,27 @@ class WeightArrays(NamedTuple):
 
     @property
     def most_vectors(self) -> int:
+        if self.convolution is not None:
+            return self.convolution.most_vectors(self.W.shape, self.groups)
+        if self.map_shape is not None:
+            return math.prod(self.map_shape)
         m = self.W.shape[self.axis]
         return min(m, self.W.size // m)
+
+    @property
+    def groups(self) -> Groups | None:
+        """Those of the map, each of which has a vector."""
+        return None if self.convolution is None else self.convolution.split
+
+    def by_group(self, us: Any) -> Any:
+        """Returns vectors with a row for each group of the map."""
+        n = 1 if self.groups is None else self.groups.count_in(self.W.shape)
+        return us.reshape(-1, us.shape[-1] // n)
+
+    @property
+    def is_unknown_map(self) -> bool:
+        """Whether nothing can be computed, for want of the convolution."""
+        return self.map_shape is not None and self.convolution is None
 
 
 # Sigma
@@ -68,8 +92,7 @@ def estimate(
         A = singular.as_matrix(arrays.W, arrays.axis)
         return float(arrays.u @ (A @ arrays.v))
     sigma, = _forward(
-        arrays, Settings(n_power_iteration, arrays.axis, True), n_warmup,
-        'sigma')
+        arrays, _settings(arrays, n_power_iteration), n_warmup, 'sigma')
     return float(sigma)
 
 
@@ -82,9 +105,15 @@ def normalized(
         scale = arrays.W.dtype.type(factor / max(sigma, eps))
         return arrays.W * scale, sigma
     Y, sigma = _forward(
-        arrays, Settings(n_power_iteration, arrays.axis, True, factor, eps),
-        n_warmup, 'Y', 'sigma')
+        arrays, _settings(arrays, n_power_iteration)._replace(
+            factor=factor, eps=eps), n_warmup, 'Y', 'sigma')
     return Y, float(sigma)
+
+
+def _settings(arrays: WeightArrays, n_power_iteration: int) -> Settings:
+    return Settings(
+        n_power_iteration, arrays.axis, True, groups=arrays.groups,
+        convolution=arrays.convolution)
 
 
 def _forward(
@@ -149,6 +178,8 @@ def converged(
 
 def are_independent(arrays: WeightArrays) -> bool:
     """Whether a hook can start from the vectors as they are."""
+    if arrays.is_unknown_map:
+        return True  # as far as can be told
     try:
         with numpy.errstate(all='ignore'):
             estimate(arrays)

@@ -14,7 +14,6 @@ class Hook(chainer.LinkHook):
 
     name: str = 'Hook'
     weight_name: str = 'W'
-    vector_name: str = 'W_u'
     n_power_iteration: int = 1
     n_warmup: int = 0
     detach_uv: bool = False
@@ -28,5 +27,5 @@ class Hook(chainer.LinkHook):
 
     def added(self, link):
         LinkState(self.weight_name, None).put(link)
-        for name in vector.names(self):
+        for name in vector.names(self, link):
             link.add_persistent(name, None)

@@ -262,15 +262,16 @@ class TestSeveral:
             vector.find(link, hook, link.W.array), new + 1)
 
     @pytest.mark.parametrize(('change', 'expected'), [
-        (lambda u: None, True), (lambda u: u.fill(0), False),
-        (lambda u: u[1].fill(0), False),
-        (lambda u: u[1, :1].fill(np.inf), False)])
-    def test_is_sound(self, change, expected):
-        u = drawn(3, 6)
-        change(u)
-        assert vector.is_sound(u) is expected
-        assert vector.is_sound(u[1]) is expected
-        assert vector.is_sound(None)
+        (lambda u: None, []), (lambda u: u.fill(0), ['W_u', 'W_us']),
+        (lambda u: u[0].fill(0), ['W_u']), (lambda u: u[2].fill(0), ['W_us']),
+        (lambda u: u[1, :1].fill(np.inf), ['W_us'])])
+    def test_unsound_names(self, change, expected):
+        link, hook = several()
+        change(vector.find(link, hook, link.W.array))
+        assert vector.unsound_names(hook, link) == expected
+        link.W_u = None
+        assert vector.unsound_names(hook, link) == [
+            name for name in expected if name != 'W_u']
 
     @pytest.mark.gpu
     def test_on_a_device(self):

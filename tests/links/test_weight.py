@@ -38,3 +38,44 @@ def test_an_input_without_a_size(x):
     args = types.SimpleNamespace(link=link, args=(x,), kwargs={})
     with pytest.raises(errors.UninitializedWeightError, match=r'Linear\.W'):
         weight.initialize(args, link.W, 'W')
+
+
+def call_of(link, *args, **kwargs):
+    return types.SimpleNamespace(link=link, args=args, kwargs=kwargs)
+
+
+@pytest.mark.parametrize(('link', 'shape', 'expected'), [
+    (L.Convolution1D(2, 3, 2), (1, 2, 5), (5,)),
+    (L.Convolution2D(2, 3, 2), (1, 2, 5, 6), (5, 6)),
+    (L.Deconvolution3D(2, 3, 2), (1, 2, 5, 6, 7), (5, 6, 7)),
+    (L.Convolution2D(2, 3, 2), (2, 5, 6), None),
+    (L.Convolution2D(2, 3, 2), (1, 2, 5, 6, 7), None)])
+def test_insize(link, shape, expected):
+    x = np.ones(shape, 'f')
+    assert weight.insize_of(call_of(link, x)) == expected
+    assert weight.insize_of(call_of(link, x=x)) == expected
+    assert weight.insize_of(call_of(link, chainer.Variable(x))) == expected
+    assert weight.insize_of(call_of(link, None)) is None
+
+
+def test_insize_of_channels_that_come_last():
+    link = L.Convolution2D(2, 3, 2)
+    link.x_layout = chainer.memory_layouts.CUDNN_CHANNEL_LAST_X
+    x = chainer.Variable(np.ones((1, 5, 6, 2), 'f'), layout=link.x_layout)
+    assert weight.insize_of(call_of(link, x)) == (5, 6)
+
+
+@pytest.mark.parametrize(('link', 'settings', 'expected'), [
+    (L.Convolution2D(2, 3, 2), {}, True),
+    (L.DepthwiseConvolution2D(2, 3, 2), {}, True),
+    (L.DilatedConvolution2D(2, 3, 2), {}, True),
+    (L.DeconvolutionND(1, 2, 3, 2), {}, True),
+    (L.Convolution2D(2, 3, 2), dict(norm='matrix'), False),
+    (L.Convolution2D(2, 3, 2), dict(weight_name='V'), False),
+    (L.Linear(2, 3), {}, False), (L.EmbedID(2, 3), {}, False)])
+def test_is_map(link, settings, expected):
+    hook = types.SimpleNamespace(
+        **{'norm': 'operator', 'weight_name': 'W', **settings})
+    assert weight.is_map(link, hook) is expected
+    del hook.norm  # Chainer's
+    assert weight.is_map(link, hook) is False

@@ -1,0 +1,164 @@
+"""Intervals that surely hold the norm of a map."""
+from __future__ import annotations
+
+import math
+from typing import Any, Callable, NamedTuple
+
+import numpy
+
+from sn_function._arithmetic import lanczos, proofs
+from sn_function._arithmetic import symbol as symbol_
+from sn_function._arithmetic.branch_and_bound import (
+    RATIO,
+    Clock,
+    Progress,
+    Search,
+)
+from sn_function._arithmetic.convolution import (
+    Convolution,
+    ConvolutionMatrix,
+)
+from sn_function._arithmetic.proofs import frobenius, rounding
+from sn_function._arithmetic.symbol import Symbol
+
+# The matrices whose product of the sides and the smaller side is up to that
+# are decomposed.
+SMALL = 2 ** 30
+# Where that of the map at one size is no more than that, it is made a matrix.
+LARGE = 2 ** 36
+
+
+class Interval(NamedTuple):
+    """What surely holds a norm: ``lo <= norm <= hi``.
+
+    ``hi <= (1 + rtol) * lo`` tells whether the tolerance has been reached.
+    """
+
+    lo: float
+    hi: float
+
+
+def norm_interval(
+        W: Any, convolution: Convolution | None = None,
+        rtol: float = 1e-3, time_limit: float | None = None,
+        progress: Progress | None = None) -> Interval:
+    """Returns an interval that holds the norm of a map.
+
+    Args:
+        W: Its weight, an array of NumPy.
+        convolution: What it does beside its weight: with ``insize`` the norm
+            is that for images of this size, else the least upper bound for
+            images of all sizes.  With ``None`` the map is the matrix with
+            rows along the first axis of W.
+        rtol: The width that is wanted, in units of the norm.
+        time_limit: Seconds after which the interval may be wider, or
+            ``None``.
+        progress: Called with both ends, meanwhile, again and again.
+
+    Returns:
+        The interval: (0, 0) for a weight of zeros, (nan, nan) for one with
+        NaN or Inf.
+
+    """
+    W = W.astype(numpy.float64)
+    peak = abs(W).max()
+    if not 0 < peak < math.inf:
+        return Interval(0 * float(peak), 0 * float(peak))
+    exponent = math.frexp(peak)[1]
+    clock = Clock(time_limit, progress and (
+        lambda lo, hi: progress(*_scaled(lo, hi, exponent))))
+    blocks = symbol_.grouped(numpy.ldexp(W, -exponent), convolution)
+    if convolution is not None and convolution.insize is not None:
+        ends = _at_size(blocks, convolution, rtol, clock)
+    else:
+        ends = _at_all_sizes(symbol_.taps(blocks, convolution), rtol, clock)
+    return _scaled(*ends, exponent)
+
+
+def _scaled(lo: float, hi: float, exponent: int) -> Interval:
+    """Multiplies by a power of two, outwards where the range ends."""
+    with numpy.errstate(over='ignore', under='ignore'):
+        low, high = (float(numpy.ldexp(end, exponent)) for end in (lo, hi))
+    tiny = numpy.finfo(float).tiny
+    if low < tiny:
+        low = max(0., low - 5e-324)
+    if hi > 0 and high < tiny:
+        high += 5e-324
+    return Interval(min(low, float(numpy.finfo(float).max)), high)
+
+
+def _at_all_sizes(
+        taps: Any, rtol: float, clock: Clock) -> tuple[float, float]:
+    if taps.ndim > 3:
+        return Search(Symbol(taps), rtol, clock).run()
+    return _largest(frobenius(taps), taps.__getitem__, rtol, clock)
+
+
+def _at_size(
+        blocks: Any, convolution: Convolution, rtol: float, clock: Clock,
+) -> tuple[float, float]:
+    """Returns both ends for images of one size, from groups of the weight."""
+    one = convolution._replace(groups=1, is_depthwise=False)
+    maps = [ConvolutionMatrix(W, one) for W in blocks]
+    # The matrix is a sum of one for each tap.
+    bounds = numpy.array([sum([
+        frobenius(W[(..., *tap)]) for tap in numpy.ndindex(W.shape[2:])
+    ]) for W in blocks])
+    m, n = maps[0].m, maps[0].n
+    if m * n * min(m, n) <= LARGE:
+        # Rows are images of one pixel, and no sum has two terms.
+        return _largest(
+            bounds, lambda i: maps[i].tdot_all(numpy.eye(m)), rtol, clock)
+    lo = 0.
+    for bound, A in zip(bounds, maps):
+        if bound <= lo or clock.is_up():
+            continue
+        u = lanczos.leading(lanczos.Gram(A.dot, A.tdot), lanczos.start(m),
+                            .1 * rtol, clock.is_up)
+        lo = max(lo, proofs.lower_bound(
+            A.tdot(u), u, rounding(blocks[0].size) * bound))
+    _, hi = _at_all_sizes(symbol_.taps(blocks, one), rtol, clock)
+    return lo, max(lo, hi)
+
+
+def _largest(
+        bounds: Any, matrix: Callable[[int], Any], rtol: float, clock: Clock,
+) -> tuple[float, float]:
+    """Returns both ends for the largest norm of some matrices.
+
+    Args:
+        bounds: What is at least the norm of each.
+        matrix: Makes one of them.
+        rtol: The width that is wanted.
+        clock: The time left.
+
+    """
+    lo = hi = 0.
+    for i in numpy.argsort(-bounds):
+        if bounds[i] <= hi:
+            break
+        if clock.is_up():
+            return lo, max(hi, float(bounds[i]))
+        clock.tell(lo, float(bounds[i]))
+        A = matrix(i)
+        if len(A) > A.shape[1]:
+            A = A.T
+        if not proofs.is_below(A, hi):
+            ends = _ends(A, rtol)
+            lo, hi = max(lo, ends[0]), max(hi, ends[1])
+    return lo, hi
+
+
+def _ends(A: Any, rtol: float) -> tuple[float, float]:
+    """Returns both ends for a matrix with no more rows than columns."""
+    if A.size * len(A) <= SMALL:
+        return proofs.decomposed(A)
+    u = lanczos.leading(
+        lanczos.Gram(A.dot, A.T.dot), lanczos.start(len(A)), .1 * rtol)
+    size = frobenius(A)
+    lo = proofs.lower_bound(u @ A, u, rounding(len(A)) * size)
+    while rtol < 1:
+        if proofs.is_below(A, (1 + rtol) * lo):
+            return lo, (1 + rtol) * lo
+        rtol *= RATIO
+    return lo, size
