@@ -3,7 +3,8 @@
 ``python -m tests.tools.benchmarks.settings`` prints the time of the
 normalization of a weight and its gradient by the hook: with several vectors,
 for weights of networks, with ``groups='each'``, for some links, and with
-``norm='operator'``, as a part of a layer's step with 64 images.  All settings are timed in turn in one process.  Set ``OPENBLAS_NUM_THREADS=1`` and
+``norm='operator'``, as a part of a layer's step with 64 images.  All settings
+are timed in turn in one process.  Set ``OPENBLAS_NUM_THREADS=1`` and
 ``OMP_NUM_THREADS=1``.
 """
 from __future__ import annotations
