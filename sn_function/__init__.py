@@ -21,6 +21,7 @@ __all__ = [
     'bake',
     'cached',
     'chain',
+    'conv_spectral_normalize',
     'errors',
     'extensions',
     'functions',
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from sn_function._summary import summary
     from sn_function.chain import ChainSpectralNormalization, cached
     from sn_function.functions import (
+        conv_spectral_normalize,
         spectral_norm,
         spectral_normalize,
         spectral_normalize_all,
@@ -60,6 +62,7 @@ else:
         'ChainSpectralNormalization': 'chain',
         'SpectralNormalization': 'link_hooks',
         'cached': 'chain',
+        'conv_spectral_normalize': 'functions',
         'refresh': '_refresh',
         'spectral_norm': 'functions',
         'spectral_normalize': 'functions',

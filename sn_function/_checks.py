@@ -4,16 +4,18 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from typing import Any
+from typing import Any, Sequence
 
 import chainer
 import numpy
 from chainer import backend
 from chainer.backends import cuda
+from chainer.utils.conv_nd import as_tuple
 
 from sn_function import errors
 from sn_function._arithmetic import matrix
 from sn_function._arithmetic.choose import is_on_device
+from sn_function._arithmetic.convolution import Convolution
 from sn_function._arithmetic.groups import Groups, length_of_u, most_vectors
 
 
@@ -71,6 +73,61 @@ def check_groups(groups: Any) -> Groups | None:
     return Groups(count) if count > 1 else None
 
 
+def check_convolution(
+        W: Any, stride: Any, pad: Any, dilate: Any, groups: Any,
+        is_transposed: bool, outsize: Any, cover_all: bool,
+        shape: Sequence[int]) -> Convolution:
+    """Returns the convolution that maps an input of a shape, if W fits it.
+
+    Args:
+        W: Its weight, an array or a Variable.
+        stride, pad, dilate: Numbers, or one for each axis of images.
+        groups: Number of groups of channels.
+        is_transposed: Whether it is a deconvolution.
+        outsize: Size of the outputs of that, or ``None``.
+        cover_all: As in :class:`chainer.links.ConvolutionND`.
+        shape: Of the input: ``(c, *size)``, or ``(b, c, *size)``.
+
+    """
+    array = W.array if isinstance(W, chainer.Variable) else W
+    if array is None and array is not W:
+        raise errors.UninitializedWeightError('Parameter', W.name or 'W')
+    check_weight(array)
+    W_shape = tuple(array.shape)
+    ndim = len(W_shape) - 2
+    if ndim == 0:
+        raise errors.MapWeightError(W_shape)
+    stride, pad, dilate = [
+        _check_sizes(name, x, ndim, least) for name, x, least in (
+            ('stride', stride, 1), ('pad', pad, 0), ('dilate', dilate, 1))]
+    split = check_groups(groups)
+    if split is not None:
+        split.count_in(W_shape)
+    channels = W_shape[0] if is_transposed else W_shape[1] * int(groups)
+    if len(shape) not in (ndim + 1, ndim + 2) or (
+            shape[-ndim - 1] != channels):
+        raise errors.MapShapeError(shape, W_shape, channels)
+    convolution = Convolution(
+        stride, pad, dilate, int(groups), bool(cover_all), is_transposed,
+        None if outsize is None else _check_sizes(
+            'outsize', outsize, ndim, 1), insize=tuple(shape[-ndim:]))
+    convolution.out_shape(W_shape)
+    if outsize is not None and not (
+            is_transposed and convolution.fits_outsize(W_shape)):
+        raise errors.OutputSizeError(outsize, shape[-ndim:], W_shape)
+    return convolution
+
+
+def _check_sizes(name: str, x: Any, ndim: int, least: int) -> tuple[int, ...]:
+    try:
+        sizes = as_tuple(x, ndim)
+        for size in sizes:
+            check_count(name, size, least)
+    except (AssertionError, TypeError, errors.IterationCountError):
+        raise errors.SizeError(name, x, ndim, least) from None
+    return tuple(map(int, sizes))
+
+
 def is_real(x: Any) -> bool:
     return type(x) is float or (
         isinstance(x, numbers.Real) and not isinstance(x, bool))
@@ -93,14 +150,15 @@ def check_weight(W: Any) -> None:
 
 def check_arrays(
         W: Any, u: Any, axis: int, update_u: bool,
-        groups: Groups | None = None, is_part: bool = False) -> int:
+        groups: Groups | None = None, is_part: bool = False,
+        convolution: Convolution | None = None) -> int:
     """Checks W and u, and returns the axis counted from the front.
 
     There may be more vectors than rows where these are only a part of them.
     """
     array = W.array if isinstance(W, chainer.Variable) else W
     vector = u.array if isinstance(u, chainer.Variable) else u
-    if groups is None and _are_plain(array, vector, axis) and (
+    if groups is convolution is None and _are_plain(array, vector, axis) and (
             not update_u or (vector is u and _is_writable(u))):
         return axis
     if array is None and array is not W:
@@ -112,9 +170,13 @@ def check_arrays(
     if not (_is_float_array(vector)
             and vector.dtype in (array.dtype, accumulator)):
         raise errors.VectorTypeError(u, array.dtype)
-    length = length_of_u(shape, axis, groups)
-    most = (math.prod(shape) // length if is_part
-            else most_vectors(shape, axis, groups))
+    if convolution is not None:
+        length = math.prod(convolution.in_shape(shape))
+        most = min(length, math.prod(convolution.out_shape(shape)))
+    else:
+        length = length_of_u(shape, axis, groups)
+        most = (math.prod(shape) // length if is_part
+                else most_vectors(shape, axis, groups))
     if vector.shape[-1:] != (length,) or not (
             vector.ndim == 1
             or (vector.ndim == 2 and 1 <= len(vector) <= most)):

@@ -158,6 +158,37 @@ class VectorShapeError(SpectralNormalizationError, ValueError):
             f'{what}.')
 
 
+class MapWeightError(SpectralNormalizationError, ValueError):
+    """The weight is not one of a convolution."""
+
+    def __init__(self, W_shape: Sequence[int]) -> None:
+        super().__init__(
+            f'W has shape {tuple(W_shape)}, but the weight of a convolution '
+            f'has 3 dimensions or more. The norm of a matrix as a map is that '
+            f'of the matrix: use spectral_normalize.')
+
+
+class SizeError(SpectralNormalizationError, ValueError):
+    """A stride, or another size of a convolution, is out of its range."""
+
+    def __init__(self, name: str, value: Any, ndim: int, least: int) -> None:
+        super().__init__(
+            f'{name} must be an integer of {least} or more, or {ndim} of '
+            f'them, one for each axis of images, but is {value!r}.')
+
+
+class OutputSizeError(SpectralNormalizationError, ValueError):
+    """No deconvolution of such images has that output size."""
+
+    def __init__(self, outsize: Any, insize: Sequence[int],
+                 W_shape: Sequence[int]) -> None:
+        super().__init__(
+            f'outsize={outsize!r} does not fit: only a deconvolution has it '
+            f'(transposed=True), and the convolution with W of shape '
+            f'{tuple(W_shape)} has to make images of size {tuple(insize)} of '
+            f'those of that size.')
+
+
 class MapShapeError(SpectralNormalizationError, ValueError):
     """The start map, or several of them, do not fit the convolution."""
 
@@ -221,12 +252,14 @@ class VectorUpdateError(SpectralNormalizationError, TypeError):
     """The start vector cannot be overwritten."""
 
     def __init__(self, u: Any) -> None:
-        what = ('is read-only' if getattr(u, 'flags', None) is not None
-                else f'is a {type(u).__name__}')
+        flags = getattr(u, 'flags', None)
+        what = (f'is a {type(u).__name__}' if flags is None
+                else 'is not C-contiguous' if not flags.c_contiguous
+                and getattr(flags, 'writeable', True) else 'is read-only')
         super().__init__(
             f'update_u=True overwrites u, which must then be a writable '
-            f'array, but u {what}. Give a writable array, or '
-            f'update_u=False.')
+            f'array, and a map C-contiguous, but u {what}. Give such an '
+            f'array, or update_u=False.')
 
 
 # Settings

@@ -221,6 +221,195 @@ def spectral_normalize(
     return (outputs[0], outputs[1]) if return_sigma else outputs[0]
 
 
+@overload
+def conv_spectral_normalize(
+        W: ArrayOrVariable,
+        u: ArrayOrVariable,
+        stride: int | Sequence[int] = ...,
+        pad: int | Sequence[int] = ...,
+        dilate: int | Sequence[int] = ...,
+        groups: int = ...,
+        *,
+        transposed: bool = ...,
+        outsize: Sequence[int] | None = ...,
+        cover_all: bool = ...,
+        n_power_iteration: int = ...,
+        gamma: Number | ArrayOrVariable | None = ...,
+        factor: Number = ...,
+        eps: Number = ...,
+        detach_uv: bool = ...,
+        update_u: bool = ...,
+        return_sigma: Literal[False] = ...,
+        cap: Number | None = ...,
+        rtol: Number | None = ...,
+        max_iterations: int = ...,
+) -> chainer.Variable: ...
+
+
+@overload
+def conv_spectral_normalize(
+        W: ArrayOrVariable,
+        u: ArrayOrVariable,
+        stride: int | Sequence[int] = ...,
+        pad: int | Sequence[int] = ...,
+        dilate: int | Sequence[int] = ...,
+        groups: int = ...,
+        *,
+        transposed: bool = ...,
+        outsize: Sequence[int] | None = ...,
+        cover_all: bool = ...,
+        n_power_iteration: int = ...,
+        gamma: Number | ArrayOrVariable | None = ...,
+        factor: Number = ...,
+        eps: Number = ...,
+        detach_uv: bool = ...,
+        update_u: bool = ...,
+        return_sigma: Literal[True],
+        cap: Number | None = ...,
+        rtol: Number | None = ...,
+        max_iterations: int = ...,
+) -> tuple[chainer.Variable, chainer.Variable]: ...
+
+
+@overload
+def conv_spectral_normalize(
+        W: ArrayOrVariable,
+        u: ArrayOrVariable,
+        stride: int | Sequence[int] = ...,
+        pad: int | Sequence[int] = ...,
+        dilate: int | Sequence[int] = ...,
+        groups: int = ...,
+        *,
+        transposed: bool = ...,
+        outsize: Sequence[int] | None = ...,
+        cover_all: bool = ...,
+        n_power_iteration: int = ...,
+        gamma: Number | ArrayOrVariable | None = ...,
+        factor: Number = ...,
+        eps: Number = ...,
+        detach_uv: bool = ...,
+        update_u: bool = ...,
+        return_sigma: bool = ...,
+        cap: Number | None = ...,
+        rtol: Number | None = ...,
+        max_iterations: int = ...,
+) -> chainer.Variable | tuple[chainer.Variable, chainer.Variable]: ...
+
+
+def conv_spectral_normalize(
+        W: ArrayOrVariable,
+        u: ArrayOrVariable,
+        stride: int | Sequence[int] = 1,
+        pad: int | Sequence[int] = 0,
+        dilate: int | Sequence[int] = 1,
+        groups: int = 1,
+        *,
+        transposed: bool = False,
+        outsize: Sequence[int] | None = None,
+        cover_all: bool = False,
+        n_power_iteration: int = 1,
+        gamma: Number | ArrayOrVariable | None = None,
+        factor: Number = 1.0,
+        eps: Number = 1e-6,
+        detach_uv: bool = False,
+        update_u: bool = False,
+        return_sigma: bool = False,
+        cap: Number | None = None,
+        rtol: Number | None = None,
+        max_iterations: int = 200,
+) -> chainer.Variable | tuple[chainer.Variable, chainer.Variable]:
+    """Divides the weight of a convolution by an estimate of its map's norm.
+
+    Sigma is the largest :math:`\\|\\mathrm{conv}(x, W)\\|_2` of any input
+    ``x`` of norm 1: what bounds the layer.  The norm of ``W`` as a matrix, as
+    of :func:`spectral_normalize`, is usually below that, and may be above it.
+    With ``A`` for the map and ``A*`` for its adjoint, a deconvolution,
+    ``K = n_power_iteration`` iterations
+
+    .. math::
+
+        v \\leftarrow A u / \\|A u\\|_2, \\quad
+        u \\leftarrow A^* v / \\|A^* v\\|_2
+
+    from an input ``u`` give :math:`\\sigma = \\|A^* v\\|_2`.  The shape of
+    ``u`` tells the size of inputs, on which the norm depends: larger ones have
+    a larger norm, up to a limit that :func:`sn_function.certify` finds.  Each
+    iteration takes as long as the layer for two images.  All else is as in
+    :func:`spectral_normalize`: gradients of any order, several vectors,
+    tolerance.
+
+    On a device Chainer's own convolutions are used, and the host waits for
+    two numbers in each iteration.
+
+    Args:
+        W (:class:`~chainer.Variable` or :ref:`ndarray`): Weight of a
+            convolution of ``d`` dimensions, of shape ``(c_out, c_in / groups,
+            *k)``, or of a deconvolution, ``(c_in, c_out / groups, *k)``.
+        u (:class:`~chainer.Variable` or :ref:`ndarray`): An input to start
+            from, of shape ``(c_in, *size)``, of the dtype of ``W`` (or float32
+            for a float16 weight): any that is finite and not mapped to zero.
+            Or several of them, of shape ``(b, c_in, *size)``, linearly
+            independent.
+        stride (int or tuple): Stride of the convolution, one for all axes or
+            one for each of ``d``; as in :func:`~chainer.functions.\
+convolution_nd`, and so are the next three.
+        pad (int or tuple): Width of the zeros around inputs.
+        dilate (int or tuple): Dilation of the kernel.
+        groups (int): Number of groups of channels.
+        transposed (bool): Whether it is a deconvolution.
+        outsize (tuple or None): Size of the outputs of a deconvolution, as in
+            :func:`~chainer.functions.deconvolution_nd`.
+        cover_all (bool): Whether a convolution covers all of its input.
+        n_power_iteration (int): Number ``K`` of iterations, 1 or more.
+        gamma (:class:`~chainer.Variable`, :ref:`ndarray`, float or None):
+            Scale of shape ``()``; ``None`` means 1.
+        factor (float): A constant factor above 0.
+        eps (float): Floor on sigma.
+        detach_uv (bool): Take ``u`` and ``v`` as constants in the gradient.
+        update_u (bool): Overwrite the array ``u`` with the last ``u``.
+        return_sigma (bool): Return sigma, too.
+        cap (float or None): Largest norm that the map may keep, instead of
+            ``factor`` and ``eps``.
+        rtol (float or None): Tolerance, as in :func:`spectral_normalize`, with
+            ``A*`` in the place of ``W``.
+        max_iterations (int): The most iterations with ``rtol``.
+
+    Returns:
+        ~chainer.Variable: ``Y``, of the shape and dtype of ``W``.  With
+        ``return_sigma=True`` a tuple of ``Y`` and sigma.
+
+    Raises:
+        SpectralNormalizationError: One of :mod:`sn_function.errors`.
+
+    See: H. Gouk et al., `Regularisation of Neural Networks by Enforcing
+    Lipschitz Continuity <https://arxiv.org/abs/1804.04368>`_
+
+    .. admonition:: Example
+
+        A kernel of ones has the norm 3 as a matrix, and nearly 9 as a map.
+
+        >>> import numpy as np
+        >>> from sn_function import functions as F
+        >>> W = np.ones((1, 1, 3, 3))
+        >>> u = np.ones((1, 32, 32))
+        >>> Y, sigma = F.conv_spectral_normalize(
+        ...     W, u, pad=1, n_power_iteration=50, return_sigma=True)
+        >>> print('%.2f' % sigma.array)
+        8.95
+
+    """
+    settings = normalize.make_settings(
+        n_power_iteration, 0, detach_uv, factor, eps, cap)
+    convolution = _checks.check_convolution(
+        W, stride, pad, dilate, groups, transposed, outsize, cover_all,
+        u.shape)
+    outputs, = normalize.normalize([normalize.make_map(
+        W, u, gamma, settings._replace(convolution=convolution),
+        ('Y', 'sigma') if return_sigma else ('Y',), update_u,
+        normalize.until(rtol, max_iterations, n_power_iteration))])
+    return (outputs[0], outputs[1]) if return_sigma else outputs[0]
+
+
 def spectral_norm(
         W: ArrayOrVariable,
         u: ArrayOrVariable,

@@ -273,7 +273,7 @@ class SpectralNormProjection(WeightsHook):
 
 def _upper_end(call: Forward, sigma: Any, iterations: Any) -> Any:
     """Returns the upper end of the range that has some singular value."""
-    r = quality.residual(call.W, call.settings.axis, sigma, iterations)
+    r = quality.residual(call.W, call.settings, sigma, iterations)
     return sigma * (1 + r / math.sqrt(2))
 
 

@@ -85,6 +85,12 @@ class Convolution(NamedTuple):
             raise errors.InputSizeError(self.insize, tuple(shape))
         return channels, *outsize
 
+    def fits_outsize(self, shape: Sequence[int]) -> bool:
+        """Whether a deconvolution to ``outsize`` is the adjoint of one."""
+        return self.insize in [
+            self._sizes(get_conv_outsize, self.outsize or (), shape, covers)
+            for covers in (False, True)]
+
     def groups_of(self, shape: Sequence[int]) -> int:
         """Returns the number of groups of a weight of that shape."""
         return shape[1] if self.is_depthwise else self.groups
@@ -191,6 +197,9 @@ class ConvolutionMatrix(Matrix):
     def astype(self, dtype: Any) -> ConvolutionMatrix:
         return ConvolutionMatrix(
             self.array.astype(dtype, copy=False), self._convolution)
+
+    def divided_by(self, number: float) -> ConvolutionMatrix:
+        return ConvolutionMatrix(self.array / number, self._convolution)
 
     def is_zero(self) -> bool:
         """Whether all entries are zero; those of W need not be."""

@@ -155,6 +155,10 @@ class Matrix:
         """Returns the matrix with entries of another dtype."""
         return Matrix(self.array.astype(dtype, copy=False), self._axis)
 
+    def divided_by(self, number: float) -> Matrix:
+        """Returns the matrix divided by a number."""
+        return Matrix(self.array / number, self._axis)
+
     def is_zero(self) -> bool:
         """Whether all entries are zero."""
         return not self.array.any()

@@ -25,8 +25,9 @@ from typing import Any
 import chainer
 import numpy
 
-from sn_function._arithmetic import singular
+from sn_function._arithmetic import power_iteration, singular
 from sn_function._arithmetic.choose import arithmetic_of
+from sn_function._arithmetic.convolution import Convolution
 from sn_function._arithmetic.groups import Groups
 from sn_function._arithmetic.interface import (
     NEVER,
@@ -36,14 +37,13 @@ from sn_function._arithmetic.interface import (
     Settings,
     n_vectors_of,
 )
-from sn_function._arithmetic.matrix import accumulator_dtype, as_matrix
 from sn_function.errors import VectorValueError
 
 
 def measure(
         W: Any, u: Any, axis: int, n_power_iteration: int, true_sigma: bool,
         renewal: Renewal = NEVER, groups: Groups | None = None,
-        gamma: Any = None,
+        gamma: Any = None, convolution: Convolution | None = None,
 ) -> dict[str, Any]:
     """Returns numbers on one weight, on its device; nothing waits for them.
 
@@ -58,6 +58,7 @@ def measure(
         groups: The groups, if sigma is that of the largest one of them; the
             residual is, too.
         gamma: Array of shape ``()``, which is left alone, or ``None``.
+        convolution: The convolution, if sigma is the norm of its map.
 
     Returns:
         Arrays of shape ``()`` and dtype float64: ``'peak'``, the largest
@@ -79,7 +80,7 @@ def measure(
                 xp.isfinite(u).all() & (u != 0).any(axis=-1).all())
             settings = Settings(
                 n_power_iteration, axis, True, groups=groups,
-                n_vectors=n_vectors_of(u))
+                n_vectors=n_vectors_of(u), convolution=convolution)
             # Copies: the arithmetic makes gamma anew in place.
             gamma, initial = [None if x is None else x.copy() for x in (
                 gamma, renewal.initial_gamma)]
@@ -91,7 +92,8 @@ def measure(
             if renewal.n_warmup:
                 numbers['sigma_of_u'] = _estimate(W, u, settings)['sigma']
         if true_sigma:
-            numbers['true_sigma'] = singular.norm(W, axis, groups)
+            numbers['true_sigma'] = singular.norm(
+                W, axis, groups, convolution)
         return {name: xp.asarray(x).astype(numpy.float64)
                 for name, x in numbers.items()}
 
@@ -107,34 +109,34 @@ def _estimate(
             Forward(settings, W, u, gamma, ('sigma',), renewal=renewal)])
     except VectorValueError:  # a device replaces it without a word
         return {**dict.fromkeys(names, math.nan), 'is_sound': False}
-    axis = settings.axis
     if settings.groups is not None:
-        W, axis = settings.groups.split(W, axis)[iterations.largest][0], 1
+        W = settings.groups.split(W, settings.axis)[iterations.largest][0]
+        settings = settings._replace(axis=1)
         iterations = iterations.of_largest()
     if settings.n_vectors is None:
         return {'sigma': sigma, 'residual': residual(
-            W, axis, sigma, iterations)}
+            W, settings, sigma, iterations)}
     return dict(zip(names, [
-        sigma, residual(W, axis, sigma, iterations, is_of_v=True),
+        sigma, residual(W, settings, sigma, iterations, is_of_v=True),
         *iterations.singular_values[1:]]))
 
 
 def residual(
-        W: Any, axis: int, sigma: Any, iterations: Iterations,
+        W: Any, settings: Settings, sigma: Any, iterations: Iterations,
         is_of_v: bool = False) -> Any:
     """Returns ``r``, shape ``()``, of iterations that found sigma.
 
     Args:
         W: Weight.
-        axis: Its output axis.
+        settings: How it is a matrix.
         sigma: The estimate.
         iterations: Where it is from.
         is_of_v: Whether it is that of ``W v = sigma u``.
 
     """
-    matrix = as_matrix(W, axis).astype(accumulator_dtype(W.dtype), copy=False)
+    A = power_iteration.unfold(W, settings)
     # Divided first: then neither a large nor a small weight leaves the range.
     difference = (
-        matrix.dot(iterations.v / sigma) - iterations.u if is_of_v
-        else (iterations.u / sigma).dot(matrix) - iterations.v)
+        A.dot(iterations.v / sigma) - iterations.u if is_of_v
+        else A.tdot(iterations.u / sigma) - iterations.v)
     return (difference * difference).sum() ** 0.5

@@ -6,8 +6,13 @@ from typing import Any
 
 import chainer
 import numpy
+from chainer.backends import cuda
 
 from sn_function._arithmetic import matrix
+from sn_function._arithmetic.convolution import (
+    Convolution,
+    ConvolutionMatrix,
+)
 from sn_function._arithmetic.groups import Groups
 
 # From so many rows and columns on, only the largest singular value is found.
@@ -24,10 +29,13 @@ def as_matrix(W: Any, axis: int) -> Any:
     return matrix.as_matrix(W, axis).astype(numpy.float64)
 
 
-def norm(W: Any, axis: int, groups: Groups | None = None) -> Any:
+def norm(
+        W: Any, axis: int, groups: Groups | None = None,
+        convolution: Convolution | None = None) -> Any:
     """Returns the largest singular value of a weight, of NumPy or of CuPy.
 
-    With groups it is the largest one of any group.
+    With groups it is the largest one of any group, and with a convolution
+    that of its map, which is found on the host.
 
     It is that of the smaller one of the Gram matrices.  For the largest one
     this loses nothing, and it is several times as fast as a singular value
@@ -39,6 +47,9 @@ def norm(W: Any, axis: int, groups: Groups | None = None) -> Any:
 
     """
     xp = chainer.backend.get_array_module(W)
+    if convolution is not None:
+        return xp.asarray(_largest(ConvolutionMatrix(
+            cuda.to_cpu(W).astype(numpy.float64), convolution))[0])
     A = matrices(W, axis, groups)
     with numpy.errstate(all='ignore'):
         peak = abs(A).max()
@@ -75,17 +86,27 @@ def singular_values(W: Any, axis: int) -> tuple[float, float | None]:
 
 def largest(A: Any) -> tuple[float, Any, Any]:
     """Returns the largest singular value of a matrix and its vectors."""
-    scale = float(abs(A).max())
-    if min(A.shape) >= SMALL and 0 < scale < math.inf:
-        scaled = A / scale  # so that squares are in the range
+    return _largest(matrix.Matrix(A, 0))
+
+
+def _largest(A: matrix.Matrix) -> tuple[float, Any, Any]:
+    """As :func:`largest`; NaN where A holds NaN or Inf."""
+    scale = float(abs(A.array).max())
+    if not math.isfinite(scale):
+        return math.nan, A.array[:, 0], A.array[0]
+    A = A.divided_by(scale or 1.)  # so that squares are in the range
+    found: Any = None
+    if min(A.m, A.n) >= SMALL and scale:
         # Drawn, but always the same: so is the output.
-        v = numpy.random.RandomState(0).normal(size=A.shape[1])
+        v = numpy.random.RandomState(0).normal(size=A.n)
         for _ in range(MAX_STARTS):
-            value, u, v, residual = _bidiagonalized(scaled, v)
-            if residual <= 1e-13 * value:
-                return value * scale, u, v
-    u, values, v = numpy.linalg.svd(A, full_matrices=False)
-    return float(values[0]), u[:, 0], v[0]
+            value, u, v, residual = _bidiagonalized(A, v)
+            found = value * scale, u, v
+            if residual <= 1e-13 * value or min(A.m, A.n) > LARGE:
+                return found
+    u, values, v = numpy.linalg.svd(
+        A.tdot_all(numpy.eye(A.m)), full_matrices=False)
+    return float(values[0]) * scale, u[:, 0], v[0]
 
 
 def leading(A: Any, n: int) -> tuple[float, Any]:
@@ -111,7 +132,7 @@ def leading(A: Any, n: int) -> tuple[float, Any]:
     return math.sqrt(max(squares[-1], 0.)) * scale, vectors.T
 
 
-def _bidiagonalized(A: Any, v: Any) -> tuple[float, Any, Any, float]:
+def _bidiagonalized(A: matrix.Matrix, v: Any) -> tuple[float, Any, Any, float]:
     """:func:`largest` in the span of few vectors, from v, and its residual.
 
     Golub-Kahan-Lanczos bidiagonalization with full reorthogonalization: with
@@ -122,13 +143,14 @@ def _bidiagonalized(A: Any, v: Any) -> tuple[float, Any, Any, float]:
     so the residual of a singular vector p of B is beta ``|p_k|``.  See G. H.
     Golub and C. F. Van Loan, Matrix Computations, 4th edition, section 10.4.
     """
-    steps = min(*A.shape, MAX_STEPS)
-    U, V = (numpy.empty((steps + i, size)) for i, size in enumerate(A.shape))
+    steps = min(A.m, A.n, MAX_STEPS)
+    U, V = (numpy.empty((steps + i, size))
+            for i, size in enumerate((A.m, A.n)))
     B = numpy.zeros((steps, steps))
     V[0] = v / numpy.linalg.norm(v)
     for k in range(steps):
-        B[k, k] = alpha = _extend(U, k, A @ V[k])
-        beta = _extend(V, k + 1, U[k] @ A)
+        B[k, k] = alpha = _extend(U, k, A.dot(V[k]))
+        beta = _extend(V, k + 1, A.tdot(U[k]))
         is_last = k == steps - 1 or 0 in (alpha, beta)
         if k % 8 == 7 or is_last:
             P, values, Q = numpy.linalg.svd(B[:k + 1, :k + 1])

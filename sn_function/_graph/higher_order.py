@@ -18,6 +18,7 @@ import numpy
 from chainer import backend
 from chainer import functions as F
 
+from sn_function._arithmetic.convolution import Convolution
 from sn_function._arithmetic.interface import Iterations, Settings
 from sn_function._arithmetic.matrix import accumulator_dtype
 from sn_function._graph.leading_vector import leading_vector
@@ -77,7 +78,8 @@ def _estimate(
     if settings.groups is not None:
         W, u, of_group = _largest_group(settings, iterations, W, u)
         axis = 1
-    A = _Blocks(W, axis)
+    A = (_Blocks(W, axis) if settings.convolution is None
+         else _Map(W, settings.convolution))
     if settings.detach_uv:
         return F.sum(of_group.u * A.dot(chainer.as_variable(of_group.v)))
     if settings.n_vectors is not None:
@@ -89,7 +91,7 @@ def _estimate(
     return F.sum(u * t)
 
 
-def _largest_in_span(A: _Blocks, iterations: Any) -> chainer.Variable:
+def _largest_in_span(A: _Blocks | _Map, iterations: Any) -> chainer.Variable:
     """Sigma of several vectors, whose span is a constant."""
     S = A.tdot_all(iterations.basis)
     in_full = F.cast(S, numpy.float64)
@@ -182,3 +184,23 @@ class _Blocks:
         U = F.broadcast_to(chainer.as_variable(U), (self.l, *U.shape))
         return F.reshape(F.transpose(
             F.matmul(U, self.blocks), (1, 0, 2)), (b, -1))
+
+
+class _Map:
+    """:class:`._arithmetic.convolution.ConvolutionMatrix` for Variables."""
+
+    def __init__(self, W: chainer.Variable, convolution: Convolution) -> None:
+        self.W = W
+        self.convolution = convolution
+
+    def dot(self, v: chainer.Variable) -> chainer.Variable:
+        v = F.reshape(v, (1, *self.convolution.out_shape(self.W.shape)))
+        return F.flatten(self.convolution.adjoint(self.W, v))
+
+    def tdot(self, u: chainer.Variable) -> chainer.Variable:
+        return F.flatten(self.tdot_all(F.reshape(u, (1, -1))))
+
+    def tdot_all(self, U: Any) -> chainer.Variable:
+        U = F.reshape(U, (-1, *self.convolution.in_shape(self.W.shape)))
+        return F.reshape(
+            self.convolution.apply(self.W, U), (len(U), -1))

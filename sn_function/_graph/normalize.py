@@ -4,6 +4,7 @@ The arithmetic is in :mod:`sn_function._arithmetic`.
 """
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, Iterator, Sequence, Union
 
@@ -276,7 +277,8 @@ def make_weight(
 ) -> tuple[Normalization, list[ArrayOrVariable]]:
     """Checks the arguments; returns a weight for a node, and its inputs."""
     axis = _checks.check_arrays(
-        W, u, settings.axis, update_u, settings.groups)
+        W, u, settings.axis, update_u, settings.groups,
+        convolution=settings.convolution)
     if axis != settings.axis or type(settings.axis) is not int:
         settings = settings._replace(axis=axis)
     if isinstance(u, chainer.Variable) and (
@@ -297,6 +299,22 @@ def make_weight(
         gamma = None
     return Normalization(names, settings, u, gamma, output_names, update_u,
                          renewal), inputs
+
+
+def make_map(
+        W: ArrayOrVariable, u: ArrayOrVariable, gamma: Any,
+        settings: Settings, output_names: tuple[str, ...], update_u: bool,
+        renewal: Renewal = NEVER,
+) -> tuple[Normalization, list[ArrayOrVariable]]:
+    """:func:`make_weight` of a convolution, from u in the shape of inputs."""
+    if update_u and not (isinstance(u, chainer.Variable)
+                         or u.flags.c_contiguous):
+        raise errors.VectorUpdateError(u)
+    several = (-1,) if u.ndim == W.ndim else ()
+    size = math.prod(u.shape[len(several):])
+    return make_weight(
+        W, u.reshape(*several, size), gamma, settings, output_names,
+        update_u, renewal)
 
 
 def apply(

@@ -51,9 +51,11 @@ def convolution_of(link: chainer.Link) -> Convolution | None:
     outsize = getattr(link, 'outsize', None)
     if outsize is not None:
         outsize = None if None in outsize else tuple(outsize)
+    stride, pad, dilate = [
+        as_tuple(getattr(link, name, 1), ndim)
+        for name in ('stride', 'pad', 'dilate')]
     return Convolution(
-        *[as_tuple(getattr(link, name, 1), ndim)
-          for name in ('stride', 'pad', 'dilate')],
+        stride, pad, dilate,
         groups=getattr(link, 'groups', 1),
         cover_all=getattr(link, 'cover_all', False),
         is_transposed=isinstance(link, DECONVOLUTIONS), outsize=outsize,

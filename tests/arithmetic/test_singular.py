@@ -3,7 +3,7 @@ import sn_function  # isort: skip  # before chainer, which it repairs
 import numpy as np
 import pytest
 
-from sn_function._arithmetic import singular
+from sn_function._arithmetic import matrix, singular
 
 assert sn_function
 
@@ -72,7 +72,8 @@ def test_too_few_steps(n_starts, monkeypatch):
     A = with_values(300, 280, np.r_[
         1 - 1e-2 * np.random.rand(30), np.random.rand(250)])
     monkeypatch.setattr(singular, 'MAX_STEPS', 40)
-    *_, residual = singular._bidiagonalized(A, np.random.normal(size=280))
+    *_, residual = singular._bidiagonalized(
+        matrix.Matrix(A, 0), np.random.normal(size=280))
     assert residual > 1e-10
     monkeypatch.setattr(singular, 'MAX_STARTS', n_starts)
     value, u, v = singular.largest(A)
