@@ -10,6 +10,7 @@ whose distance from it falls by the factor L, or faster, in each iteration.
 """
 from __future__ import annotations
 
+import math
 from typing import Any, Callable
 
 import chainer
@@ -41,9 +42,11 @@ class Block(chainer.Chain):
             self.conv1 = L.Convolution2D(channels, width, 3, pad=1)
             self.conv2 = L.Convolution2D(width, width, 1)
             self.conv3 = L.Convolution2D(width, channels, 3, pad=1)
+        # In each call, iterate until sigma is right, from several vectors: one
+        # lags behind a weight in training, so that norms come near to 1.
         for conv in self.children():
             conv.add_hook(sn_function.SpectralNormalization(
-                norm=norm, cap=cap))
+                norm=norm, cap=cap, rtol=0.01, n_vectors=4))
 
     def g(self, x: Any) -> chainer.Variable:
         return self.conv3(F.elu(self.conv2(F.elu(self.conv1(x)))))
@@ -103,9 +106,8 @@ def fixed_point(
     Returns:
         The last x, and the number of iterations.
     """
-    x = y
-    for n in range(1, max_iterations + 1):
+    x, change, n = y, math.inf, 0
+    while change > tolerance and n < max_iterations:    # NaN ends it, too
         last, x = x, y - g(x).array
-        if not abs(x - last).max() > tolerance:     # NaN ends it, too
-            break
+        change, n = abs(x - last).max(), n + 1
     return x, n

@@ -48,11 +48,8 @@ from rich.table import Table
 
 from sn_function.extensions import SpectralNormReport
 
-NORMS = {
-    'operator': 'norm of the map of images',
-    'matrix': 'norm of the reshaped weight',
-}
-N_INVERTED = 32     # held-out images that are computed back
+NORMS = {'operator': 'norm of the map', 'matrix': 'norm of the matrix'}
+N_INVERTED = 16     # held-out images that are computed back
 TOLERANCE = 1e-5    # pixels are in [-1, 1]
 
 
@@ -132,8 +129,8 @@ def invert_positive_kernel(norm: str, cap: float) -> tuple[float, int]:
 
 
 def print_kernels(console: Console, args: argparse.Namespace) -> None:
-    table = Table(title='x + conv(x) inverted, positive kernel of 3 x 3')
-    table.add_column('kept below %g' % args.cap)
+    table = Table(title='x + conv(x), positive kernel')
+    table.add_column(f'kept below {args.cap:g}')
     for column in ('error', 'iterations'):
         table.add_column(column, justify='right')
     for norm, text in NORMS.items():
@@ -142,9 +139,11 @@ def print_kernels(console: Console, args: argparse.Namespace) -> None:
     console.print(table)
 
 
-def print_runs(console: Console, runs: dict[str, Run]) -> None:
+def print_runs(
+        console: Console, runs: dict[str, Run],
+        args: argparse.Namespace) -> None:
     table = Table(title='Networks inverted after each step of training')
-    table.add_column('kept below the cap')
+    table.add_column(f'kept below {args.cap:g}')
     for column in ('largest error', f'steps above {TOLERANCE:g}',
                    'most iterations', 'accuracy', 'seconds'):
         table.add_column(column, justify='right')
@@ -161,13 +160,13 @@ def print_runs(console: Console, runs: dict[str, Run]) -> None:
 def print_layers(
         console: Console, norm: str, model: IResNet,
         insize: tuple[int, ...]) -> None:
-    """Prints a certificate of each convolution, and of each g."""
-    table = Table(title=f'Convolutions, {NORMS[norm]} kept below the cap')
+    """Prints what bounds each convolution as it is used, and each g."""
+    table = Table(title=f'Convolutions divided by the {NORMS[norm]}')
     table.add_column('layer')
     table.add_column('weight shape')
-    table.add_column('sigma, estimated', justify='right')
-    table.add_column('certified norm of the normalized map', justify='right')
-    table.add_column('of g, at most', justify='right')
+    for column in (NORMS[norm], 'certified norm as used',
+                   'Lipschitz constant of g'):
+        table.add_column(column, justify='right')
     layers = {layer.name: layer
               for layer in SpectralNormReport(model.blocks).measure()}
     for i, block in enumerate(model.blocks):
@@ -179,7 +178,8 @@ def print_layers(
             is_last = conv is block.conv3
             table.add_row(
                 layer.name, str(layer.shape), f'{layer.sigma:.4f}',
-                f'{lo:.4f} to {hi:.4f}', f'{bound:.3f}' if is_last else '',
+                f'{lo:.4f} to {hi:.4f}',
+                f'at most {bound:.3f}' if is_last else '',
                 end_section=is_last)
     console.print(table)
 
@@ -201,7 +201,7 @@ def draw(runs: dict[str, Run], cap: float, path: str) -> None:
     right.set(ylim=(0, None), xlabel='step',
               ylabel='iterations of a block, at most 100')
     figure.legend(loc='outside lower center', ncols=2, frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
 
 
 def positive_int(text: str) -> int:
@@ -219,7 +219,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('--norm', choices=(*NORMS, 'both'), default='both',
         help='that of a convolution which is kept below --cap')
     add('--cap', type=float, default=0.9, help='the largest norm of a layer')
-    add('--iteration', '-i', type=positive_int, default=400,
+    add('--iteration', '-i', type=positive_int, default=300,
         help='steps of training')
     add('--batchsize', '-b', type=positive_int, default=64,
         help='images in a step')
@@ -240,14 +240,14 @@ def main(argv: list[str] | None = None) -> int:
 
     runs: dict[str, Any] = {}
     for norm in NORMS if args.norm == 'both' else (args.norm,):
-        print(f'Training, {NORMS[norm]} kept below {args.cap} ...', flush=True)
+        print(f'Training, {NORMS[norm]} kept below {args.cap:g}', flush=True)
         runs[norm] = train(norm, images, args)
     insize = tuple([size // 2 for size in images.test.shape[2:]])
     for norm, run in runs.items():
         print_layers(console, norm, run.model, insize)
         chainer.serializers.save_npz(
             os.path.join(args.out, f'{norm}.npz'), run.model)
-    print_runs(console, runs)
+    print_runs(console, runs, args)
 
     with open(os.path.join(args.out, 'inversion.json'), 'w') as f:
         json.dump({norm: [step._asdict() for step in run.steps]
