@@ -325,19 +325,19 @@ class TestInvertibleNetwork:
         assert error <= 1e-5 if inverts else error > 1e20
 
     def test_main(self, tmp_path, capsys):
-        assert invertible.main(['-i', '3', '--out', str(tmp_path)]) == 0
+        assert invertible.main(['-i', '2', '--out', str(tmp_path)]) == 0
         assert set(os.listdir(tmp_path)) == {
             'inversion.png', 'inversion.json', 'operator.npz', 'matrix.npz'}
         assert os.path.getsize(tmp_path / 'inversion.png') > 10000
         with open(tmp_path / 'inversion.json') as f:
             runs = json.load(f)
         assert runs.keys() == {'operator', 'matrix'}
-        assert len(runs['operator']) == 3
+        assert len(runs['operator']) == 2
         assert all(step['error'] <= 1e-5 for step in runs['operator'])
         arrays = load(tmp_path / 'operator.npz')
         assert arrays['blocks/0/conv1/W_map'].shape == (8, 4, 4)
         out = capsys.readouterr().out
-        for text in ('positive kernel', '3/conv3', 'at most 0.7', '0 of 3'):
+        for text in ('positive kernel', '3/conv3', 'at most 0.7', '0 of 2'):
             assert text in out
 
 
