@@ -21,13 +21,14 @@ STAMP := $(VENV)/.made-$(shell { echo $(ENVIRONMENT) "$(PYTHON_PATH)"; \
 	| cksum | tr ' ' '-')
 
 .PHONY: help setup check test test-all test-slow test-mpi test-nvrtc ci \
-	matrix extremes demo demo-short defects silent bench truth threads nvrtc \
+	matrix extremes demo demo-invertible demo-short defects silent bench truth threads nvrtc \
 	sass mutants gpu gpu-bundle lint docs clean
 # All targets share the environment, and the cores.
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo     train an SNGAN on real handwritten digits (CPU, 3 minutes)'
+	@echo 'make demo-invertible  train a network that runs backwards (CPU, 2 minutes)'
 	@echo 'make check    lint, and the core of the tests (1 minute)'
 	@echo 'make test     the tests but the slow ones, with coverage (3 minutes)'
 	@echo 'make test-all all tests, with coverage (6 minutes)'
@@ -106,8 +107,12 @@ extremes: matrix
 demo: setup
 	$(PY) examples/train_sngan_digits.py --out result
 
+demo-invertible: setup
+	$(PY) examples/train_iresnet_digits.py --out result-iresnet
+
 demo-short: setup
 	$(PY) examples/train_sngan_digits.py --iteration 60 --out result-short
+	$(PY) examples/train_iresnet_digits.py --iteration 20 --out result-short
 
 defects: setup
 	$(PY) -m tests.tools.defects

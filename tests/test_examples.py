@@ -14,11 +14,14 @@ sys.path.insert(0, os.path.abspath(EXAMPLES))
 
 import digits_data  # noqa: E402
 import digits_score  # noqa: E402
+import iresnet_models  # noqa: E402
 import sigma_report  # noqa: E402
 import sngan_models  # noqa: E402
+import train_iresnet_digits as invertible  # noqa: E402
 import train_sngan_digits as example  # noqa: E402
 
 from sn_function.extensions import Layer, SpectralNormReport  # noqa: E402
+from tests import maps  # noqa: E402
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
 SHORT = ['--display-interval', '2', '--snapshot-interval', '2',
@@ -262,6 +265,84 @@ class TestMain:
         with pytest.raises(SystemExit):
             example.main(['--gpu', '0'])
         assert 'cannot use GPU 0' in capsys.readouterr().err
+
+
+class TestFixedPoint:
+
+    def test_linear_map(self):
+        A = np.linalg.qr(np.random.normal(size=(6, 6)))[0] / 2
+        y = np.random.normal(size=(3, 6))
+        x, n = iresnet_models.fixed_point(
+            lambda x: chainer.Variable(x @ A), y, tolerance=1e-12)
+        np.testing.assert_allclose(
+            x, np.linalg.solve((np.eye(6) + A).T, y.T).T, atol=1e-11)
+        assert 35 < n < 45      # 2^-40 is 1e-12
+
+    @pytest.mark.parametrize(('factor', 'expected'), [(2, 30), (np.nan, 1)])
+    def test_no_convergence(self, factor, expected):
+        n = iresnet_models.fixed_point(
+            lambda x: chainer.Variable(factor * x), np.ones((1, 1)), 30)[1]
+        assert n == expected
+
+
+class TestInvertibleNetwork:
+
+    @staticmethod
+    def random_images():
+        return np.random.uniform(-1, 1, (4, 1, 8, 8)).astype('f')
+
+    @pytest.mark.parametrize(('norm', 'inverts'), [
+        ('operator', True), ('matrix', False)])
+    def test_inverse_where_the_weights_are_positive(self, norm, inverts):
+        model = iresnet_models.IResNet(norm, 0.9)
+        for conv in convolutions(model):
+            conv.W.array = abs(conv.W.array)
+        error, n = invertible.invert(model, self.random_images())
+        assert error <= 1e-5 if inverts else error > 1
+        assert (n < 100) == inverts
+
+    def test_each_convolution_is_a_contraction_after_training(self):
+        images = make_images((1, 8, 8))
+        args = invertible.parse_args(['-i', '3', '-b', '10'])
+        run = invertible.train('operator', images, args)
+        for step in run.steps:
+            assert step.error <= 1e-5
+        for conv in convolutions(run.model):
+            hook, = conv.local_link_hooks.values()
+            with chainer.using_config('train', False):
+                W = hook.normalize_weight(conv).array
+            c_out, c_in, k, _ = W.shape
+            plain = chainer.links.Convolution2D(
+                c_in, c_out, k, pad=conv.pad, nobias=True)
+            norm = np.linalg.norm(
+                maps.dense(plain, (c_in, 4, 4), W.astype(float)), 2)
+            assert 0.89 < norm < 0.95
+
+    @pytest.mark.parametrize(('norm', 'inverts'), [
+        ('operator', True), ('matrix', False)])
+    def test_positive_kernel(self, norm, inverts):
+        error = invertible.invert_positive_kernel(norm, 0.9)[0]
+        assert error <= 1e-5 if inverts else error > 1e20
+
+    def test_main(self, tmp_path, capsys):
+        assert invertible.main(['-i', '2', '--out', str(tmp_path)]) == 0
+        assert set(os.listdir(tmp_path)) == {
+            'inversion.png', 'inversion.json', 'operator.npz', 'matrix.npz'}
+        assert os.path.getsize(tmp_path / 'inversion.png') > 10000
+        with open(tmp_path / 'inversion.json') as f:
+            runs = json.load(f)
+        assert runs.keys() == {'operator', 'matrix'}
+        assert len(runs['operator']) == 2
+        assert all(step['error'] <= 1e-5 for step in runs['operator'])
+        arrays = load(tmp_path / 'operator.npz')
+        assert arrays['blocks/0/conv1/W_map'].shape == (8, 4, 4)
+        out = capsys.readouterr().out
+        for text in ('positive kernel', '3/conv3', 'at most 0.7', '0 of 2'):
+            assert text in out
+
+
+def convolutions(model):
+    return [conv for block in model.blocks for conv in block.children()]
 
 
 def test_held_out_digits_are_not_trained_on():
