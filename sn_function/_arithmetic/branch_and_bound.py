@@ -1,19 +1,20 @@
 """The largest norm of a symbol, by branch and bound on frequencies.
 
 Let w0 be where the norm of the symbol F is largest, and x the vector there.
-Along a line through w0, ``p(t) = |F(w0 + t h)^* x|^2``
-is of exponential type ``sum_a D_a h_a``, nonnegative and largest at 0.  By a
-theorem of Duffin and Schaeffer (of Riesz, for a trigonometric polynomial)
+Along a line through w0, ``p(t) = |F(w0 + t h)^* x|^2`` is of exponential type
+``sum_a D_a |h_a|``, nonnegative and largest at 0.  By a theorem of Duffin and
+Schaeffer (of Riesz, for a trigonometric polynomial)
 
-    p(t) >= p(0) cos^2(t sum_a D_a h_a / 2)   where that angle is <= pi / 2,
+    p(1) >= p(0) cos^2(sum_a D_a |h_a| / 2)   where that angle is <= pi / 2,
 
 and as its first derivative is zero at 0, also
 
-    p(t) >= p(0) - t^2 sum_{t'} (sum_a |t'_a| h_a)^2 |G_t'|_2 / 2.
+    p(1) >= p(0) - sum_t <t, h>^2 |G_t|_2 / 2.
 
-A cell of frequencies with the center c and the half-widths h is done when
-``|F(c)|^2`` is below what either leaves of the square of a target: then the
-largest norm is not in it, or not above the target.  Other cells are split.
+So in the center c of a cell that w0 is in ``|F(c)|^2`` is no less than what
+these leave of ``|F(w0)|^2``.  A cell is done when it is below what they leave
+of the square of a target: then the largest norm is not in this cell, or not
+above the target.  Other cells are split.
 The target is (1 + r) times the largest norm that was found.  When all cells
 are done the target is a bound, and they are where the search for a smaller r
 starts.
@@ -31,6 +32,7 @@ from typing import Any, Callable
 import numpy
 
 from sn_function._arithmetic import lanczos, proofs
+from sn_function._arithmetic.cells import Cells
 from sn_function._arithmetic.proofs import EPS
 from sn_function._arithmetic.symbol import Symbol
 
@@ -83,7 +85,7 @@ class Search:
 
     def __init__(self, symbol: Symbol, rtol: float, clock: Clock) -> None:
         self._symbol, self._clock = symbol, clock
-        self._counts = 2 * len(symbol.degrees) * symbol.degrees
+        self._cells = Cells(symbol.degrees)
         self._shift = proofs.shift(symbol.q)
         # Less what rounding may add to the last target.
         self._rtol = max(rtol, 1e-14) - 8 * EPS
@@ -92,7 +94,7 @@ class Search:
     def run(self) -> tuple[float, float]:
         """Returns bounds of the largest norm, below and above."""
         his = self._symbol.sizes.copy()
-        cells = [[(0, self._first_cells())] for _ in his]
+        cells = [[(0, self._cells.first())] for _ in his]
         for r in self._stages():
             r = max(r, self._least_rtol())
             for group in numpy.argsort(-his):
@@ -117,29 +119,13 @@ class Search:
         error = self._symbol.gram_error.max() / self._lo ** 2
         return float(4 * self._shift + 8 * error)
 
-    def _first_cells(self) -> Any:
-        """Returns centers, shape ``(N, d)``, of one half of frequencies.
-
-        The norm is the same at -w.
-        """
-        axes = [(2 * numpy.arange(N) + 1 - N) * (math.pi / N)
-                for N in self._counts]
-        axes[0] = axes[0][self._counts[0] // 2:]
-        return numpy.stack(
-            numpy.meshgrid(*axes, indexing='ij'), axis=-1
-        ).reshape(-1, len(axes))
-
-    def _halves(self, level: int) -> Any:
-        """Returns the half-widths of cells, with what rounding may add."""
-        return math.pi / self._counts / 2 ** level + 64 * EPS
-
     def _remaining(self, group: int, level: int, r: float) -> float:
         """Returns what ``|F(c)|^2`` is at least in the center of a cell with
         a norm of ``(1 + r) lo``, if that is the largest one."""
-        halves, symbol = self._halves(level), self._symbol
+        symbol = self._symbol
         square = ((1 + r) * self._lo) ** 2
-        riesz = math.cos(symbol.degrees @ halves / 2) ** 2 * square
-        loss = ((abs(symbol.lags) @ halves) ** 2
+        riesz = math.cos(self._cells.radius(level) / 2) ** 2 * square
+        loss = (self._cells.reach(level, symbol.lags) ** 2
                 @ symbol.curvatures[group])
         return max(riesz, square - loss * (1 + 1e-6)
                    - 4 * symbol.gram_error[group])
@@ -180,15 +166,8 @@ class Search:
             elif is_last:
                 return None
             else:
-                stack += batches(level + 1, self._split(level, w))
+                stack += batches(level + 1, self._cells.split(level, w))
         return _merged(done)
-
-    def _split(self, level: int, w: Any) -> Any:
-        """Returns the centers of the halves of cells, along all axes."""
-        d = w.shape[1]
-        signs = 2 * (numpy.indices((2,) * d).reshape(d, -1).T) - 1
-        steps = math.pi / self._counts / 2 ** (level + 1)
-        return (w[:, None] + signs * steps).reshape(-1, d)
 
     def _are_below(self, group: int, G: Any, theta: float) -> Any:
         """Whether the norms of Gram matrices surely are below ``theta``."""

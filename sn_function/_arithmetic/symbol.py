@@ -124,9 +124,9 @@ class Symbol:
             list(map(_norm_bounds, others)), axis=1)
 
     def _wave_error(self) -> float:
-        """Bounds the error of ``e^{i <t, w>}``, |t| <= D and |w| <= pi."""
+        """Bounds the error of ``e^{i <t, w>}``, |t| <= D and |w| < 10."""
         return EPS * (
-            8 + math.pi * self.degrees.sum() * (1 + len(self.degrees)))
+            8 + 10 * self.degrees.sum() * (1 + len(self.degrees)))
 
     def gram(self, group: int, w: Any) -> Any:
         """Returns G at each of the frequencies ``w``, shape ``(B, d)``."""

@@ -10,6 +10,7 @@ import pytest
 from sn_function import errors
 from sn_function._arithmetic import (
     branch_and_bound,
+    cells,
     certificate,
     proofs,
     symbol,
@@ -143,6 +144,25 @@ def test_many_taps_and_channels():
         assert is_within(1e-4, interval)
         sigma = circular(W, 1, 64).max()
         assert .995 * interval.lo <= sigma <= interval.hi
+
+
+@pytest.mark.parametrize('degrees', [(3,), (1, 1), (2, 2), (1, 3), (1, 2, 1)])
+def test_cells_cover_a_half(degrees):
+    found, D = cells.Cells(np.array(degrees)), np.array(degrees)
+    t = np.random.randint(-3, 4, (5, len(D)))
+    centers = found.first()
+    assert found.radius(0) == pytest.approx(math.pi / 2)
+    for level in range(3):
+        for w in np.random.uniform(-math.pi, math.pi, (200, len(D))):
+            steps = np.concatenate([w - centers, -w - centers])
+            steps = (steps + math.pi) % (2 * math.pi) - math.pi
+            far = abs(steps) @ D
+            assert far.min() <= found.radius(level)
+            # In the sense of both bounds at once.
+            near = steps[far <= found.radius(level)]
+            assert (abs(near @ t.T) <= found.reach(level, t)).all(
+                axis=1).any()
+        centers = found.split(level, centers)
 
 
 def test_flat_symbol():
