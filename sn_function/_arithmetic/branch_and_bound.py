@@ -44,7 +44,7 @@ POWERS = 6
 MAX_STEPS = 30
 # Each stage of the search ends with a bound; their tolerances have this ratio.
 RATIO = 4
-# Entries of the matrices that are decomposed in one batch.
+# Entries of the matrices that are decomposed in one batch, and of waves.
 BATCH = 2 ** 21
 
 Progress = Callable[[float, float], None]
@@ -64,6 +64,10 @@ class Clock:
     ) -> None:
         self._end = math.inf if limit is None else time.monotonic() + limit
         self._progress = progress
+
+    def half(self) -> Clock:
+        """Returns one with half of the time."""
+        return Clock((self._end - time.monotonic()) / 2)
 
     def is_up(self) -> bool:
         return time.monotonic() > self._end
@@ -139,7 +143,8 @@ class Search:
             was no time, or rounding prevented it.
 
         """
-        size = max(1, BATCH // self._symbol.q ** 2)
+        size = max(1, BATCH // max(
+            self._symbol.q ** 2, len(self._symbol.lags)))
 
         def batches(level: int, w: Any) -> list[tuple[int, Any]]:
             return [(level, w[i:i + size]) for i in range(0, len(w), size)]

@@ -66,25 +66,19 @@ def norm_interval(
         return Interval(0 * float(peak), 0 * float(peak))
     exponent = math.frexp(peak)[1]
     clock = Clock(time_limit, progress and (
-        lambda lo, hi: progress(*_scaled(lo, hi, exponent))))
-    blocks = symbol_.grouped(numpy.ldexp(W, -exponent), convolution)
+        lambda lo, hi: progress(*proofs.scaled(lo, hi, exponent))))
+    scaled = numpy.ldexp(W, -exponent)
+    blocks = symbol_.grouped(scaled, convolution)
     if convolution is not None and convolution.insize is not None:
-        ends = _at_size(blocks, convolution, rtol, clock)
+        lo, hi = _at_size(blocks, convolution, rtol, clock)
     else:
-        ends = _at_all_sizes(symbol_.taps(blocks, convolution), rtol, clock)
-    return _scaled(*ends, exponent)
-
-
-def _scaled(lo: float, hi: float, exponent: int) -> Interval:
-    """Multiplies by a power of two, outwards where the range ends."""
-    with numpy.errstate(over='ignore', under='ignore'):
-        low, high = (float(numpy.ldexp(end, exponent)) for end in (lo, hi))
-    tiny = numpy.finfo(float).tiny
-    if low < tiny:
-        low = max(0., low - 5e-324)
-    if hi > 0 and high < tiny:
-        high += 5e-324
-    return Interval(min(low, float(numpy.finfo(float).max)), high)
+        lo, hi = _at_all_sizes(
+            symbol_.taps(blocks, convolution), rtol, clock)
+    if (numpy.ldexp(scaled, exponent) != W).any():
+        # Each of the smallest entries may have lost that.
+        lost = W.size * proofs.LEAST
+        lo, hi = lo - lost, hi + lost
+    return Interval(*proofs.scaled(lo, hi, exponent))
 
 
 def _at_all_sizes(
@@ -109,12 +103,12 @@ def _at_size(
         # Rows are images of one pixel, and no sum has two terms.
         return _largest(
             bounds, lambda i: maps[i].tdot_all(numpy.eye(m)), rtol, clock)
-    lo = 0.
+    lo, half = 0., clock.half()
     for bound, A in zip(bounds, maps):
-        if bound <= lo or clock.is_up():
+        if bound <= lo or half.is_up():
             continue
         u = lanczos.leading(lanczos.Gram(A.dot, A.tdot), lanczos.start(m),
-                            .1 * rtol, clock.is_up)
+                            .1 * rtol, half.is_up)
         lo = max(lo, proofs.lower_bound(
             A.tdot(u), u, rounding(blocks[0].size) * bound))
     _, hi = _at_all_sizes(symbol_.taps(blocks, one), rtol, clock)
@@ -143,22 +137,25 @@ def _largest(
         A = matrix(i)
         if len(A) > A.shape[1]:
             A = A.T
-        if not proofs.is_below(A, hi):
-            ends = _ends(A, rtol)
+        if A.any() and not proofs.is_below(A, hi):
+            ends = _ends(A, rtol, clock)
             lo, hi = max(lo, ends[0]), max(hi, ends[1])
     return lo, hi
 
 
-def _ends(A: Any, rtol: float) -> tuple[float, float]:
+def _ends(A: Any, rtol: float, clock: Clock) -> tuple[float, float]:
     """Returns both ends for a matrix with no more rows than columns."""
     if A.size * len(A) <= SMALL:
         return proofs.decomposed(A)
-    u = lanczos.leading(
-        lanczos.Gram(A.dot, A.T.dot), lanczos.start(len(A)), .1 * rtol)
+    u = lanczos.leading(lanczos.Gram(A.dot, A.T.dot), lanczos.start(len(A)),
+                        .1 * rtol, clock.is_up)
     size = frobenius(A)
     lo = proofs.lower_bound(u @ A, u, rounding(len(A)) * size)
-    while rtol < 1:
-        if proofs.is_below(A, (1 + rtol) * lo):
-            return lo, (1 + rtol) * lo
-        rtol *= RATIO
-    return lo, size
+    # Below this, rounding would decide.
+    r = max(rtol, 2 * proofs.shift(len(A)) + 2 * rounding(
+        A.shape[1]) * (size / lo) ** 2)
+    while not proofs.is_below(A, (1 + r) * lo):
+        r *= RATIO
+        if clock.is_up() or (1 + r) * lo > size:
+            return lo, size
+    return lo, (1 + r) * lo

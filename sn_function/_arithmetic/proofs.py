@@ -31,6 +31,8 @@ from typing import Any
 import numpy
 
 EPS = 2.0 ** -52
+# The smallest number above 0.
+LEAST = 2.0 ** -1074
 # Matrices of up to so many rows are decomposed together, without LAPACK.
 FEW_ROWS = 16
 
@@ -125,8 +127,19 @@ def decomposed(A: Any) -> tuple[float, float]:
     residual = _distance(U.T, s[:, None] * V, A) + EPS * (
         1 + defect) * frobenius(s[None])
     error = (s[0] * (defect + 4 * EPS) + residual) * (1 + 8 * EPS)
-    return (math.ldexp(max(0., s[0] - error), exponent),
-            math.ldexp(s[0] + error, exponent))
+    return scaled(float(s[0] - error), float(s[0] + error), exponent)
+
+
+def scaled(lo: float, hi: float, exponent: int) -> tuple[float, float]:
+    """Multiplies by a power of two, outwards where the range ends."""
+    with numpy.errstate(over='ignore', under='ignore'):
+        low, high = (float(numpy.ldexp(end, exponent)) for end in (lo, hi))
+    info = numpy.finfo(float)
+    if low < info.tiny:
+        low = max(0., low - LEAST)
+    if hi > 0 and high < info.tiny:
+        high += LEAST
+    return min(low, float(info.max)), high
 
 
 def _distance(X: Any, Y: Any, Z: Any) -> float:

@@ -367,8 +367,10 @@ def test_images_that_are_too_small():
         norm_interval(np.ones((2, 2, 3, 3)), plain(insize=(2, 5)))
 
 
-def test_map_that_is_zero():
+@pytest.mark.parametrize('small', [certificate.SMALL, 0])
+def test_map_that_is_zero(monkeypatch, small):
     """Only padding meets the kernel."""
+    monkeypatch.setattr(certificate, 'SMALL', small)
     W = np.zeros((1, 1, 3))
     W[0, 0, 0] = 1
     assert norm_interval(W, plain(1, pad=(1,), insize=(1,))) == (0, 0)
@@ -422,6 +424,14 @@ def test_part_that_is_small():
     W[0, 0] = 1, 1e-200, 0
     lo, hi = norm_interval(W, plain(1, pad=(1,), insize=(1,)))
     assert lo <= 1e-200 <= hi <= 1.0001e-200
+
+
+def test_part_that_is_lost():
+    """The range of float64 does not hold it beside the largest tap."""
+    W = np.zeros((1, 1, 3))
+    W[0, 0] = 1e300, 1e-20, 0
+    lo, hi = norm_interval(W, plain(1, pad=(1,), insize=(1,)))
+    assert 0 <= lo <= 1e-20 <= hi <= 1e-10
 
 
 # Time
