@@ -127,6 +127,14 @@ def test_pooling_that_is_exact():
             expected * np.linalg.norm(image))
 
 
+def test_roots_are_rounded_up():
+    for n in range(2, 100):
+        value = bound(chainer.Sequential(
+            partial(F.max_pooling_1d, ksize=n, stride=1)))
+        assert Fraction(float(np.nextafter(value, 0))) ** 2 < n
+        assert n <= Fraction(value) ** 2
+
+
 # Networks
 
 def network():
