@@ -10,6 +10,7 @@ import chainer.links as L
 
 from tests import maps, reference
 from tests.tools import bounds, symbols
+from tests.tools.benchmarks import models
 
 assert sn_function  # it is imported for what it does
 
@@ -82,8 +83,46 @@ def test_rows(norm):
         assert rows[0].norm > 1.1
         assert rows[0].windows == pytest.approx(2, rel=1e-3)
     cells = bounds.cells(rows)
-    assert [len(cell) for cell in cells] == [7] * 5
-    assert cells[-1][2] == f'{np.prod([row.norm for row in rows]):.5g}'
+    assert [len(cell) for cell in cells] == [7] * 6
+    norms = [row.norm for row in rows]
+    assert [cell[2] for cell in cells[-2:]] == [
+        f'{max(norms):.5g}', f'{np.prod(norms):.5g}']
+
+
+def test_a_network_after_some_steps(monkeypatch):
+    """The times of the first step and of the measurements do not count."""
+    x = np.zeros((1, 1, 16, 16), 'f')
+
+    def train(settings, n_iterations, watch, width):
+        assert (settings, n_iterations, width) == ({'n_vectors': 2}, 3, 8)
+        for seconds in 9, 1, 2:
+            now[0] += seconds
+            watch(Net().add_hook(
+                sn_function.ChainSpectralNormalization(**settings)))
+
+    def measured(*args):
+        now[0] += 100
+        return args
+
+    now = [0.]
+    monkeypatch.setattr(bounds.time, 'process_time', lambda: now[0])
+    monkeypatch.setattr(bounds, 'measured', measured)
+    monkeypatch.setitem(bounds.NETWORKS, 'demo', (
+        train, lambda model: model(x), {'n_vectors': 8}, []))
+    found, seconds = bounds.states(
+        'demo', {'n_vectors': 2}, [1, 3], 1e-2, None, 8)
+    assert list(found) == ['step 1', 'step 3']
+    assert seconds == 1.5
+
+
+@pytest.mark.parametrize('width', [16, 64])
+def test_width_of_the_resnet(width):
+    shapes = [link.W.shape for link in models.ResNet(width).links()
+              if hasattr(link, 'W')]
+    assert len(shapes) == 18
+    assert (width, 3, 3, 3) in shapes
+    assert (2 * width, width, 3, 3) in shapes
+    assert (1, 16 * width) in shapes
 
 
 # Symbols

@@ -13,7 +13,8 @@ it prints
 * the interval of :func:`sn_function.certify`, for images of every size, and
   the upper end of that for images of this size;
 
-and their products over all layers.
+and the largest of all layers and their products; at last the median CPU time
+of a step of the training.
 """
 from __future__ import annotations
 
@@ -158,9 +159,10 @@ def measured(
     return rows
 
 
-def product(rows: Sequence[Row]) -> Row:
-    return Row('product', '', *[
-        math.prod(column) for column in list(zip(*rows))[2:]])
+def over_all(
+        name: str, function: Callable[[Sequence[float]], float],
+        rows: Sequence[Row]) -> Row:
+    return Row(name, '', *map(function, list(zip(*rows))[2:]))
 
 
 # Training
@@ -169,7 +171,10 @@ Watch = Callable[[chainer.Link], None]  # is called after each step
 
 
 def train_demo(
-        settings: dict[str, Any], n_iterations: int, watch: Watch) -> None:
+        settings: dict[str, Any], n_iterations: int, watch: Watch,
+        width: int) -> None:
+    del width  # is its own
+
     def step(update: Callable[[], None], dis: chainer.Link) -> None:
         update()
         watch(dis)
@@ -181,10 +186,11 @@ def call_demo(dis: chainer.Link) -> Any:
 
 
 def train_resnet(
-        settings: dict[str, Any], n_iterations: int, watch: Watch) -> None:
+        settings: dict[str, Any], n_iterations: int, watch: Watch,
+        width: int) -> None:
     """Tells smooth random images from rough ones, by the hinge loss."""
     np.random.seed(0)
-    model = models.ResNet()
+    model = models.ResNet(width)
     model.add_hook(sn_function.ChainSpectralNormalization(**settings))
     optimizer = chainer.optimizers.Adam(1e-4, beta1=0.).setup(model)
     for _ in range(n_iterations):
@@ -215,20 +221,30 @@ NETWORKS: dict[str, tuple[Any, Any, dict[str, Any], list[int]]] = {
 
 def states(
         network: str, settings: dict[str, Any], steps: Sequence[int],
-        rtol: float, time_limit: float | None) -> dict[str, list[Row]]:
-    """Measures a network after so many steps of training."""
+        rtol: float, time_limit: float | None, width: int,
+) -> tuple[dict[str, list[Row]], float]:
+    """Measures a network after so many steps of training.
+
+    Returns:
+        The layers after these steps, and the median CPU time of a step in
+        seconds, without the first one, which creates the vectors.
+
+    """
     train, call, own, _ = NETWORKS[network]
     found: dict[str, list[Row]] = {}
-    n_done = 0
+    seconds: list[float] = []
+    start = time.process_time()
 
     def watch(model: chainer.Link) -> None:
-        nonlocal n_done
-        n_done += 1
-        if n_done in steps:
-            found[f'step {n_done}'] = measured(model, call, rtol, time_limit)
+        nonlocal start
+        seconds.append(time.process_time() - start)
+        if len(seconds) in steps:
+            found[f'step {len(seconds)}'] = measured(
+                model, call, rtol, time_limit)
+        start = time.process_time()
 
-    train({**own, **settings}, max(steps), watch)
-    return found
+    train({**own, **settings}, max(steps), watch, width)
+    return found, float(np.median(seconds[1:] or seconds))
 
 
 # Tables
@@ -240,7 +256,8 @@ HEADER = ('layer', 'weight', 'norm of the map', 'by windows', 'lo', 'hi',
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return [HEADER, *(
         (row.name, row.shape, *(f'{x:.5g}' for x in row[2:]))
-        for row in [*rows, product(rows)])]
+        for row in [*rows, over_all('largest', max, rows),
+                    over_all('product', math.prod, rows)])]
 
 
 def show(rows: Sequence[Row], as_rst: bool) -> None:
@@ -268,6 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help='of the hook')
     parser.add_argument('--hook-rtol', type=float, help='of the hook')
     parser.add_argument('--n-vectors', type=int, help='of the hook')
+    parser.add_argument('--insize', type=int, help="with norm='operator'")
+    parser.add_argument('--width', type=int, default=16, help='of resnet')
     parser.add_argument('--rtol', type=float, default=1e-2)
     parser.add_argument('--time-limit', type=float, help='of a certificate')
     parser.add_argument('--rst', action='store_true', help='as in the docs')
@@ -279,15 +298,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings['n_vectors'] = args.n_vectors
     print(cpu.machine(), '\n')
     for norm in args.norms:
-        start = time.monotonic()
-        found = states(
-            args.network, {'norm': norm, **settings},
+        insize = args.insize if norm == 'operator' else None
+        found, seconds = states(
+            args.network, {'norm': norm, 'insize': insize, **settings},
             args.steps or NETWORKS[args.network][3], args.rtol,
-            args.time_limit)
+            args.time_limit, args.width)
         for state, rows in found.items():
             print(f"norm='{norm}', {state}\n")
             show(rows, args.rst)
-        print(f'{time.monotonic() - start:.0f} s\n')
+        print(f'{1e3 * seconds:.4g} ms a step\n')
     return 0
 
 

@@ -224,12 +224,19 @@ class Block(chainer.Chain):
 
 
 class ResNet(chainer.Sequential):
-    """The discriminator of SNGAN for images of 64 x 64."""
+    """The discriminator of SNGAN for images of 64 x 64.
 
-    def __init__(self) -> None:
+    Args:
+        width: Number of channels of the first block, 64 in the paper.
+
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        n_colors, first, *others = RESNET_WIDTHS
+        widths = [n_colors, *(n * width // first for n in (first, *others))]
         super().__init__(
-            *map(Block, RESNET_WIDTHS, RESNET_WIDTHS[1:]),
-            sum_of_pixels, L.Linear(1024, 1))
+            *map(Block, widths, widths[1:]),
+            sum_of_pixels, L.Linear(widths[-1], 1))
 
 
 def sum_of_pixels(h: Any) -> Any:
