@@ -97,7 +97,7 @@ class Search:
 
     def run(self) -> tuple[float, float]:
         """Returns bounds of the largest norm, below and above."""
-        his = self._symbol.sizes.copy()
+        his = self._symbol.bounds.copy()
         cells = [[(0, self._cells.first())] for _ in his]
         for r in self._stages():
             r = max(r, self._least_rtol())

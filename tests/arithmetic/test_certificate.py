@@ -451,6 +451,25 @@ def test_time_is_up():
     assert sigma <= hi
 
 
+@pytest.mark.parametrize(('shape', 'stride'), [
+    ((48, 48, 3, 3), 1), ((16, 3, 4, 4), 2), ((6, 9, 5), 1),
+    ((4, 4, 2, 3, 2), 1)])
+def test_without_time_it_is_not_far_above(shape, stride):
+    W = np.random.normal(size=shape)
+    ndim = len(shape) - 2
+    convolution = plain(ndim, stride=(stride,) * ndim)
+    sigma, _ = norm_interval(W, convolution, 1e-2)
+    _, hi = norm_interval(W, convolution, 1e-4, 0.)
+    n_taps = np.prod([-(-k // stride) for k in shape[2:]])
+    assert sigma <= hi <= 1.3 * np.sqrt(n_taps) * np.linalg.norm(
+        W.reshape(len(W), -1), 2)
+    # Taps that do not interfere: then it is that of the matrix.
+    W = np.zeros((4, 8, 2, 2))
+    W[:, :4, 0, 0] = W[:, 4:, 1, 1] = np.eye(4)
+    _, hi = norm_interval(W, plain(), 1e-4, 0.)
+    assert np.sqrt(2) <= hi < 1.8
+
+
 def test_search_gives_up_honestly(monkeypatch):
     """Where the best frequency is missed, the interval is wider."""
     monkeypatch.setattr(
