@@ -14,8 +14,8 @@ from chainer import links as L
 from chainer.backends import cuda
 
 from sn_function import _checks, _models, errors
-from sn_function._arithmetic.certificate import Interval, norm_interval
 from sn_function._arithmetic.convolution import Convolution
+from sn_function._certificate.interval import Interval, norm_interval
 from sn_function._links import call
 from sn_function._links.weight import convolution_of
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from sn_function import errors
-from sn_function._arithmetic import (
+from sn_function._arithmetic.convolution import Convolution
+from sn_function._certificate import (
     branch_and_bound,
     cells,
-    certificate,
     proofs,
     symbol,
 )
-from sn_function._arithmetic.certificate import norm_interval
-from sn_function._arithmetic.convolution import Convolution
+from sn_function._certificate import interval as intervals
+from sn_function._certificate.interval import norm_interval
 from sn_function._links.weight import convolution_of
 from tests import maps
 
@@ -55,7 +55,7 @@ def check_sizes(link, shape, rtol, dtype):
         if outsize:
             link.outsize = outsize
         A = maps.dense(link, (c, *insize))
-        if A.size * min(A.shape) > certificate.SMALL:
+        if A.size * min(A.shape) > intervals.SMALL:
             break
         sigma = norm(A)
         found.append(sigma)
@@ -129,7 +129,7 @@ def test_published_draws():
         wave = circular(W, 1, 12).max()
         assert at_size <= hi
         assert wave <= hi
-        assert is_within(1e-2, certificate.Interval(lo, hi))
+        assert is_within(1e-2, intervals.Interval(lo, hi))
         found.append((wave, at_size))
     waves, at_sizes = np.mean(found, axis=0)
     assert 79 < waves < 84
@@ -263,7 +263,7 @@ def test_product_of_reflections():
 
 def test_large_matrix_is_proved(monkeypatch):
     """As where a decomposition would take too long."""
-    monkeypatch.setattr(certificate, 'SMALL', 0)
+    monkeypatch.setattr(intervals, 'SMALL', 0)
     A = np.random.normal(size=(60, 80))
     interval = norm_interval(A, rtol=1e-6)
     assert interval.lo <= norm(A) <= interval.hi
@@ -351,7 +351,7 @@ def test_error_of_gram_matrices():
 # One size
 
 def test_one_size_is_not_made_a_matrix(monkeypatch):
-    monkeypatch.setattr(certificate, 'LARGE', 0)
+    monkeypatch.setattr(intervals, 'LARGE', 0)
     for link, shape in maps.random_links(10):
         convolution = convolution_of(link)
         sigma = norm(maps.dense(link, shape))
@@ -367,10 +367,10 @@ def test_images_that_are_too_small():
         norm_interval(np.ones((2, 2, 3, 3)), plain(insize=(2, 5)))
 
 
-@pytest.mark.parametrize('small', [certificate.SMALL, 0])
+@pytest.mark.parametrize('small', [intervals.SMALL, 0])
 def test_map_that_is_zero(monkeypatch, small):
     """Only padding meets the kernel."""
-    monkeypatch.setattr(certificate, 'SMALL', small)
+    monkeypatch.setattr(intervals, 'SMALL', small)
     W = np.zeros((1, 1, 3))
     W[0, 0, 0] = 1
     assert norm_interval(W, plain(1, pad=(1,), insize=(1,))) == (0, 0)

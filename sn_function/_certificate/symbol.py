@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy
 
-from sn_function._arithmetic import proofs
 from sn_function._arithmetic.convolution import Convolution
-from sn_function._arithmetic.proofs import EPS, frobenius, rounding
+from sn_function._certificate import proofs
+from sn_function._certificate.proofs import EPS, frobenius, rounding
 
 
 def grouped(W: Any, convolution: Convolution | None) -> Any:

@@ -6,20 +6,20 @@ from typing import Any, Callable, NamedTuple
 
 import numpy
 
-from sn_function._arithmetic import lanczos, proofs
-from sn_function._arithmetic import symbol as symbol_
-from sn_function._arithmetic.branch_and_bound import (
+from sn_function._arithmetic.convolution import (
+    Convolution,
+    ConvolutionMatrix,
+)
+from sn_function._certificate import lanczos, proofs
+from sn_function._certificate import symbol as symbol_
+from sn_function._certificate.branch_and_bound import (
     RATIO,
     Clock,
     Progress,
     Search,
 )
-from sn_function._arithmetic.convolution import (
-    Convolution,
-    ConvolutionMatrix,
-)
-from sn_function._arithmetic.proofs import frobenius, rounding
-from sn_function._arithmetic.symbol import Symbol
+from sn_function._certificate.proofs import frobenius, rounding
+from sn_function._certificate.symbol import Symbol
 
 # The matrices whose product of the sides and the smaller side is up to that
 # are decomposed.

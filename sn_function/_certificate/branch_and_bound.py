@@ -31,10 +31,10 @@ from typing import Any, Callable
 
 import numpy
 
-from sn_function._arithmetic import lanczos, proofs
-from sn_function._arithmetic.cells import Cells
-from sn_function._arithmetic.proofs import EPS
-from sn_function._arithmetic.symbol import Symbol
+from sn_function._certificate import lanczos, proofs
+from sn_function._certificate.cells import Cells
+from sn_function._certificate.proofs import EPS
+from sn_function._certificate.symbol import Symbol
 
 # Matrices of up to so many rows are decomposed.
 FEW_ROWS = 32
