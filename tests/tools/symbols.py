@@ -109,7 +109,7 @@ def draw_symbol(path: pathlib.Path) -> None:
     left.set_title('a grid of 16 x 16', fontsize=10)
     left.plot(*grid(16, -np.pi).reshape(-1, 2).T, '.', color='white',
               markersize=2)
-    right.set_title('the cells of branch and bound, to 1e-2', fontsize=10)
+    right.set_title('cells of branch and bound, to 1 %', fontsize=10)
     for cell in cells(W, 1e-2):
         right.add_patch(Rectangle(
             cell.center - cell.half, 2 * cell.half, 2 * cell.half,

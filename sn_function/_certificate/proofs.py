@@ -78,10 +78,10 @@ def are_positive(A: Any) -> Any:
 
 def _is_positive(A: Any) -> bool:
     try:
-        numpy.linalg.cholesky(A)
+        L = numpy.linalg.cholesky(A)
     except numpy.linalg.LinAlgError:
         return False
-    return True
+    return bool(numpy.isfinite(L.diagonal()).all())  # LAPACK lets NaN pass
 
 
 def shift(q: int) -> float:
@@ -94,8 +94,8 @@ def is_below(A: Any, bound: float) -> bool:
     G = A @ -A.T
     q = len(G)
     square = bound ** 2 * (1 - 4 * EPS)
-    if square < 1e-290:
-        return False  # it would underflow
+    if not 1e-290 <= square < math.inf:
+        return False  # it would underflow, or is no number
     G[range(q), range(q)] += (
         square * (1 - shift(q))
         - rounding(A.shape[1]) * frobenius(A) ** 2)

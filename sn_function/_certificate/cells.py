@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy
 
-from sn_function._arithmetic.proofs import EPS
+from sn_function._certificate.proofs import EPS
 
 # What rounding may add to coordinates, which are below 10.
 ROUNDING = 128 * EPS

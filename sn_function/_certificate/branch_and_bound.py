@@ -31,10 +31,10 @@ from typing import Any, Callable
 
 import numpy
 
-from sn_function._arithmetic import lanczos, proofs
-from sn_function._arithmetic.cells import Cells
-from sn_function._arithmetic.proofs import EPS
-from sn_function._arithmetic.symbol import Symbol
+from sn_function._certificate import lanczos, proofs
+from sn_function._certificate.cells import Cells
+from sn_function._certificate.proofs import EPS
+from sn_function._certificate.symbol import Symbol
 
 # Matrices of up to so many rows are decomposed.
 FEW_ROWS = 32
@@ -65,9 +65,9 @@ class Clock:
         self._end = math.inf if limit is None else time.monotonic() + limit
         self._progress = progress
 
-    def half(self) -> Clock:
+    def half(self, progress: Progress | None = None) -> Clock:
         """Returns one with half of the time."""
-        return Clock((self._end - time.monotonic()) / 2)
+        return Clock((self._end - time.monotonic()) / 2, progress)
 
     def is_up(self) -> bool:
         return time.monotonic() > self._end
@@ -97,18 +97,19 @@ class Search:
 
     def run(self) -> tuple[float, float]:
         """Returns bounds of the largest norm, below and above."""
-        his = self._symbol.sizes.copy()
+        his = self._symbol.bounds.copy()
         cells = [[(0, self._cells.first())] for _ in his]
         for r in self._stages():
             r = max(r, self._least_rtol())
             for group in numpy.argsort(-his):
                 if his[group] <= (1 + r) * self._lo:
                     break
-                refined = self._refined(group, cells[group], r, his.max())
+                refined = self._refined(group, cells[group], r, his)
                 if refined is None:
                     return self._lo, float(his.max())
                 cells[group] = refined
-                his[group] = (1 + r) * self._lo * (1 + 4 * EPS)
+                his[group] = min(
+                    his[group], (1 + r) * self._lo * (1 + 4 * EPS))
         return self._lo, float(his.max())
 
     def _stages(self) -> list[float]:
@@ -135,12 +136,19 @@ class Search:
                    - 4 * symbol.gram_error[group])
 
     def _refined(
-            self, group: int, cells: Any, r: float, hi: float) -> Any:
+            self, group: int, cells: Any, r: float, his: Any) -> Any:
         """Proves that a group's norm is no more than ``(1 + r) lo``.
+
+        Args:
+            group: The group.
+            cells: Those that the proof for a larger r needed.
+            r: The width that is wanted.
+            his: Bounds of the groups' norms, until then.
 
         Returns:
             The cells that this needed, or ``None`` without a proof, as there
-            was no time, or rounding prevented it.
+            was no time, or rounding prevented it.  The given ones, where lo
+            came up to the group's bound: that is the proof then.
 
         """
         size = max(1, BATCH // max(
@@ -154,7 +162,7 @@ class Search:
         while stack:
             if self._clock.is_up():
                 return None
-            self._clock.tell(self._lo, hi)
+            self._clock.tell(self._lo, his.max())
             level, w = stack.pop()
             G = self._symbol.gram(group, w)
             theta = self._remaining(group, level, r)
@@ -166,6 +174,8 @@ class Search:
             lo = self._lo
             is_last = theta > ((1 + r / 2) * lo) ** 2
             self._ascend(group, w, G, r, is_last)
+            if his[group] <= (1 + r) * self._lo:
+                return cells
             if self._lo > (1 + r / 8) * lo:
                 stack.append((level, w))
             elif is_last:
@@ -196,7 +206,7 @@ class Search:
         """
         symbol = self._symbol
         best, square = _largest(G)
-        if square < .8 * self._lo ** 2:
+        if square < .8 * self._lo ** 2 and not exactly:
             return
         w = w[best]
         x = lanczos.start(symbol.q) + 0j
