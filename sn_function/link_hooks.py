@@ -159,7 +159,9 @@ class SpectralNormalization(LocalHook):
     * The norm depends on the size of images: larger ones have a larger norm,
       up to a limit.  It is taken at one size, that of the first call or
       ``insize``, and the same weight is used for images of other sizes.
-      :func:`sn_function.certify` bounds the norm for all of them.
+      Where a bound is to hold for every size, give a larger ``insize`` than
+      the layer gets: with 32, kernels of 3 x 3 are within 1 % of the limit.
+      :func:`sn_function.certify` bounds the norm for all sizes.
     * The link keeps an input instead of ``W_u``: ``link.W_map``, of shape
       ``(c_in, *insize)``, which is ``None`` until the size is known.  With
       several vectors the others are ``link.W_maps``.  A snapshot without them

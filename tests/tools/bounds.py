@@ -1,9 +1,9 @@
 """Bounds on the norms of convolutions as maps, beside each other.
 
 ``python -m tests.tools.bounds demo`` trains the discriminator of the example,
-``resnet`` that of SNGAN for images of 64 x 64, once with ``norm='matrix'`` and
-once with ``norm='operator'``.  For each layer, as it is called in test mode,
-it prints
+``resnet`` that of SNGAN for images of 64 x 64, with fewer channels, once with
+``norm='matrix'`` and once with ``norm='operator'``.  For each layer, as it is
+called in test mode, it prints
 
 * the norm of its map of images of the size that it gets, by the method of
   Lanczos, without any code of the package;
@@ -215,7 +215,7 @@ def call_resnet(model: chainer.Link) -> Any:
 # The settings of the demo are its own.
 NETWORKS: dict[str, tuple[Any, Any, dict[str, Any], list[int]]] = {
     'demo': (train_demo, call_demo, {'n_vectors': 16}, [1, 400]),
-    'resnet': (train_resnet, call_resnet, {'n_vectors': 8}, [1, 30]),
+    'resnet': (train_resnet, call_resnet, {'n_vectors': 16}, [1, 24]),
 }
 
 
@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--hook-rtol', type=float, help='of the hook')
     parser.add_argument('--n-vectors', type=int, help='of the hook')
     parser.add_argument('--insize', type=int, help="with norm='operator'")
-    parser.add_argument('--width', type=int, default=16, help='of resnet')
+    parser.add_argument('--width', type=int, default=8, help='of resnet')
     parser.add_argument('--rtol', type=float, default=1e-2)
     parser.add_argument('--time-limit', type=float, help='of a certificate')
     parser.add_argument('--rst', action='store_true', help='as in the docs')
