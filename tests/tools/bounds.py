@@ -222,8 +222,11 @@ NETWORKS: dict[str, tuple[Any, Any, dict[str, Any], list[int]]] = {
 def states(
         network: str, settings: dict[str, Any], steps: Sequence[int],
         rtol: float, time_limit: float | None, width: int,
+        refreshes: bool = False,
 ) -> tuple[dict[str, list[Row]], float]:
     """Measures a network after so many steps of training.
+
+    With ``refreshes`` it is a copy whose vectors are made anew first.
 
     Returns:
         The layers after these steps, and the median CPU time of a step in
@@ -239,6 +242,9 @@ def states(
         nonlocal start
         seconds.append(time.process_time() - start)
         if len(seconds) in steps:
+            if refreshes:
+                model = copy.deepcopy(model)
+                sn_function.refresh(model)
             found[f'step {len(seconds)}'] = measured(
                 model, call, rtol, time_limit)
         start = time.process_time()
@@ -289,6 +295,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--width', type=int, default=8, help='of resnet')
     parser.add_argument('--rtol', type=float, default=1e-2)
     parser.add_argument('--time-limit', type=float, help='of a certificate')
+    parser.add_argument('--refresh', action='store_true',
+                        help='make vectors anew before each measurement')
     parser.add_argument('--rst', action='store_true', help='as in the docs')
     args = parser.parse_args(argv)
     settings: dict[str, Any] = {}
@@ -302,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found, seconds = states(
             args.network, {'norm': norm, 'insize': insize, **settings},
             args.steps or NETWORKS[args.network][3], args.rtol,
-            args.time_limit, args.width)
+            args.time_limit, args.width, args.refresh)
         for state, rows in found.items():
             print(f"norm='{norm}', {state}\n")
             show(rows, args.rst)
