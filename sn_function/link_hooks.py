@@ -416,15 +416,16 @@ class SpectralNormalization(LocalHook):
         scope = None if is_second_run else scopes.covering(link)
         try:
             if scope is not None:
-                Y, iterations = scope.normalize(own)
+                Y, iterations, v_shape = scope.normalize(own)
             else:
                 Y, iterations = own.normalize(
                     is_train and not is_second_run, is_second_run)
+                v_shape = own.v_shape
         except errors.VectorValueError:
             own.discard_bad_vector()
             convolution = own.convolution
             return self._normalize(link, convolution and convolution.insize)
-        state.keep(iterations, is_second_run, own.v_shape)
+        state.keep(iterations, is_second_run, v_shape)
         _LATEST[self] = weakref.ref(state)
         if is_second_run or will_be_run_again:
             recompute.record(link, state, iterations.start)

@@ -845,6 +845,17 @@ class TestModels:
             F.sum(link(batch((3, 5, 5)))).backward()
         assert link.W_map.shape == (3, 4, 4)
 
+    def test_v_in_a_scope_has_the_size_of_its_map(self):
+        link = conv()
+        with cached(link):
+            link(batch((3, 5, 5)))
+            link.W_map = batch((3, 4, 4), 1)[0]
+            link(batch((3, 5, 5)))
+            assert hook_of(link).v.shape == (4, 5, 5)
+        link.W_map = batch((3, 4, 4), 1)[0]
+        link(batch((3, 5, 5)))
+        assert hook_of(link).v.shape == (4, 4, 4)
+
     def test_summary(self):
         model = Model().add_hook(ChainSpectralNormalization(
             lambda path, link: path != '/b', norm='operator'))
