@@ -210,7 +210,8 @@ class InputSizeError(SpectralNormalizationError, ValueError):
         super().__init__(
             f'an input of size {tuple(insize)} gives no output of a '
             f'convolution with W of shape {tuple(W_shape)}. Take larger '
-            f'images, or more padding.')
+            f'images, or more padding; if that is the size of link.W_map, set '
+            f'it to None.')
 
 
 class VectorDeviceError(SpectralNormalizationError, ValueError):

@@ -6,7 +6,7 @@ the graph.
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol
+from typing import Any, Protocol, Sequence
 
 import chainer
 
@@ -87,7 +87,7 @@ class HookedWeight:
 
     def __init__(
             self, hook: Hook, link: chainer.Link, W: chainer.Variable,
-            insize: tuple[int, ...] | None = None) -> None:
+            insize: int | Sequence[int] | None = None) -> None:
         self.hook = hook
         self.link = link
         self.W = W
@@ -154,7 +154,7 @@ class HookedWeight:
             *others, last = misfits
             names = f'{", ".join(others)} and {last}' if others else last
             self._warn(f'{names} belonged to a weight of another shape than '
-                       f'{W.shape}.')
+                       f'{W.shape}.', len(misfits) > 1)
         u = vector.find(link, hook, W, self.convolution)
         if gamma is not None:
             _gamma.initialize(

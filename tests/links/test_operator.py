@@ -348,7 +348,9 @@ class TestSizes:
         with pytest.raises(errors.UnknownInputSizeError, match='insize=32'):
             normalized(link)
         assert link.W_map is None
-        Y = hook_of(link).normalize_weight(link, (5, 5)).array
+        with pytest.raises(errors.InsizeError, match='Convolution2D has 2'):
+            hook_of(link).normalize_weight(link, (5, 5, 5))
+        Y = hook_of(link).normalize_weight(link, 5).array
         assert link.W_map.shape == (3, 5, 5)
         assert Y.shape == link.W.shape
 
@@ -371,14 +373,28 @@ class TestSizes:
         link(batch((3, 3, 5)))
         assert link.W_map.shape == (3, 3, 5)
 
+    def test_a_map_that_is_too_small_for_the_weight(self):
+        link = L.Convolution2D(3, 4, 5).add_hook(
+            SpectralNormalization(norm='operator'))
+        link.W_map = batch((3, 4, 4), 1)[0]
+        with pytest.raises(
+                errors.InputSizeError, match=r'W_map.* to None'):
+            link(batch((3, 6, 6)))
+        link.W_map = None
+        link(batch((3, 6, 6)))
+        assert link.W_map.shape == (3, 6, 6)
+
     @pytest.mark.parametrize('n_vectors', [1, 3])
     def test_a_map_of_other_channels_is_made_anew(self, n_vectors):
         link = conv(n_vectors=n_vectors)
         link(batch((3, 5, 5)))
         link.W.array = np.random.normal(size=(4, 2, 3, 3)).astype('f')
         with pytest.warns(errors.SpectralNormalizationWarning,
-                          match='W_map.* belonged to a weight of another'):
+                          match='W_map.* belonged to a weight of another'
+                          ) as found:
             link(batch((2, 7, 7)))
+        what = 'It was' if n_vectors == 1 else 'They were'
+        assert str(found[0].message).endswith(f'{what} made anew.')
         assert link.W_map.shape == (2, 5, 5)
         if n_vectors > 1:
             assert link.W_maps.shape == (2, 2, 5, 5)
@@ -446,7 +462,7 @@ class TestErrors:
             SpectralNormalization(insize=8)
 
     @pytest.mark.parametrize('insize', [
-        0, -1, 2.5, True, (4, 0), (4, 2.5), 'ab', [4, None]])
+        0, -1, 2.5, True, (), (4, 0), (4, 2.5), 'ab', [4, None]])
     def test_insize(self, insize):
         with pytest.raises(errors.InsizeError, match='insize'):
             SpectralNormalization(norm='operator', insize=insize)
