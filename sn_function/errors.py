@@ -186,7 +186,8 @@ class OutputSizeError(SpectralNormalizationError, ValueError):
             f'outsize={outsize!r} does not fit: only a deconvolution has it '
             f'(transposed=True), and the convolution with W of shape '
             f'{tuple(W_shape)} has to make images of size {tuple(insize)} of '
-            f'those of that size.')
+            f'those of that size. Give another one; or, if those are of the '
+            f'size of link.W_map, set that to None.')
 
 
 class MapShapeError(SpectralNormalizationError, ValueError):

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Sequence
 
 import chainer
 
-from sn_function import errors
+from sn_function import _checks, errors
 from sn_function._arithmetic.interface import (
     NEVER,
     SETTLED,
@@ -130,6 +130,7 @@ class HookedWeight:
 
         Raises:
             UnknownInputSizeError: u is an input, of a size that is not known.
+            InputSizeError, OutputSizeError: There are no outputs of that size.
 
         """
         hook, link, W = self.hook, self.link, self.W.array
@@ -137,6 +138,8 @@ class HookedWeight:
         if shape is None:
             raise errors.UnknownInputSizeError(
                 type(link).__name__, hook.weight_name)
+        if self.convolution is not None:
+            _checks.check_insize(self.convolution, W.shape)
         gamma = None
         if self.state.gamma_name is not None:
             gamma = getattr(link, self.state.gamma_name)

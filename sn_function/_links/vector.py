@@ -293,8 +293,6 @@ def _draw(
         convolution: Convolution | None, *n: int) -> Array:
     _checks.check_weight(W)
     check_map(link, hook, W)
-    if convolution is not None:
-        _checks.check_insize(convolution, W.shape)
     length = math.prod(shape_of(link, hook, W.shape, convolution) or ())
     with chainer.using_device(link.device):
         return link.xp.random.normal(size=(*n, length)).astype(W.dtype)

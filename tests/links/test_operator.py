@@ -384,6 +384,17 @@ class TestSizes:
         link(batch((3, 6, 6)))
         assert link.W_map.shape == (3, 6, 6)
 
+    def test_a_map_that_does_not_fit_the_outputs(self):
+        link = L.Deconvolution2D(3, 4, 4, stride=2, pad=1, outsize=(8, 8))
+        link.add_hook(SpectralNormalization(norm='operator'))
+        link.W_map = batch((3, 5, 5), 1)[0]
+        with pytest.raises(
+                errors.OutputSizeError, match=r'W_map.* to None'):
+            link(batch((3, 4, 4)))
+        link.W_map = None
+        link(batch((3, 4, 4)))
+        assert link.W_map.shape == (3, 4, 4)
+
     @pytest.mark.parametrize('n_vectors', [1, 3])
     def test_a_map_of_other_channels_is_made_anew(self, n_vectors):
         link = conv(n_vectors=n_vectors)
