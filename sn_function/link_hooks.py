@@ -141,7 +141,8 @@ class SpectralNormalization(LocalHook):
             bounds the layer; see below.
         insize (int, tuple of int or None): With ``norm='operator'``, the size
             of images whose norm is taken, one number for each axis or one for
-            all.  ``None``: that of the link's first call.
+            all.  ``None``: that of the link's first call.  A ``W_map`` that is
+            loaded keeps its own size.
 
     **The norm of a convolution.**  A convolution whose weight has the norm 1
     as a matrix may still magnify an image, a 3 x 3 kernel up to 3 times.  With

@@ -577,6 +577,15 @@ class TestGamma:
         assert float(link.gamma.array) == pytest.approx(
             norm_of(link, (3, 6, 6)), rel=1e-5)
 
+    def test_behind_another_hook_it_starts_as_the_norm_of_the_parameter(self):
+        """As without an array, and as with a size that is given."""
+        link = conv(use_gamma=True)
+        link.add_hook(link_hooks.WeightStandardization())
+        link.local_link_hooks.move_to_end('WeightStandardization', last=False)
+        link(batch((3, 5, 5)))
+        assert link.gamma.array == pytest.approx(
+            norm_of(link, (3, 5, 5)), rel=1e-5)
+
     def test_it_is_made_anew_for_another_weight(self):
         link = conv(use_gamma=True, n_warmup=500)
         link(batch((3, 5, 5)))
@@ -628,6 +637,13 @@ class TestState:
             with chainer.using_config('train', train):
                 np.testing.assert_array_equal(link(x).array, source(x).array)
         np.testing.assert_array_equal(link.W_map, source.W_map)
+        assert link.W_map.shape == (3, 5, 4)
+
+    def test_a_snapshot_brings_its_size_in_spite_of_insize(self):
+        source, link = conv(), conv(insize=6)
+        source(batch((3, 5, 4)))
+        stored(source, link)
+        link(batch((3, 6, 6)))
         assert link.W_map.shape == (3, 5, 4)
 
     def test_a_snapshot_before_the_first_call(self):
