@@ -750,6 +750,31 @@ class TestState:
             assert norm_of(link, (3, 5, 5), normalized(
                 link)) == pytest.approx(1, abs=1e-2)
 
+    @each
+    @pytest.mark.parametrize('scale', [1e37, 1e-36])
+    @pytest.mark.parametrize('settings', [
+        {}, {'n_vectors': 2}, {'rtol': .1}], ids=str)
+    def test_a_weight_at_the_end_of_the_range(self, name, scale, settings):
+        """It is computed as one of usual size, in double precision."""
+        link, shape = make(name, eps=1e-45, **settings)
+        twin = copy.deepcopy(link)
+        for param in twin.params():
+            param.array = param.array.astype('d')
+        link.W.array *= np.float32(scale)
+        x, Ys = batch(shape), []
+        for one, dtype in ((link, 'f'), (twin, 'd')):
+            np.random.seed(3)
+            for _ in range(3):
+                one.cleargrads()
+                y = one(x.astype(dtype))
+            y.grad = np.random.normal(size=y.shape).astype(dtype)
+            y.backward()
+            with chainer.using_config('train', False):
+                Ys.append(normalized(one))
+        np.testing.assert_allclose(*Ys, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            link.W.grad.astype('d') * scale, twin.W.grad, rtol=1e-2, atol=1e-2)
+
     @pytest.mark.parametrize('train', [False, True])
     @pytest.mark.parametrize('n_vectors', [1, 2])
     def test_forget(self, train, n_vectors):
