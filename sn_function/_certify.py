@@ -14,8 +14,8 @@ from chainer import links as L
 from chainer.backends import cuda
 
 from sn_function import _checks, _models, errors
-from sn_function._arithmetic.certificate import Interval, norm_interval
 from sn_function._arithmetic.convolution import Convolution
+from sn_function._certificate.interval import Interval, norm_interval
 from sn_function._links import call
 from sn_function._links.weight import convolution_of
 
@@ -65,6 +65,8 @@ def certify(
             norm of the map for this size.  Where this map is too large to be
             made a matrix, of some thousand entries, ``hi`` is that for all
             sizes.  Links that do not map images take no notice of it.
+            A deconvolution with a fixed ``outsize`` takes only some sizes,
+            and ``lo`` may be above the norms of these unless it is given.
         progress (callable or None): Called with the interval that is proved
             so far, about each second, after the first two.  ``None``: a line
             on the standard error, if that is a terminal.
@@ -98,8 +100,11 @@ def certify(
     check(rtol, time_limit)
     W, convolution = _map_of(link)
     if convolution is not None and insize is not None:
-        convolution = convolution._replace(
-            insize=_checked_size(insize, len(convolution.stride)))
+        size = _checked_size(insize, len(convolution.stride))
+        convolution = convolution._replace(insize=size)
+        if convolution.outsize and not convolution.fits_outsize(W.shape):
+            raise errors.OutputSizeError(
+                convolution.outsize, size, W.shape)
     return interval_of(W, convolution, rtol, time_limit, progress)
 
 
@@ -118,10 +123,9 @@ def interval_of(
 def _map_of(link: chainer.Link) -> tuple[Any, Convolution | None]:
     """Returns the weight that a link uses, and what it does beside it."""
     _models.check_models('certify', link)
-    hooks = [hook for hook in _models.hooks_of(link)
-             if hook.weight_name == 'W']
+    is_hooked = bool(_hooks_of(link))
     convolution = convolution_of(link)
-    is_matrix = bool(hooks) or isinstance(link, (L.Linear, L.EmbedID))
+    is_matrix = is_hooked or isinstance(link, (L.Linear, L.EmbedID))
     if convolution is None and not is_matrix:
         raise errors.CertifyLinkError(link)
     W = call.original(link, 'W')
@@ -129,22 +133,29 @@ def _map_of(link: chainer.Link) -> tuple[Any, Convolution | None]:
         raise errors.UninitializedWeightError(type(link).__name__, 'W')
     if convolution is None and W.ndim != 2:
         raise errors.CertifyLinkError(link)
-    array = _normalized(link, hooks) if hooks else W.array
+    _checks.check_weight(W.array)
+    array = _normalized(link) if is_hooked else W.array
     return cuda.to_cpu(array), convolution
 
 
-def _normalized(link: chainer.Link, hooks: Any) -> Any:
+def _normalized(link: chainer.Link) -> Any:
     """Returns the weight of a call in test mode, that leaves no trace."""
     twin = copy.deepcopy(link)
     state = numpy.random.get_state()
-    with chainer.using_config('train', False), chainer.no_backprop_mode(), \
-            chainer.using_device(twin.device):
-        for hook in hooks:
-            # As in a call: the next hook may be one of the same weight.
-            vars(twin)['W'] = hook.normalize_weight(twin)
-    # What was drawn is for the copy alone.
-    numpy.random.set_state(state)
+    try:
+        with chainer.using_config('train', False), \
+                chainer.no_backprop_mode(), chainer.using_device(twin.device):
+            for hook in _hooks_of(twin):
+                # As in a call: the next hook may be one of the same weight.
+                vars(twin)['W'] = hook.normalize_weight(twin)
+    finally:  # what was drawn is for the copy alone
+        numpy.random.set_state(state)
     return vars(twin)['W'].array
+
+
+def _hooks_of(link: chainer.Link) -> list[Any]:
+    return [hook for hook in _models.hooks_of(link)
+            if hook.weight_name == 'W']
 
 
 def check(rtol: Any, time_limit: Any) -> None:

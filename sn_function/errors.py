@@ -647,6 +647,31 @@ class ToleranceError(SpectralNormalizationError, ValueError):
             f'warning, must be a number above 0, but is {tolerance!r}.')
 
 
+class LipschitzError(SpectralNormalizationError, ValueError):
+    """Layers of a network have no known bound on their Lipschitz constant."""
+
+    def __init__(self, model: Any, unknown: Sequence[str]) -> None:
+        super().__init__(
+            f'The Lipschitz constant of {type(model).__name__} has no known '
+            f'bound, as that of these layers has none: {_some(unknown)}. '
+            f'Known are Linear, convolutions, an EmbedID that comes first, '
+            f'BatchNormalization, links without parameters, and, in a '
+            f'Sequential, ReLU-like functions and pooling, with '
+            f'functools.partial where they need arguments. Bound the others '
+            f'by other means: measure() has the interval of each layer.')
+
+
+class ShortcutError(SpectralNormalizationError, TypeError):
+    """The shortcut of a residual chain is not named."""
+
+    def __init__(self, shortcut: Any) -> None:
+        super().__init__(
+            f'residual must be a filter of links, or a dictionary from '
+            f'filters to the names of the children that are the shortcut, '
+            f'such as {{Block: "conv_shortcut"}}, but a name is '
+            f'{shortcut!r}.')
+
+
 class PenaltyRateError(SpectralNormalizationError, ValueError):
     """The rate of the penalty is negative or not a number."""
 

@@ -8,10 +8,18 @@ import chainer
 from chainer import training
 from chainer.training import extension
 
-from sn_function import _checks, _models, errors, optimizer_hooks
+from sn_function import (
+    _certify,
+    _checks,
+    _models,
+    errors,
+    optimizer_hooks,
+)
 from sn_function._monitoring import faults, layers, lipschitz, plot
 from sn_function._monitoring.layers import Layer as Layer
-from sn_function._monitoring.lipschitz import n_windows as n_windows
+
+# The tolerance of a bound that is asked for without one.
+DEFAULT_RTOL = 1e-3
 
 
 class SpectralNormReport(training.Extension):
@@ -47,18 +55,18 @@ class SpectralNormReport(training.Extension):
     ``norm/block1/conv``
         That of the weight as the layer uses it: 1 for a perfect estimate,
         times what gamma, factor and cap make of it.
+
+    and with ``certify=rtol``, a tolerance such as 1e-2, also
+
+    ``certified_norm/block1/conv``
+        The upper end of the interval that :func:`~sn_function.certify` finds
+        for the layer as it is called in test mode: its norm as a map, of
+        images of any size, surely is no larger.  :meth:`measure` returns the
+        interval.  These layers are reported without a hook, too.
     ``lipschitz_bound``
-        The product over all layers of their norms as operators.  A linear
-        layer has that of its weight.  A convolution has at most that of its
-        weight times the square root of the number of windows that an input
-        pixel is in, ``ceil(k / stride)`` along each axis, and a
-        deconvolution times that of the size of its kernel (Y. Tsuzuku et
-        al., `Lipschitz-Margin Training
-        <https://arxiv.org/abs/1802.04034>`_).  It bounds the Lipschitz
-        constant of a model that calls its layers once each, one after
-        another, with nothing between them that magnifies differences: ReLU
-        and pooling do not, batch normalization and residual connections may.
-        A link of another kind counts with the norm of its weight.
+        A bound on the Lipschitz constant of the model in test mode:
+        :meth:`lipschitz_bound`.  It is left out, with a warning that names
+        them, where there are layers that are not understood.
 
     Training is not disturbed: no vector is advanced, no random number drawn,
     no graph made.  On a device everything is computed there.  The host waits
@@ -84,13 +92,28 @@ class SpectralNormReport(training.Extension):
             distinguish models that have an extension each.
         tolerance (float): The largest relative error of an estimate that
             does not cause a warning.
+        certify (float or None): The relative tolerance of the certified
+            norms, or ``None`` for none.  They take time: see
+            :doc:`monitoring`.
+        time_limit (float or None): Seconds for the certificate of a layer, as
+            in :func:`~sn_function.certify`.  When they are over, the
+            interval is wider, and the bound higher.
+        residual: The chains of the model that compute ``x + f(x)``, as a
+            pattern of their paths, a class, a function of a path and a link,
+            or a list of these; see :meth:`lipschitz_bound`.
 
     Raises:
         ToleranceError: The tolerance is not above 0.
         ModelTypeError: ``model`` is no link.
+        CertifyArgumentError: ``certify`` is no number above 0, or
+            ``time_limit`` none of at least 0.
+        FilterError: ``residual`` can choose no links.
+        ShortcutError: ``residual`` is a dictionary with something else than
+            names.
         NothingToReportError: When the trainer starts, as hooks may be added
             until then, and from :meth:`measure`: no layer has a hook, and
-            ``true_sigma`` is false, or there is no layer of these kinds.
+            neither ``true_sigma`` nor ``certify`` is given, or there is no
+            layer of these kinds.
 
     .. admonition:: Example
 
@@ -114,12 +137,19 @@ class SpectralNormReport(training.Extension):
     def __init__(
             self, model: chainer.Link, true_sigma: bool = False,
             filename: str | None = None, prefix: str | None = None,
-            tolerance: float = 0.2) -> None:
+            tolerance: float = 0.2, certify: float | None = None,
+            time_limit: float | None = 10., residual: Any = None) -> None:
         _models.check_models('SpectralNormReport', model)
         if not _checks.as_float(tolerance) > 0:
             raise errors.ToleranceError(tolerance)
+        _certify.check(
+            DEFAULT_RTOL if certify is None else certify, time_limit)
+        lipschitz.check_residual(residual)
         self._model = model
         self._true_sigma = true_sigma
+        self._certify = certify
+        self._time_limit = time_limit
+        self._residual = residual
         if filename is not None and not plot.is_available():
             filename = None
         self._picture = plot.Picture(filename)
@@ -133,7 +163,7 @@ class SpectralNormReport(training.Extension):
             f'{type(self).__name__}({type(self._model).__name__}, '
             f'true_sigma={self._true_sigma!r}, '
             f'filename={self._picture.filename!r}, prefix={prefix!r}, '
-            f'tolerance={self._tolerance!r})')
+            f'tolerance={self._tolerance!r}, certify={self._certify!r})')
 
     # Of a trainer
 
@@ -144,13 +174,16 @@ class SpectralNormReport(training.Extension):
     def __call__(self, trainer: training.Trainer) -> None:
         """Reports, warns and draws."""
         weights = self._weights()
-        measured = layers.measure(weights, self._true_sigma)
-        found = [weight.layer(numbers) for weight, numbers in measured]
+        measured, found, certificates = self._measured(weights)
         values = dict(_values(found))
-        if self._true_sigma and len(measured) == len(weights):
-            values['lipschitz_bound'] = lipschitz.bound(
-                (weight.link, layer.norm or 0.)
-                for (weight, _), layer in zip(measured, found))
+        if self._certify is not None and len(measured) == len(weights):
+            try:
+                values['lipschitz_bound'] = lipschitz.bound(
+                    self._model, certificates, self._residual)
+            except errors.UninitializedWeightError:
+                pass
+            except errors.LipschitzError as e:
+                self._warn('lipschitz_bound', 'unknown', str(e))
         chainer.report(
             {self._prefix + key: value for key, value in values.items()})
         for weight, numbers in measured:
@@ -182,19 +215,81 @@ class SpectralNormReport(training.Extension):
             list of Layer: In the order of ``model.namedlinks()``.
 
         """
-        measured = layers.measure(self._checked_weights(), self._true_sigma)
-        return [weight.layer(numbers) for weight, numbers in measured]
+        return self._measured(self._checked_weights())[1]
+
+    def lipschitz_bound(self) -> float:
+        """Bounds the Lipschitz constant of the model, as it is now.
+
+        It is the product of bounds of its layers: for a linear layer, an
+        EmbedID that comes first, and a convolution the upper end of its
+        certified interval; for batch normalization, as it is in test mode,
+        :math:`\\max |\\gamma| / \\sqrt{var + \\epsilon}`; and 1 for other
+        links that have no parameters of their own.  In a
+        :class:`~chainer.Sequential` the functions count, too: ReLU and its
+        relatives, dropout (which does nothing in test mode), those that
+        change shapes, and pooling, whose windows may overlap.  Arguments are
+        given by :func:`functools.partial`; a ``lambda`` is not understood.
+
+        A chain with a ``forward`` of its own must call each of its children
+        once, one after another, with nothing between them that magnifies
+        differences: ReLU does not, and a sum over ``n`` pixels does, by
+        :math:`\\sqrt n`.  Chains that ``residual`` takes have the bound
+        :math:`1 + \\prod`, over all children.  For those that compute
+        ``shortcut(x) + f(x)``, ``residual`` is a dictionary from such a
+        filter to a pattern of the names of the children that make up the
+        shortcut; a chain that has no such child adds ``x`` itself:
+        ``{Block: 'shortcut*'}``.
+
+        The bound holds in exact arithmetic, for weights as they are: it is
+        rounded up, and what the layers round in a call is not part of it.
+
+        Returns:
+            float: The bound, by intervals with the tolerance ``certify``, or
+            1e-3 if none is given.  NaN if a weight holds NaN or Inf.
+
+        Raises:
+            LipschitzError: Layers are not understood, such as LSTM, layer
+                normalization, or unknown links with parameters.
+            UninitializedWeightError: A parameter has no array yet.
+            UnknownInputSizeError: A layer whose hook has ``norm='operator'``
+                has not been called yet.
+
+        """
+        return lipschitz.bound(
+            self._model, self._certificates(), self._residual)
+
+    def _measured(self, weights: list[layers.MonitoredWeight]) -> tuple[
+            list[tuple[layers.MonitoredWeight, dict[str, float]]],
+            list[Layer], layers.Certificates]:
+        """Returns what is measured, what users see of it, and certificates."""
+        measured = layers.measure(weights, self._true_sigma)
+        certificates = self._certificates()
+        found = [weight.layer(numbers) for weight, numbers in measured]
+        if self._certify is not None:
+            found = [
+                layer._replace(interval=certificates.of_weight(weight))
+                for (weight, _), layer in zip(measured, found)]
+        return measured, found, certificates
+
+    def _certificates(self) -> layers.Certificates:
+        return layers.Certificates(
+            DEFAULT_RTOL if self._certify is None else self._certify,
+            self._time_limit)
 
     def _checked_weights(self) -> list[layers.MonitoredWeight]:
         weights = self._weights()
         if not weights:
-            raise errors.NothingToReportError(self._model, self._true_sigma)
+            raise errors.NothingToReportError(
+                self._model, self._takes_all())
         return weights
 
     def _weights(self) -> list[layers.MonitoredWeight]:
         return [layers.MonitoredWeight(weight)
                 for weight in _models.weights(self._model)
-                if self._true_sigma or weight.hook is not None]
+                if self._takes_all() or weight.hook is not None]
+
+    def _takes_all(self) -> bool:
+        return self._true_sigma or self._certify is not None
 
 
 def _values(found: Iterable[Layer]) -> Iterator[tuple[str, Any]]:
@@ -210,6 +305,8 @@ def _values(found: Iterable[Layer]) -> Iterator[tuple[str, Any]]:
             yield f'true_sigma/{layer.name}', layer.true_sigma
             if layer.sigma is not None:
                 yield f'norm/{layer.name}', layer.norm
+        if layer.interval is not None:
+            yield f'certified_norm/{layer.name}', layer.interval.hi
 
 
 class SpectralNormPenaltyState(training.Extension):

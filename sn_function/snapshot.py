@@ -21,8 +21,8 @@ import numpy
 
 from sn_function import _certify, _checks, errors
 from sn_function._arithmetic import singular
-from sn_function._arithmetic.certificate import norm_interval
 from sn_function._arithmetic.convolution import Convolution
+from sn_function._certificate.interval import norm_interval
 from sn_function._snapshots import (
     entries,
     finding,

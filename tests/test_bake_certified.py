@@ -18,7 +18,7 @@ import pytest
 from chainer import link_hooks
 
 from sn_function import _bake_certified
-from sn_function._arithmetic.certificate import Interval
+from sn_function._certificate.interval import Interval
 from sn_function.bake import bake
 
 OURS, CHAINERS = SpectralNormalization, link_hooks.SpectralNormalization

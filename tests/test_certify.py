@@ -260,3 +260,28 @@ def test_progress_waits():
     found = []
     sn_function.certify(link, progress=found.append)
     assert not found
+
+
+def test_fixed_output_size():
+    link = L.Deconvolution2D(1, 1, 3, outsize=(4, 4), nobias=True)
+    interval = sn_function.certify(link, insize=2)
+    norm = np.linalg.norm(maps.dense(link, (1, 2, 2)), 2)
+    assert interval.lo <= norm <= interval.hi
+    with pytest.raises(errors.OutputSizeError, match='does not fit'):
+        sn_function.certify(link, insize=3)
+
+
+def test_empty_weight():
+    link = L.Linear(3, 2)
+    link.W.array = np.zeros((0, 3), 'f')
+    with pytest.raises(errors.WeightShapeError):
+        sn_function.certify(link)
+
+
+def test_vector_of_another_hook_is_left_alone():
+    link = L.Linear(3, 2).add_hook(link_hooks.SpectralNormalization())
+    link(np.ones((1, 3), 'f'))
+    hook = link.local_link_hooks['SpectralNormalization']
+    v = hook.v
+    sn_function.certify(link)
+    assert hook.v is v

@@ -108,14 +108,12 @@ class TestInTraining:
             SpectralNormReport(model, true_sigma=True), trigger=every)
         trainer.run()
         keys = {f'{kind}/{name}' for name in ('l1', 'l2') for kind in (
-            'sigma', 'residual', 'true_sigma', 'norm')} | {'lipschitz_bound'}
+            'sigma', 'residual', 'true_sigma', 'norm')}
         log = json.loads((tmp_path / 'log').read_text())
         assert [entry['iteration'] for entry in log] == [2, 4, 6]
         assert all(keys <= set(entry) for entry in log)
         last = {layer.name: layer for layer in measure(model)}
         assert log[-1]['sigma/l1'] == last['l1'].sigma
-        assert log[-1]['lipschitz_bound'] == pytest.approx(
-            last['l1'].norm * last['l2'].norm)
         assert {tag for tag, _ in written} == keys
         assert f'{last["l1"].sigma:.6}' in printed.getvalue()
         assert (tmp_path / 'plot.png').exists()
@@ -177,8 +175,10 @@ class TestInTraining:
 
     def test_lazy_layers_are_left_out_until_they_are_there(self, tmp_path):
         trainer, model = make_trainer(tmp_path, Model(None), n=1)
-        report = SpectralNormReport(model, true_sigma=True)
+        report = SpectralNormReport(model, true_sigma=True, certify=1e-2)
         assert [layer.name for layer in report.measure()] == ['l2']
+        with pytest.raises(errors.UninitializedWeightError):
+            report.lipschitz_bound()
         trainer.extend(report, trigger=(1, 'iteration'),
                        call_before_training=True)
         found = []
@@ -188,6 +188,7 @@ class TestInTraining:
         trainer.run()
         assert 'sigma/l2' in found[0]
         assert not {'sigma/l1', 'lipschitz_bound'} & set(found[0])
+        assert 'certified_norm/l2' in found[0]
         assert {'sigma/l1', 'lipschitz_bound'} <= set(found[1])
 
     def test_nothing_to_report(self, tmp_path):
@@ -224,27 +225,142 @@ class TestInTraining:
     def test_its_text(self):
         assert repr(SpectralNormReport(Model(), prefix='dis')) == (
             "SpectralNormReport(Model, true_sigma=False, filename=None, "
-            "prefix='dis', tolerance=0.2)")
+            "prefix='dis', tolerance=0.2, certify=None)")
 
     @pytest.mark.parametrize('tolerance', [0, -1, float('nan'), None])
     def test_bad_tolerance(self, tolerance):
         with pytest.raises(errors.ToleranceError, match='above 0'):
             SpectralNormReport(Model(), tolerance=tolerance)
 
+    @pytest.mark.parametrize('certify', [0, -1, float('nan'), 'yes'])
+    def test_bad_tolerance_of_certificates(self, certify):
+        with pytest.raises(errors.CertifyArgumentError, match='above 0'):
+            SpectralNormReport(Model(), certify=certify)
+        with pytest.raises(errors.CertifyArgumentError, match='seconds'):
+            SpectralNormReport(Model(), time_limit=-1)
 
-def test_lipschitz_bound_of_a_network(tmp_path):
-    """Of two linear layers that share their singular vectors it is exact."""
-    Q = np.linalg.qr(np.random.normal(size=(4, 4)))[0].astype('f')
-    model = chainer.ChainList(
-        L.Linear(4, 4, initialW=Q @ np.diag([3, 1, 1, 1]).astype('f')),
-        L.Linear(4, 4, initialW=np.diag([5, 1, 1, 1]).astype('f') @ Q.T))
-    trainer, _ = make_trainer(tmp_path, L.Linear(6, 1))
-    observation = {}
-    with chainer.Reporter().scope(observation):
-        SpectralNormReport(model, true_sigma=True)(trainer)
-    assert observation['lipschitz_bound'] == pytest.approx(15, rel=1e-5)
-    assert reference.true_norm(
-        model[1].W.array @ model[0].W.array) == pytest.approx(15, rel=1e-5)
+
+class TestCertify:
+
+    def make(self):
+        """Two linear layers that share a singular vector, and are reached."""
+        Q = np.linalg.qr(np.random.normal(size=(4, 4)))[0].astype('f')
+        diagonals = [np.diag([x, 1, 1, 1]).astype('f') for x in (3, 5)]
+        return chainer.Sequential(
+            L.Linear(4, 4, initialW=Q @ diagonals[0]),
+            L.Linear(4, 4, initialW=diagonals[1] @ Q.T))
+
+    def report(self, model, tmp_path, n=1, **kwargs):
+        """What is reported ``n`` times, and the warnings."""
+        trainer, _ = make_trainer(tmp_path, L.Linear(6, 1))
+        report = SpectralNormReport(model, **kwargs)
+        values, caught = zip(*[call(report, trainer) for _ in range(n)])
+        return values[-1], [warning for each in caught for warning in each]
+
+    def test_network(self, tmp_path):
+        model = self.make()
+        values, caught = self.report(model, tmp_path, certify=1e-3)
+        assert caught == []
+        assert set(values) == {
+            'certified_norm/0', 'certified_norm/1', 'lipschitz_bound'}
+        norm = reference.true_norm(model[1].W.array.astype('d')
+                                   @ model[0].W.array.astype('d'))
+        assert norm == pytest.approx(15, rel=1e-5)
+        assert values['lipschitz_bound'] == pytest.approx(15, rel=1e-5)
+        assert type(values['lipschitz_bound']) is float
+        report = SpectralNormReport(model, certify=1e-3)
+        assert report.lipschitz_bound() == values['lipschitz_bound']
+        assert [layer.interval.hi for layer in report.measure()] == [
+            values['certified_norm/0'], values['certified_norm/1']]
+
+    def test_a_tolerance_is_not_needed_for_the_bound(self):
+        model = self.make()
+        report = SpectralNormReport(model, true_sigma=True)
+        assert report.lipschitz_bound() == pytest.approx(15, rel=1e-5)
+        assert [layer.interval for layer in report.measure()] == [None, None]
+
+    @pytest.mark.parametrize('hook', [
+        SpectralNormalization, link_hooks.SpectralNormalization, SEVERAL])
+    def test_the_norm_is_that_of_the_weight_as_it_is_used(self, hook):
+        model = chainer.Sequential(
+            L.Convolution2D(2, 3, 3, nobias=True).add_hook(hook()),
+            L.Linear(12, 2, nobias=True))
+        model[0].W_u[...] = np.random.normal(size=3)  # not converged
+        before = model[0].W_u.copy()
+        first, second = SpectralNormReport(model, certify=1e-2).measure()
+        with chainer.using_config('train', False):
+            conv = model[0].copy('copy')
+            rows = conv(np.eye(32, dtype='f').reshape(-1, 2, 4, 4)).array
+            Y = conv(np.eye(72, dtype='f').reshape(-1, 2, 6, 6)).array
+        norms = [np.linalg.norm(x.reshape(len(x), -1).astype('d'), 2)
+                 for x in (rows, Y)]
+        assert 1.01 < norms[0] < norms[1] <= first.interval.hi * (1 + 1e-6)
+        assert first.interval.hi < 2 * norms[1]
+        assert second.interval.hi == pytest.approx(
+            reference.true_norm(model[1].W.array), rel=1e-6)
+        np.testing.assert_array_equal(model[0].W_u, before)
+
+    def test_training_is_not_disturbed(self, tmp_path):
+        ends = []
+        first = Model(make_hook=SEVERAL)
+        for with_report in (False, True):
+            trainer, model = make_trainer(tmp_path, copy.deepcopy(first))
+            if with_report:
+                trainer.extend(SpectralNormReport(model, certify=1e-2),
+                               trigger=(1, 'iteration'))
+            np.random.seed(7)
+            trainer.run()
+            ends.append((model, np.random.random()))
+        assert_same(ends[0][0], ends[1][0])
+        assert ends[0][1] == ends[1][1]
+        assert trainer.observation['lipschitz_bound'] == pytest.approx(
+            1, rel=0.1)
+
+    def test_a_layer_that_does_not_know_the_size_of_images(self, tmp_path):
+        """It is left out until its first call, and the bound is, too."""
+        model = chainer.Sequential(L.Convolution2D(1, 2, 3).add_hook(
+            SpectralNormalization(norm='operator', n_warmup=50)))
+        assert self.report(model, tmp_path, certify=1e-3) == ({}, [])
+        with pytest.raises(errors.UnknownInputSizeError):
+            SpectralNormReport(model).lipschitz_bound()
+        model(np.zeros((1, 1, 12, 12), 'f'))
+        before = model[0].W_map.copy()
+        values, _ = self.report(model, tmp_path, certify=1e-3)
+        assert 1 < values['lipschitz_bound'] < 1.1  # for every size
+        np.testing.assert_array_equal(model[0].W_map, before)
+
+    def test_residual(self, tmp_path):
+        model = self.make()
+        values, _ = self.report(
+            model, tmp_path, certify=1e-3, residual=chainer.Sequential)
+        assert values['lipschitz_bound'] == pytest.approx(16, rel=1e-5)
+
+    def test_what_is_not_understood_is_named_once(self, tmp_path):
+        model = self.make()
+        model.append(L.LayerNormalization(4))
+        values, (warning,) = self.report(
+            model, tmp_path, n=2, certify=1e-3, prefix='dis')
+        assert str(warning.message).startswith('dis/lipschitz_bound: ')
+        assert 'LayerNormalization /' in str(warning.message)
+        assert set(values) == {
+            f'dis/certified_norm/{link.name}' for link in model[:2]}
+        with pytest.raises(errors.LipschitzError, match='LayerNorm'):
+            SpectralNormReport(model).lipschitz_bound()
+
+    def test_weights_of_links_of_other_kinds(self, tmp_path):
+        """The norm of what they do with the weight is not known."""
+        link = L.Bilinear(3, 3, 3).add_hook(SpectralNormalization())
+        values, (warning,) = self.report(link, tmp_path, certify=1e-3)
+        assert 'Bilinear' in str(warning.message)
+        assert set(values) == {'sigma/W', 'residual/W'}
+
+    def test_n_step_rnn(self, tmp_path):
+        """Their product with inputs is a part of what such a link does."""
+        link = L.NStepGRU(1, 3, 4, 0.).add_hook(SpectralNormalization())
+        values, (warning,) = self.report(link, tmp_path, certify=1e-3)
+        assert 'NStepGRU /.' in str(warning.message)
+        assert 'lipschitz_bound' not in values
+        assert not [key for key in values if key.startswith('certified')]
 
 
 def damage(model, cause):
@@ -590,6 +706,18 @@ class TestOnDevice:
                 assert x == y or x == pytest.approx(y, rel=1e-4)
         for link, u in zip(model, before):
             np.testing.assert_array_equal(cuda.to_cpu(link.W_u), u)
+
+    def test_certify(self):
+        model = chainer.Sequential(
+            L.Convolution2D(2, 3, 3).add_hook(SpectralNormalization()),
+            L.BatchNormalization(3), L.Linear(12, 2))
+        model[1].gamma.array[...] = 1, 2, -3
+        report = SpectralNormReport(model, certify=1e-2)
+        expected, layers = report.lipschitz_bound(), report.measure()
+        model.to_device('@cupy:0')
+        assert report.lipschitz_bound() == pytest.approx(expected, rel=1e-4)
+        assert [layer.interval.hi for layer in report.measure()] == [
+            pytest.approx(layer.interval.hi, rel=1e-4) for layer in layers]
 
     @pytest.mark.parametrize('cause', MESSAGES)
     def test_it_warns_as_on_the_host(self, cause, tmp_path):

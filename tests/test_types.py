@@ -16,6 +16,7 @@ CODE = '''
 from typing import Tuple
 import numpy as np
 from chainer import Variable
+from chainer import links as L
 import sn_function
 from sn_function import functions as F
 
@@ -32,6 +33,13 @@ g: Tuple[Variable, ...] = F.spectral_normalize_all([W], [u])
 Ys, sigmas = F.spectral_normalize_all([W], [u], return_sigma=True)
 h = Ys[0].array, sigmas[0].array
 hook = sn_function.SpectralNormalization(use_gamma=True, cap=None)
+C, x_0 = np.ones((3, 4, 3, 3), 'f'), np.ones((4, 8, 8), 'f')
+k = F.conv_spectral_normalize(C, x_0, 1, (1, 1)).array
+m, n = F.conv_spectral_normalize(C, x_0, pad=1, return_sigma=True)
+layer = L.Convolution2D(4, 3, 3).add_hook(
+    sn_function.SpectralNormalization(norm='operator', insize=(8, 8)))
+hi: float = sn_function.certify(layer, 1e-2, insize=8).hi
+model = sn_function.bake(layer, certified=True)
 
 F.spectral_normalize(W, u, return_sigma=True).array     # wrong
 F.spectral_normalize(W, u, return_sigma=flag).array     # wrong
@@ -39,6 +47,8 @@ F.spectral_normalize_all([W], [u])[0][0].array          # wrong
 x: int = F.spectral_norm(W, u)                          # wrong
 sn_function.SpectralNormalization(use_gama=True)        # wrong
 sn_function.spectral_normalise                          # wrong
+F.conv_spectral_normalize(C, x_0, insize=8)             # wrong
+sn_function.certify(layer).high                         # wrong
 '''
 
 

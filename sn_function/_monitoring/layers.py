@@ -6,9 +6,10 @@ from typing import Any, Iterable, NamedTuple
 import chainer
 from chainer import link_hooks
 
-from sn_function import _checks
+from sn_function import _checks, errors
 from sn_function._arithmetic import quality
 from sn_function._arithmetic.interface import NEVER
+from sn_function._certify import Interval, certify
 from sn_function._links import call, vector
 from sn_function._links.hooked_weight import renewal_of
 from sn_function._links.weight import groups_of
@@ -34,6 +35,9 @@ class Layer(NamedTuple):
         singular_values (tuple of float or None): With several vectors, the
             hook's estimates of as many singular values of the raw weight, the
             largest one, ``sigma``, first; else ``None``.
+        interval (Interval or None): What :func:`~sn_function.certify` finds
+            for the weight as the layer uses it; ``None`` unless ``certify``
+            was given, and where nothing is known of what the layer does.
 
     """
 
@@ -44,18 +48,19 @@ class Layer(NamedTuple):
     true_sigma: float | None
     norm: float | None
     singular_values: tuple[float, ...] | None = None
+    interval: Interval | None = None
 
 
 class MonitoredWeight:
     """The raw weight of a layer and, if it has a hook, the hook's vector."""
 
     def __init__(self, weight: LinkWeight) -> None:
-        path, self.link, weight_name, self.hook = weight
+        path, self.link, self.weight_name, self.hook = weight
         parts = [path.strip('/')]
-        if weight_name != 'W' or path == '/':
-            parts.append(weight_name)
+        if self.weight_name != 'W' or path == '/':
+            parts.append(self.weight_name)
         self.name = '/'.join(filter(None, parts))
-        self.array = call.original(self.link, weight_name).array
+        self.array = call.original(self.link, self.weight_name).array
 
     @property
     def is_initialized(self) -> bool:
@@ -114,6 +119,35 @@ def _factor_and_eps(hook: Any) -> tuple[float, float]:
         return hook.factor or 1., 0.
     return _checks.check_settings(
         hook.n_power_iteration, hook.factor, hook.eps, hook.cap)[:2]
+
+
+class Certificates:
+    """The norms of links of a model, each certified once.
+
+    Args:
+        rtol: As in :func:`~sn_function.certify`.
+        time_limit: Likewise, for each link.
+
+    """
+
+    def __init__(self, rtol: float, time_limit: float | None) -> None:
+        self._rtol, self._time_limit = rtol, time_limit
+        self._intervals: dict[int, Interval] = {}
+
+    def __call__(self, link: chainer.Link) -> Interval:
+        if id(link) not in self._intervals:
+            self._intervals[id(link)] = certify(
+                link, self._rtol, self._time_limit)
+        return self._intervals[id(link)]
+
+    def of_weight(self, weight: MonitoredWeight) -> Interval | None:
+        """Returns that of its link, if it is known what the link does."""
+        if weight.weight_name != 'W':
+            return None
+        try:
+            return self(weight.link)
+        except errors.CertifyLinkError:
+            return None
 
 
 def measure(

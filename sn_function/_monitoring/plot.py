@@ -18,6 +18,7 @@ from sn_function.errors import SpectralNormalizationWarning
 PANELS = {
     'sigma': ('Raw weights', 'largest singular value'),
     'norm': ('Weights as the layers use them', 'largest singular value'),
+    'certified_norm': ('Norms of the layers as maps', 'certified bound'),
     'residual': ('Residuals of the estimates', 'residual, relative to sigma'),
 }
 STYLES = ('-', '--', ':', '-.')
@@ -134,7 +135,7 @@ def _contents(
             if '/' in key]
     found = {kind for kind, _ in keys}
     names = list(dict.fromkeys([name for _, name in keys]))  # in their order
-    second = [key for key in ('norm', 'residual') if key in found][:1]
+    second = [key for key in PANELS if key in found - {'sigma'}][:1]
     return ['sigma', *second], names
 
 
@@ -172,7 +173,7 @@ def _scale(axes: Any, key: str) -> None:
     values = [y for line in axes.lines for y in line.get_ydata()
               if 0 < y < float('inf')]
     ratio = max(values) / min(values) if values else 1
-    if key == 'norm':
+    if key.endswith('norm'):
         axes.axhline(1, color='0.6', linewidth=0.8, zorder=0)
     if ratio > 1.5:
         axes.set_yscale('log')

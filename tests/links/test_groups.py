@@ -317,12 +317,6 @@ class TestChain:
         assert self.statuses(chain) == [
             'normalized', 'filtered out', 'normalized']
 
-    def test_lipschitz_bound(self):
-        """The windows of a depthwise convolution count, too."""
-        chain = self.chain().add_hook(
-            sn_function.ChainSpectralNormalization(groups='each'))
-        assert [extensions.n_windows(link) for link in chain] == [9, 9, 1]
-
 
 # Figures of the documentation
 

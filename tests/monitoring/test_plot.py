@@ -31,7 +31,8 @@ def test_many_layers_and_values_that_are_no_numbers(tmp_path):
 @pytest.mark.parametrize(('kinds', 'panels'), [
     (['sigma'], ['sigma']),
     (['sigma', 'residual'], ['sigma', 'residual']),
-    (['residual', 'true_sigma', 'norm', 'sigma'], ['sigma', 'norm'])])
+    (['residual', 'true_sigma', 'norm', 'sigma'], ['sigma', 'norm']),
+    (['sigma', 'residual', 'certified_norm'], ['sigma', 'certified_norm'])])
 def test_panels_and_names(kinds, panels):
     """The names are in the order of the reports, each once."""
     history = [

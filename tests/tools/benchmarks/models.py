@@ -229,7 +229,11 @@ class ResNet(chainer.Sequential):
     def __init__(self) -> None:
         super().__init__(
             *map(Block, RESNET_WIDTHS, RESNET_WIDTHS[1:]),
-            lambda h: F.sum(F.relu(h), axis=(2, 3)), L.Linear(1024, 1))
+            sum_of_pixels, L.Linear(1024, 1))
+
+
+def sum_of_pixels(h: Any) -> Any:
+    return F.sum(F.relu(h), axis=(2, 3))
 
 
 def gan_contender(

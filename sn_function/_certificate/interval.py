@@ -6,26 +6,30 @@ from typing import Any, Callable, NamedTuple
 
 import numpy
 
-from sn_function._arithmetic import lanczos, proofs
-from sn_function._arithmetic import symbol as symbol_
-from sn_function._arithmetic.branch_and_bound import (
+from sn_function._arithmetic.convolution import (
+    Convolution,
+    ConvolutionMatrix,
+)
+from sn_function._certificate import lanczos, proofs
+from sn_function._certificate import symbol as symbol_
+from sn_function._certificate.branch_and_bound import (
     RATIO,
     Clock,
     Progress,
     Search,
 )
-from sn_function._arithmetic.convolution import (
-    Convolution,
-    ConvolutionMatrix,
-)
-from sn_function._arithmetic.proofs import frobenius, rounding
-from sn_function._arithmetic.symbol import Symbol
+from sn_function._certificate.proofs import frobenius, rounding
+from sn_function._certificate.symbol import Symbol
 
 # The matrices whose product of the sides and the smaller side is up to that
 # are decomposed.
 SMALL = 2 ** 30
-# Where that of the map at one size is no more than that, it is made a matrix.
-LARGE = 2 ** 36
+# Where that of the map at one size, and its entries, are no more than that, it
+# is made a matrix.
+LARGE = 2 ** 34
+MOST_ENTRIES = 2 ** 25
+# Entries of what convolutions need to make it, in one step.
+BATCH = 2 ** 24
 
 
 class Interval(NamedTuple):
@@ -66,25 +70,19 @@ def norm_interval(
         return Interval(0 * float(peak), 0 * float(peak))
     exponent = math.frexp(peak)[1]
     clock = Clock(time_limit, progress and (
-        lambda lo, hi: progress(*_scaled(lo, hi, exponent))))
-    blocks = symbol_.grouped(numpy.ldexp(W, -exponent), convolution)
+        lambda lo, hi: progress(*proofs.scaled(lo, hi, exponent))))
+    scaled = numpy.ldexp(W, -exponent)
+    blocks = symbol_.grouped(scaled, convolution)
     if convolution is not None and convolution.insize is not None:
-        ends = _at_size(blocks, convolution, rtol, clock)
+        lo, hi = _at_size(blocks, convolution, rtol, clock)
     else:
-        ends = _at_all_sizes(symbol_.taps(blocks, convolution), rtol, clock)
-    return _scaled(*ends, exponent)
-
-
-def _scaled(lo: float, hi: float, exponent: int) -> Interval:
-    """Multiplies by a power of two, outwards where the range ends."""
-    with numpy.errstate(over='ignore', under='ignore'):
-        low, high = (float(numpy.ldexp(end, exponent)) for end in (lo, hi))
-    tiny = numpy.finfo(float).tiny
-    if low < tiny:
-        low = max(0., low - 5e-324)
-    if hi > 0 and high < tiny:
-        high += 5e-324
-    return Interval(min(low, float(numpy.finfo(float).max)), high)
+        lo, hi = _at_all_sizes(
+            symbol_.taps(blocks, convolution), rtol, clock)
+    if (numpy.ldexp(scaled, exponent) != W).any():
+        # Each of the smallest entries may have lost that.
+        lost = W.size * proofs.LEAST
+        lo, hi = lo - lost, hi + lost
+    return Interval(*proofs.scaled(lo, hi, exponent))
 
 
 def _at_all_sizes(
@@ -101,24 +99,44 @@ def _at_size(
     one = convolution._replace(groups=1, is_depthwise=False)
     maps = [ConvolutionMatrix(W, one) for W in blocks]
     # The matrix is a sum of one for each tap.
-    bounds = numpy.array([sum([
-        frobenius(W[(..., *tap)]) for tap in numpy.ndindex(W.shape[2:])
-    ]) for W in blocks])
+    taps = [*numpy.ndindex(blocks.shape[3:])]
+    bounds = (1 + rounding(len(taps))) * numpy.array([
+        sum([frobenius(W[(..., *tap)]) for tap in taps]) for W in blocks])
     m, n = maps[0].m, maps[0].n
-    if m * n * min(m, n) <= LARGE:
-        # Rows are images of one pixel, and no sum has two terms.
-        return _largest(
-            bounds, lambda i: maps[i].tdot_all(numpy.eye(m)), rtol, clock)
+    if m * n <= min(LARGE // min(m, n), MOST_ENTRIES):
+        return _largest(bounds, lambda i: _dense(maps[i]), rtol, clock)
+    _, hi = _at_all_sizes(symbol_.taps(blocks, one), rtol, clock.half(
+        lambda _, hi: clock.tell(0., hi)))
     lo = 0.
     for bound, A in zip(bounds, maps):
         if bound <= lo or clock.is_up():
             continue
+        clock.tell(lo, hi)
         u = lanczos.leading(lanczos.Gram(A.dot, A.tdot), lanczos.start(m),
                             .1 * rtol, clock.is_up)
         lo = max(lo, proofs.lower_bound(
             A.tdot(u), u, rounding(blocks[0].size) * bound))
-    _, hi = _at_all_sizes(symbol_.taps(blocks, one), rtol, clock)
     return lo, max(lo, hi)
+
+
+def _dense(A: ConvolutionMatrix) -> Any:
+    """Returns the matrix of a map, or its transpose, if that has fewer rows.
+
+    A row is what is made of an image of one pixel, in which no sum has two
+    terms, so it is exact.
+    """
+    is_wide = A.m <= A.n
+    shape = (A.m, A.n) if is_wide else (A.n, A.m)
+    product = A.tdot_all if is_wide else A.dot_all
+    n_taps = math.prod(A.array.shape[2:])
+    step = max(1, BATCH // (n_taps * shape[1]))
+    matrix = numpy.empty(shape)
+    for start in range(0, shape[0], step):
+        rows = matrix[start:start + step]
+        images = numpy.zeros((len(rows), shape[0]))
+        images[range(len(rows)), range(start, start + len(rows))] = 1
+        rows[...] = product(images)
+    return matrix
 
 
 def _largest(
@@ -143,22 +161,35 @@ def _largest(
         A = matrix(i)
         if len(A) > A.shape[1]:
             A = A.T
-        if not proofs.is_below(A, hi):
-            ends = _ends(A, rtol)
+        if A.any() and not proofs.is_below(A, hi):
+            ends = _ends(A, rtol, clock)
             lo, hi = max(lo, ends[0]), max(hi, ends[1])
     return lo, hi
 
 
-def _ends(A: Any, rtol: float) -> tuple[float, float]:
+def _ends(A: Any, rtol: float, clock: Clock) -> tuple[float, float]:
     """Returns both ends for a matrix with no more rows than columns."""
     if A.size * len(A) <= SMALL:
         return proofs.decomposed(A)
-    u = lanczos.leading(
-        lanczos.Gram(A.dot, A.T.dot), lanczos.start(len(A)), .1 * rtol)
+    exponent = math.frexp(abs(A).max())[1]
+    A = numpy.ldexp(A, -exponent)
+    u = lanczos.leading(lanczos.Gram(A.dot, A.T.dot), lanczos.start(len(A)),
+                        .1 * rtol, clock.is_up)
     size = frobenius(A)
     lo = proofs.lower_bound(u @ A, u, rounding(len(A)) * size)
-    while rtol < 1:
-        if proofs.is_below(A, (1 + rtol) * lo):
-            return lo, (1 + rtol) * lo
-        rtol *= RATIO
-    return lo, size
+    return proofs.scaled(lo, _proved(A, lo, size, rtol, clock), exponent)
+
+
+def _proved(
+        A: Any, lo: float, size: float, rtol: float, clock: Clock) -> float:
+    """Returns a bound of the norm of A near lo, or else ``size``."""
+    if lo == 0:
+        return size
+    # Below this, rounding would decide.
+    r = max(rtol, 2 * proofs.shift(len(A)) + 2 * rounding(
+        A.shape[1]) * (size / lo) ** 2)
+    while not proofs.is_below(A, (1 + r) * lo):
+        r *= RATIO
+        if clock.is_up() or (1 + r) * lo > size:
+            return size
+    return (1 + r) * lo

@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 
 from sn_function import errors
-from sn_function._arithmetic import (
+from sn_function._arithmetic.convolution import (
+    Convolution,
+    ConvolutionMatrix,
+)
+from sn_function._certificate import (
     branch_and_bound,
-    certificate,
+    cells,
     proofs,
     symbol,
 )
-from sn_function._arithmetic.certificate import norm_interval
-from sn_function._arithmetic.convolution import Convolution
+from sn_function._certificate import interval as intervals
+from sn_function._certificate.interval import norm_interval
 from sn_function._links.weight import convolution_of
 from tests import maps
 
@@ -54,7 +58,7 @@ def check_sizes(link, shape, rtol, dtype):
         if outsize:
             link.outsize = outsize
         A = maps.dense(link, (c, *insize))
-        if A.size * min(A.shape) > certificate.SMALL:
+        if A.size * min(A.shape) > intervals.SMALL:
             break
         sigma = norm(A)
         found.append(sigma)
@@ -128,7 +132,7 @@ def test_published_draws():
         wave = circular(W, 1, 12).max()
         assert at_size <= hi
         assert wave <= hi
-        assert is_within(1e-2, certificate.Interval(lo, hi))
+        assert is_within(1e-2, intervals.Interval(lo, hi))
         found.append((wave, at_size))
     waves, at_sizes = np.mean(found, axis=0)
     assert 79 < waves < 84
@@ -143,6 +147,25 @@ def test_many_taps_and_channels():
         assert is_within(1e-4, interval)
         sigma = circular(W, 1, 64).max()
         assert .995 * interval.lo <= sigma <= interval.hi
+
+
+@pytest.mark.parametrize('degrees', [(3,), (1, 1), (2, 2), (1, 3), (1, 2, 1)])
+def test_cells_cover_a_half(degrees):
+    found, D = cells.Cells(np.array(degrees)), np.array(degrees)
+    t = np.random.randint(-3, 4, (5, len(D)))
+    centers = found.first()
+    assert found.radius(0) == pytest.approx(math.pi / 2)
+    for level in range(3):
+        for w in np.random.uniform(-math.pi, math.pi, (200, len(D))):
+            steps = np.concatenate([w - centers, -w - centers])
+            steps = (steps + math.pi) % (2 * math.pi) - math.pi
+            far = abs(steps) @ D
+            assert far.min() <= found.radius(level)
+            # In the sense of both bounds at once.
+            near = steps[far <= found.radius(level)]
+            assert (abs(near @ t.T) <= found.reach(level, t)).all(
+                axis=1).any()
+        centers = found.split(level, centers)
 
 
 def test_flat_symbol():
@@ -243,7 +266,7 @@ def test_product_of_reflections():
 
 def test_large_matrix_is_proved(monkeypatch):
     """As where a decomposition would take too long."""
-    monkeypatch.setattr(certificate, 'SMALL', 0)
+    monkeypatch.setattr(intervals, 'SMALL', 0)
     A = np.random.normal(size=(60, 80))
     interval = norm_interval(A, rtol=1e-6)
     assert interval.lo <= norm(A) <= interval.hi
@@ -331,7 +354,7 @@ def test_error_of_gram_matrices():
 # One size
 
 def test_one_size_is_not_made_a_matrix(monkeypatch):
-    monkeypatch.setattr(certificate, 'LARGE', 0)
+    monkeypatch.setattr(intervals, 'LARGE', 0)
     for link, shape in maps.random_links(10):
         convolution = convolution_of(link)
         sigma = norm(maps.dense(link, shape))
@@ -347,8 +370,10 @@ def test_images_that_are_too_small():
         norm_interval(np.ones((2, 2, 3, 3)), plain(insize=(2, 5)))
 
 
-def test_map_that_is_zero():
+@pytest.mark.parametrize('small', [intervals.SMALL, 0])
+def test_map_that_is_zero(monkeypatch, small):
     """Only padding meets the kernel."""
+    monkeypatch.setattr(intervals, 'SMALL', small)
     W = np.zeros((1, 1, 3))
     W[0, 0, 0] = 1
     assert norm_interval(W, plain(1, pad=(1,), insize=(1,))) == (0, 0)
@@ -404,6 +429,14 @@ def test_part_that_is_small():
     assert lo <= 1e-200 <= hi <= 1.0001e-200
 
 
+def test_part_that_is_lost():
+    """The range of float64 does not hold it beside the largest tap."""
+    W = np.zeros((1, 1, 3))
+    W[0, 0] = 1e300, 1e-20, 0
+    lo, hi = norm_interval(W, plain(1, pad=(1,), insize=(1,)))
+    assert 0 <= lo <= 1e-20 <= hi <= 1e-10
+
+
 # Time
 
 def test_time_is_up():
@@ -419,6 +452,25 @@ def test_time_is_up():
     lo, hi = norm_interval(W, plain(insize=(8, 8)), 1e-4, 0.)
     assert lo == 0
     assert sigma <= hi
+
+
+@pytest.mark.parametrize(('shape', 'stride'), [
+    ((48, 48, 3, 3), 1), ((16, 3, 4, 4), 2), ((6, 9, 5), 1),
+    ((4, 4, 2, 3, 2), 1)])
+def test_without_time_it_is_not_far_above(shape, stride):
+    W = np.random.normal(size=shape)
+    ndim = len(shape) - 2
+    convolution = plain(ndim, stride=(stride,) * ndim)
+    sigma, _ = norm_interval(W, convolution, 1e-2)
+    _, hi = norm_interval(W, convolution, 1e-4, 0.)
+    n_taps = np.prod([-(-k // stride) for k in shape[2:]])
+    assert sigma <= hi <= 1.3 * np.sqrt(n_taps) * np.linalg.norm(
+        W.reshape(len(W), -1), 2)
+    # Taps that do not interfere: then it is that of the matrix.
+    W = np.zeros((4, 8, 2, 2))
+    W[:, :4, 0, 0] = W[:, 4:, 1, 1] = np.eye(4)
+    _, hi = norm_interval(W, plain(), 1e-4, 0.)
+    assert np.sqrt(2) <= hi < 1.8
 
 
 def test_search_gives_up_honestly(monkeypatch):
@@ -441,3 +493,77 @@ def test_progress():
     assert list(his) == sorted(his, reverse=True)
     assert los[-1] <= interval.lo <= interval.hi <= his[-1]
     assert his[-1] < 1.1 * los[-1]
+
+
+# What a search once missed
+
+def orthogonal(q):
+    return np.linalg.qr(np.random.normal(size=(q, q)))[0]
+
+
+@pytest.mark.parametrize('q', [20, 64, 200])
+def test_a_norm_that_few_steps_do_not_find(q):
+    """That of a vector by itself, far above all others of a group."""
+    W = np.zeros((2 * q, q, 2))
+    W[:q] = .5 * orthogonal(q)[..., None]
+    values = np.full(q, .7 ** .5)
+    values[0] = 1.05
+    W[q:] = ((orthogonal(q) * values) @ orthogonal(q))[..., None] * [.6, .4]
+    lo, hi = norm_interval(W, plain(1, groups=2), 1e-3)
+    assert lo <= 1.05 <= hi <= 1.001 * lo
+
+
+def test_a_bound_is_not_given_up():
+    """The sum of norms of taps is the norm, where these agree."""
+    W = np.zeros((1, 1, 31, 31))
+    W[..., 0, 0] = W[..., 30, 30] = 1
+    lo, hi = norm_interval(W, plain(), 1e-2)
+    assert lo <= 2 <= hi < 2 + 1e-5
+
+
+def test_memory_that_a_size_takes(monkeypatch):
+    """Few outputs of many inputs: rows of these are made, in steps."""
+    rows = []
+    product = ConvolutionMatrix.dot_all
+
+    def dot_all(self, V):
+        rows.append(len(V))
+        return product(self, V)
+
+    monkeypatch.setattr(ConvolutionMatrix, 'dot_all', dot_all)
+    monkeypatch.setattr(intervals, 'BATCH', 16 * 16 * 7 * 7 * 10)
+    W = np.random.normal(size=(1, 16, 4, 4))
+    lo, hi = norm_interval(W, plain(insize=(7, 7)), 1e-3)
+    assert rows == [10, 6]
+    A = np.stack([W[0].ravel()])  # of a window
+    assert np.linalg.norm(A) <= lo <= hi <= 4 * np.linalg.norm(A)
+    link = L.Convolution2D(16, 1, 4, nobias=True)
+    norm = np.linalg.svd(maps.dense(link, (16, 7, 7), W))[1][0]
+    assert lo <= norm <= hi < (1 + 1e-12) * lo
+
+
+def test_progress_at_one_size(monkeypatch):
+    monkeypatch.setattr(intervals, 'LARGE', 0)
+    W = np.random.normal(size=(8, 8, 3, 3))
+    link = L.Convolution2D(8, 8, 3, pad=1, nobias=True)
+    norm = np.linalg.svd(maps.dense(link, (8, 6, 6), W))[1][0]
+    told = []
+    norm_interval(W, plain(pad=(1, 1), insize=(6, 6)), 1e-3, progress=(
+        lambda lo, hi: told.append((lo, hi))))
+    assert told
+    assert all(lo <= norm <= hi for lo, hi in told)
+
+
+@pytest.mark.parametrize('entry', [1e-140, 1e-160, 1e-200])
+def test_large_map_of_small_entries(entry, monkeypatch):
+    monkeypatch.setattr(intervals, 'SMALL', 0)
+    lo, hi = norm_interval(
+        np.array([[[1., entry, 1.]]]), plain(1, pad=(1,), insize=(1,)))
+    assert 0 < lo <= entry <= hi <= 1.002 * entry
+
+
+def test_nothing_is_proved_of_nan():
+    A = np.full((20, 30), np.nan)
+    assert not proofs.is_below(A, 1.)
+    assert not proofs.is_below(np.ones((20, 30)), np.nan)
+    assert not proofs.are_positive(np.full((2, 20, 20), np.nan)).any()

@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy
 
-from sn_function._arithmetic import proofs
 from sn_function._arithmetic.convolution import Convolution
-from sn_function._arithmetic.proofs import EPS, frobenius, rounding
+from sn_function._certificate import proofs
+from sn_function._certificate.proofs import EPS, frobenius, rounding
 
 
 def grouped(W: Any, convolution: Convolution | None) -> Any:
@@ -88,6 +88,11 @@ class Symbol:
             polynomial of these degrees.
         q: Number of rows.
         sizes: For each group ``sum_j |F_j|_F``, which bounds its norm.
+        bounds: Better bounds of the norms: with T taps
+
+            |F(w)|^2 <= T |sum_j F_j F_j^T|_2 = T |G_0|_2
+            |F(w)|^2 <= sum_t |G_t|_2
+
         gram_error: For each group a bound of the rounding error of
             :meth:`gram`, in the spectral norm.
         curvatures: For each group ``|G_t|_2`` at each of ``lags``, or more.
@@ -122,11 +127,16 @@ class Symbol:
             + 2 * self._wave_error())
         self.curvatures = numpy.stack(
             list(map(_norm_bounds, others)), axis=1)
+        n_taps, of_zero = len(self.shifts), _norm_bounds(zero)
+        squares = numpy.minimum(
+            n_taps * of_zero, of_zero + 2 * self.curvatures.sum(axis=1))
+        self.bounds = numpy.minimum(self.sizes, (1 + 1e-6) * numpy.sqrt(
+            squares + n_taps * self.gram_error))
 
     def _wave_error(self) -> float:
-        """Bounds the error of ``e^{i <t, w>}``, |t| <= D and |w| <= pi."""
+        """Bounds the error of ``e^{i <t, w>}``, |t| <= D and |w| < 10."""
         return EPS * (
-            8 + math.pi * self.degrees.sum() * (1 + len(self.degrees)))
+            8 + 10 * self.degrees.sum() * (1 + len(self.degrees)))
 
     def gram(self, group: int, w: Any) -> Any:
         """Returns G at each of the frequencies ``w``, shape ``(B, d)``."""

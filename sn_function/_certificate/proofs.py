@@ -31,6 +31,8 @@ from typing import Any
 import numpy
 
 EPS = 2.0 ** -52
+# The smallest number above 0.
+LEAST = 2.0 ** -1074
 # Matrices of up to so many rows are decomposed together, without LAPACK.
 FEW_ROWS = 16
 
@@ -76,10 +78,10 @@ def are_positive(A: Any) -> Any:
 
 def _is_positive(A: Any) -> bool:
     try:
-        numpy.linalg.cholesky(A)
+        L = numpy.linalg.cholesky(A)
     except numpy.linalg.LinAlgError:
         return False
-    return True
+    return bool(numpy.isfinite(L.diagonal()).all())  # LAPACK lets NaN pass
 
 
 def shift(q: int) -> float:
@@ -92,8 +94,8 @@ def is_below(A: Any, bound: float) -> bool:
     G = A @ -A.T
     q = len(G)
     square = bound ** 2 * (1 - 4 * EPS)
-    if square < 1e-290:
-        return False  # it would underflow
+    if not 1e-290 <= square < math.inf:
+        return False  # it would underflow, or is no number
     G[range(q), range(q)] += (
         square * (1 - shift(q))
         - rounding(A.shape[1]) * frobenius(A) ** 2)
@@ -125,8 +127,19 @@ def decomposed(A: Any) -> tuple[float, float]:
     residual = _distance(U.T, s[:, None] * V, A) + EPS * (
         1 + defect) * frobenius(s[None])
     error = (s[0] * (defect + 4 * EPS) + residual) * (1 + 8 * EPS)
-    return (math.ldexp(max(0., s[0] - error), exponent),
-            math.ldexp(s[0] + error, exponent))
+    return scaled(float(s[0] - error), float(s[0] + error), exponent)
+
+
+def scaled(lo: float, hi: float, exponent: int) -> tuple[float, float]:
+    """Multiplies by a power of two, outwards where the range ends."""
+    with numpy.errstate(over='ignore', under='ignore'):
+        low, high = (float(numpy.ldexp(end, exponent)) for end in (lo, hi))
+    info = numpy.finfo(float)
+    if low < info.tiny:
+        low = max(0., low - LEAST)
+    if hi > 0 and high < info.tiny:
+        high += LEAST
+    return min(low, float(info.max)), high
 
 
 def _distance(X: Any, Y: Any, Z: Any) -> float:

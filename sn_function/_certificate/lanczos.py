@@ -44,7 +44,7 @@ def leading(
                 y = y - h @ Q[:k + 1]
                 H[:k + 1, k] += h
             beta = numpy.linalg.norm(y)
-            if k + 1 == STEPS or beta <= 1e-12 * abs(H).max():
+            if k + 1 == STEPS or beta <= 1e-12 * abs(H).max() or is_over():
                 break
             H[k + 1, k] = beta
             Q[k + 1] = y / beta

@@ -1,19 +1,20 @@
 """The largest norm of a symbol, by branch and bound on frequencies.
 
 Let w0 be where the norm of the symbol F is largest, and x the vector there.
-Along a line through w0, ``p(t) = |F(w0 + t h)^* x|^2``
-is of exponential type ``sum_a D_a h_a``, nonnegative and largest at 0.  By a
-theorem of Duffin and Schaeffer (of Riesz, for a trigonometric polynomial)
+Along a line through w0, ``p(t) = |F(w0 + t h)^* x|^2`` is of exponential type
+``sum_a D_a |h_a|``, nonnegative and largest at 0.  By a theorem of Duffin and
+Schaeffer (of Riesz, for a trigonometric polynomial)
 
-    p(t) >= p(0) cos^2(t sum_a D_a h_a / 2)   where that angle is <= pi / 2,
+    p(1) >= p(0) cos^2(sum_a D_a |h_a| / 2)   where that angle is <= pi / 2,
 
 and as its first derivative is zero at 0, also
 
-    p(t) >= p(0) - t^2 sum_{t'} (sum_a |t'_a| h_a)^2 |G_t'|_2 / 2.
+    p(1) >= p(0) - sum_t <t, h>^2 |G_t|_2 / 2.
 
-A cell of frequencies with the center c and the half-widths h is done when
-``|F(c)|^2`` is below what either leaves of the square of a target: then the
-largest norm is not in it, or not above the target.  Other cells are split.
+So in the center c of a cell that w0 is in ``|F(c)|^2`` is no less than what
+these leave of ``|F(w0)|^2``.  A cell is done when it is below what they leave
+of the square of a target: then the largest norm is not in this cell, or not
+above the target.  Other cells are split.
 The target is (1 + r) times the largest norm that was found.  When all cells
 are done the target is a bound, and they are where the search for a smaller r
 starts.
@@ -30,9 +31,10 @@ from typing import Any, Callable
 
 import numpy
 
-from sn_function._arithmetic import lanczos, proofs
-from sn_function._arithmetic.proofs import EPS
-from sn_function._arithmetic.symbol import Symbol
+from sn_function._certificate import lanczos, proofs
+from sn_function._certificate.cells import Cells
+from sn_function._certificate.proofs import EPS
+from sn_function._certificate.symbol import Symbol
 
 # Matrices of up to so many rows are decomposed.
 FEW_ROWS = 32
@@ -42,7 +44,7 @@ POWERS = 6
 MAX_STEPS = 30
 # Each stage of the search ends with a bound; their tolerances have this ratio.
 RATIO = 4
-# Entries of the matrices that are decomposed in one batch.
+# Entries of the matrices that are decomposed in one batch, and of waves.
 BATCH = 2 ** 21
 
 Progress = Callable[[float, float], None]
@@ -62,6 +64,10 @@ class Clock:
     ) -> None:
         self._end = math.inf if limit is None else time.monotonic() + limit
         self._progress = progress
+
+    def half(self, progress: Progress | None = None) -> Clock:
+        """Returns one with half of the time."""
+        return Clock((self._end - time.monotonic()) / 2, progress)
 
     def is_up(self) -> bool:
         return time.monotonic() > self._end
@@ -83,7 +89,7 @@ class Search:
 
     def __init__(self, symbol: Symbol, rtol: float, clock: Clock) -> None:
         self._symbol, self._clock = symbol, clock
-        self._counts = 2 * len(symbol.degrees) * symbol.degrees
+        self._cells = Cells(symbol.degrees)
         self._shift = proofs.shift(symbol.q)
         # Less what rounding may add to the last target.
         self._rtol = max(rtol, 1e-14) - 8 * EPS
@@ -91,18 +97,19 @@ class Search:
 
     def run(self) -> tuple[float, float]:
         """Returns bounds of the largest norm, below and above."""
-        his = self._symbol.sizes.copy()
-        cells = [[(0, self._first_cells())] for _ in his]
+        his = self._symbol.bounds.copy()
+        cells = [[(0, self._cells.first())] for _ in his]
         for r in self._stages():
             r = max(r, self._least_rtol())
             for group in numpy.argsort(-his):
                 if his[group] <= (1 + r) * self._lo:
                     break
-                refined = self._refined(group, cells[group], r, his.max())
+                refined = self._refined(group, cells[group], r, his)
                 if refined is None:
                     return self._lo, float(his.max())
                 cells[group] = refined
-                his[group] = (1 + r) * self._lo * (1 + 4 * EPS)
+                his[group] = min(
+                    his[group], (1 + r) * self._lo * (1 + 4 * EPS))
         return self._lo, float(his.max())
 
     def _stages(self) -> list[float]:
@@ -117,43 +124,35 @@ class Search:
         error = self._symbol.gram_error.max() / self._lo ** 2
         return float(4 * self._shift + 8 * error)
 
-    def _first_cells(self) -> Any:
-        """Returns centers, shape ``(N, d)``, of one half of frequencies.
-
-        The norm is the same at -w.
-        """
-        axes = [(2 * numpy.arange(N) + 1 - N) * (math.pi / N)
-                for N in self._counts]
-        axes[0] = axes[0][self._counts[0] // 2:]
-        return numpy.stack(
-            numpy.meshgrid(*axes, indexing='ij'), axis=-1
-        ).reshape(-1, len(axes))
-
-    def _halves(self, level: int) -> Any:
-        """Returns the half-widths of cells, with what rounding may add."""
-        return math.pi / self._counts / 2 ** level + 64 * EPS
-
     def _remaining(self, group: int, level: int, r: float) -> float:
         """Returns what ``|F(c)|^2`` is at least in the center of a cell with
         a norm of ``(1 + r) lo``, if that is the largest one."""
-        halves, symbol = self._halves(level), self._symbol
+        symbol = self._symbol
         square = ((1 + r) * self._lo) ** 2
-        riesz = math.cos(symbol.degrees @ halves / 2) ** 2 * square
-        loss = ((abs(symbol.lags) @ halves) ** 2
+        riesz = math.cos(self._cells.radius(level) / 2) ** 2 * square
+        loss = (self._cells.reach(level, symbol.lags) ** 2
                 @ symbol.curvatures[group])
         return max(riesz, square - loss * (1 + 1e-6)
                    - 4 * symbol.gram_error[group])
 
     def _refined(
-            self, group: int, cells: Any, r: float, hi: float) -> Any:
+            self, group: int, cells: Any, r: float, his: Any) -> Any:
         """Proves that a group's norm is no more than ``(1 + r) lo``.
+
+        Args:
+            group: The group.
+            cells: Those that the proof for a larger r needed.
+            r: The width that is wanted.
+            his: Bounds of the groups' norms, until then.
 
         Returns:
             The cells that this needed, or ``None`` without a proof, as there
-            was no time, or rounding prevented it.
+            was no time, or rounding prevented it.  The given ones, where lo
+            came up to the group's bound: that is the proof then.
 
         """
-        size = max(1, BATCH // self._symbol.q ** 2)
+        size = max(1, BATCH // max(
+            self._symbol.q ** 2, len(self._symbol.lags)))
 
         def batches(level: int, w: Any) -> list[tuple[int, Any]]:
             return [(level, w[i:i + size]) for i in range(0, len(w), size)]
@@ -163,7 +162,7 @@ class Search:
         while stack:
             if self._clock.is_up():
                 return None
-            self._clock.tell(self._lo, hi)
+            self._clock.tell(self._lo, his.max())
             level, w = stack.pop()
             G = self._symbol.gram(group, w)
             theta = self._remaining(group, level, r)
@@ -175,20 +174,15 @@ class Search:
             lo = self._lo
             is_last = theta > ((1 + r / 2) * lo) ** 2
             self._ascend(group, w, G, r, is_last)
+            if his[group] <= (1 + r) * self._lo:
+                return cells
             if self._lo > (1 + r / 8) * lo:
                 stack.append((level, w))
             elif is_last:
                 return None
             else:
-                stack += batches(level + 1, self._split(level, w))
+                stack += batches(level + 1, self._cells.split(level, w))
         return _merged(done)
-
-    def _split(self, level: int, w: Any) -> Any:
-        """Returns the centers of the halves of cells, along all axes."""
-        d = w.shape[1]
-        signs = 2 * (numpy.indices((2,) * d).reshape(d, -1).T) - 1
-        steps = math.pi / self._counts / 2 ** (level + 1)
-        return (w[:, None] + signs * steps).reshape(-1, d)
 
     def _are_below(self, group: int, G: Any, theta: float) -> Any:
         """Whether the norms of Gram matrices surely are below ``theta``."""
@@ -212,7 +206,7 @@ class Search:
         """
         symbol = self._symbol
         best, square = _largest(G)
-        if square < .8 * self._lo ** 2:
+        if square < .8 * self._lo ** 2 and not exactly:
             return
         w = w[best]
         x = lanczos.start(symbol.q) + 0j

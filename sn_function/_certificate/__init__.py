@@ -1,0 +1,1 @@
+"""Arrays: intervals that surely hold the norm of a map."""
