@@ -972,6 +972,14 @@ class TestModels:
         assert float(link.gamma.array) == pytest.approx(
             norm_of(link, (3, 5, 4)), rel=1e-5)
 
+    @pytest.mark.parametrize('n_vectors', [1, 2])
+    def test_refresh_of_a_zero_group(self, n_vectors):
+        link, _ = make('depthwise', n_vectors=n_vectors, insize=4)
+        link.W.array[:, 0] = 0
+        refresh(link)
+        np.testing.assert_allclose(
+            np.linalg.norm(link.W_map.reshape(3, -1), axis=1), 1, rtol=1e-5)
+
     def test_refresh_warns_of_nan(self):
         link = conv(insize=5)
         link.W.array[0] = np.nan
