@@ -107,9 +107,9 @@ def size_of_map(rec, name, x):
     if not rec.is_map(name):
         return ()
     u, insize = rec.u[name], hooks_of(rec.link)[name].insize
-    if u is not None:
-        return u.shape[1:]
-    return (insize,) * 2 if insize else x.shape[2:]
+    if u is None or (insize and rec.is_poisoned(name)):
+        return (insize,) * 2 if insize else x.shape[2:]
+    return u.shape[1:]
 
 
 def before_call(rec, name):
