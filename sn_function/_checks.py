@@ -74,12 +74,22 @@ def check_norm(
     if norm == 'matrix':
         raise errors.NormConflictError(norm, 'insize', insize)
     is_one = not isinstance(insize, (tuple, list))
+    sizes = [insize] if is_one else insize
     try:
-        for size in [insize] if is_one else insize:
-            check_count('insize', size, 1)
-        return int(insize) if is_one else tuple(map(int, insize))
-    except errors.IterationCountError:
+        checked = _check_sizes('insize', sizes, len(sizes) or 1, 1)
+    except errors.SizeError:
         raise errors.InsizeError(insize) from None
+    return checked[0] if is_one else checked
+
+
+def as_insize(
+        insize: int | Sequence[int], owner: str, ndim: int,
+) -> tuple[int, ...]:
+    """Returns a number for each axis, if the owner has as many."""
+    try:
+        return _check_sizes('insize', insize, ndim, 1)
+    except errors.SizeError:
+        raise errors.InsizeError(insize, owner, ndim) from None
 
 
 def check_groups(groups: Any) -> Groups | None:

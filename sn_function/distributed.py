@@ -54,6 +54,10 @@ def create_multi_node_optimizer(
     normalization, and the state of the optimizer, as ranks may have loaded
     different snapshots.
 
+    With ``norm='operator'`` a link whose first call comes after that update
+    draws its vectors then, on each rank by itself.  Give its hook ``insize``,
+    or call :func:`bcast_data` after that call.
+
     It compares first.  Where all ranks have the same, bit by bit, nothing is
     sent and the update is not lost: so a run that is resumed continues with
     the same numbers.  In all other steps nothing is added.

@@ -186,7 +186,8 @@ class OutputSizeError(SpectralNormalizationError, ValueError):
             f'outsize={outsize!r} does not fit: only a deconvolution has it '
             f'(transposed=True), and the convolution with W of shape '
             f'{tuple(W_shape)} has to make images of size {tuple(insize)} of '
-            f'those of that size.')
+            f'those of that size. Give another one; or, if those are of the '
+            f'size of link.W_map, set that to None.')
 
 
 class MapShapeError(SpectralNormalizationError, ValueError):
@@ -210,7 +211,8 @@ class InputSizeError(SpectralNormalizationError, ValueError):
         super().__init__(
             f'an input of size {tuple(insize)} gives no output of a '
             f'convolution with W of shape {tuple(W_shape)}. Take larger '
-            f'images, or more padding.')
+            f'images, or more padding; if that is the size of link.W_map, set '
+            f'it to None.')
 
 
 class VectorDeviceError(SpectralNormalizationError, ValueError):

@@ -14,7 +14,6 @@ from typing import Any, Callable, Sequence
 
 import chainer
 from chainer import link_hooks as chainer_link_hooks
-from chainer.utils.conv_nd import as_tuple
 
 from sn_function import _checks, errors
 from sn_function._arithmetic import buffers
@@ -142,7 +141,8 @@ class SpectralNormalization(LocalHook):
             bounds the layer; see below.
         insize (int, tuple of int or None): With ``norm='operator'``, the size
             of images whose norm is taken, one number for each axis or one for
-            all.  ``None``: that of the link's first call.
+            all.  ``None``: that of the link's first call.  A ``W_map`` that is
+            loaded keeps its own size.
 
     **The norm of a convolution.**  A convolution whose weight has the norm 1
     as a matrix may still magnify an image, a 3 x 3 kernel up to 3 times.  With
@@ -338,12 +338,11 @@ class SpectralNormalization(LocalHook):
         convolution = convolution_of(link) if is_map(link, self) else None
         if convolution is None or self.insize is None:
             return
-        ndim = len(convolution.stride)
-        if isinstance(self.insize, tuple) and len(self.insize) != ndim:
-            raise errors.InsizeError(self.insize, type(link).__name__, ndim)
+        insize = _checks.as_insize(
+            self.insize, type(link).__name__, len(convolution.stride))
         if W.array is not None:
-            _checks.check_insize(convolution._replace(
-                insize=as_tuple(self.insize, ndim)), W.shape)
+            _checks.check_insize(
+                convolution._replace(insize=insize), W.shape)
 
     def _warn(self, link: chainer.Link) -> None:
         if self.use_gamma and is_set_up(link):
@@ -382,14 +381,16 @@ class SpectralNormalization(LocalHook):
         call.restore_weight(cb_args.link, self.weight_name)
 
     def normalize_weight(
-            self, link: chainer.Link, insize: tuple[int, ...] | None = None,
+            self, link: chainer.Link,
+            insize: int | Sequence[int] | None = None,
     ) -> chainer.Variable:
         """Returns the link's weight, normalized, and moves its vectors on.
 
         Args:
             link (~chainer.Link): A link that this hook was added to.
-            insize (tuple of int or None): With ``norm='operator'``, the size
-                of images, where neither ``link.W_map`` nor the hook says it.
+            insize (int, tuple of int or None): With ``norm='operator'``, the
+                size of images, where neither ``link.W_map`` nor the hook says
+                it.
 
         Returns:
             ~chainer.Variable: The normalized weight.
@@ -397,6 +398,8 @@ class SpectralNormalization(LocalHook):
         Raises:
             UninitializedWeightError: The weight has no array yet.
             UnknownInputSizeError: Nothing says the size of images.
+            InsizeError: ``insize`` is used, and is no size of images.
+            InputSizeError: Images of that size are too small.
 
         """
         if turn.has_turn(link):
@@ -405,7 +408,7 @@ class SpectralNormalization(LocalHook):
             return self._normalize(link, insize)
 
     def _normalize(
-            self, link: chainer.Link, insize: tuple[int, ...] | None,
+            self, link: chainer.Link, insize: int | Sequence[int] | None,
     ) -> chainer.Variable:
         W = call.original(link, self.weight_name)
         if W.array is None:
@@ -418,15 +421,16 @@ class SpectralNormalization(LocalHook):
         scope = None if is_second_run else scopes.covering(link)
         try:
             if scope is not None:
-                Y, iterations = scope.normalize(own)
+                Y, iterations, v_shape = scope.normalize(own)
             else:
                 Y, iterations = own.normalize(
                     is_train and not is_second_run, is_second_run)
+                v_shape = own.v_shape
         except errors.VectorValueError:
             own.discard_bad_vector()
             convolution = own.convolution
             return self._normalize(link, convolution and convolution.insize)
-        state.keep(iterations, is_second_run, own.v_shape)
+        state.keep(iterations, is_second_run, v_shape)
         _LATEST[self] = weakref.ref(state)
         if is_second_run or will_be_run_again:
             recompute.record(link, state, iterations.start)

@@ -105,6 +105,27 @@ class TestOptimizer:
         assert all(all_same(threads.run(2, train, models, 10)))
         assert models[0][1].W_map.shape == (1, 5)
 
+    @pytest.mark.parametrize('insize', [None, 5])
+    def test_a_map_of_a_later_call(self, insize):
+        """It is one only if the hook has its size, or by a broadcast."""
+        models = [chainer.Sequential(*[
+            L.Convolution1D(1, 1, 3, pad=1).add_hook(SpectralNormalization(
+                norm='operator', insize=size)) for size in (None, insize)])
+            for _ in range(2)]
+
+        def program(comm, model):
+            optimizer = distributed.create_multi_node_optimizer(
+                optimizers.SGD(), comm).setup(model)
+            x = np.ones((1, 1, 5), 'f')
+            for n_links in (1, 1, 2):
+                optimizer.update(lambda n: F.sum(chainer.Sequential(
+                    *model[:n])(x) ** 2), n_links)
+
+        threads.run(2, program, models)
+        assert is_one(models) == (insize is not None)
+        threads.run(2, distributed.bcast_data, models)
+        assert is_one(models)
+
     def test_a_bad_map_is_made_anew(self):
         models = [L.Convolution1D(1, 3, 2).add_hook(SpectralNormalization(
             norm='operator')) for _ in range(2)]

@@ -259,11 +259,20 @@ class ConvolutionMatrix(Matrix):
 
     def dot_all(self, V: Any) -> Any:
         return self._convolution.adjoint(
-            self.array, V.reshape(-1, *self._out)).reshape(-1, self.m)
+            *self._alike(V.reshape(-1, *self._out))).reshape(-1, self.m)
 
     def tdot_all(self, U: Any) -> Any:
         return self._convolution.apply(
-            self.array, U.reshape(-1, *self._in)).reshape(-1, self.n)
+            *self._alike(U.reshape(-1, *self._in))).reshape(-1, self.n)
+
+    def _alike(self, x: Any) -> tuple[Any, Any]:
+        """Returns W and images in one dtype, that of their product.
+
+        What Chainer returns has that of the images, also if W has more range.
+        """
+        dtype = numpy.result_type(self.array.dtype, x.dtype)
+        return (self.array.astype(dtype, copy=False),
+                x.astype(dtype, copy=False))
 
     def inner_and_tdot(self, X: Any, u: Any) -> tuple[float, Any]:
         return self.inner(X), self.tdot(u)

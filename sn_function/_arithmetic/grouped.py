@@ -11,6 +11,7 @@ that of the largest one.  As there, all is for NumPy and for CuPy.
 """
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import chainer
@@ -235,9 +236,12 @@ def _product(A: Any, largest: Any, P: Any, Q: Any) -> Any:
 
 
 def _inner(x: Any, y: Any) -> Any:
-    """``<x, y>``: a float, or an array of a device."""
+    """``<x, y>``, in float64 if need be: a float, or an array of a device.
+    """
     if isinstance(x, numpy.ndarray):
-        return float(x.ravel().dot(y.ravel()))
+        found = float(x.ravel().dot(y.ravel()))
+        if math.isfinite(found):
+            return found
     return (x.astype(numpy.float64) * y).sum()
 
 

@@ -155,7 +155,9 @@ def leading_of_map(
     value, u, _ = _largest(ConvolutionMatrix(W, convolution), MAP_RTOL)
     if n == 1:
         return value, u
-    U = numpy.random.RandomState(0).normal(size=(n, len(u)))
+    Q, _ = numpy.linalg.qr(
+        numpy.random.RandomState(0).normal(size=(len(u), n)))
+    U = Q.T.copy()
     if value:
         U[0] = u
         host.warm_up(W, U, 0, MAP_ITERATIONS, convolution=convolution)

@@ -51,10 +51,12 @@ def initialize(
         convolution: The map whose norm it is, if that is no matrix.
 
     """
+    # The size of images may be known by now, whatever W is.
+    if isinstance(gamma.initializer, LargestSingularValue):
+        gamma.initializer.convolution = convolution
     initializer = _initializer_for(gamma, W)
     if initializer is not None:
         initializer.W = W  # in a copy of the link it was that of another
-        initializer.convolution = convolution
         if gamma.array is not None and initializer.shape is None:
             initializer.shape = W.shape  # gamma was loaded before its weight
     if gamma.array is None:

@@ -6,11 +6,11 @@ the graph.
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol
+from typing import Any, Protocol, Sequence
 
 import chainer
 
-from sn_function import errors
+from sn_function import _checks, errors
 from sn_function._arithmetic.interface import (
     NEVER,
     SETTLED,
@@ -87,7 +87,7 @@ class HookedWeight:
 
     def __init__(
             self, hook: Hook, link: chainer.Link, W: chainer.Variable,
-            insize: tuple[int, ...] | None = None) -> None:
+            insize: int | Sequence[int] | None = None) -> None:
         self.hook = hook
         self.link = link
         self.W = W
@@ -130,6 +130,7 @@ class HookedWeight:
 
         Raises:
             UnknownInputSizeError: u is an input, of a size that is not known.
+            InputSizeError, OutputSizeError: There are no outputs of that size.
 
         """
         hook, link, W = self.hook, self.link, self.W.array
@@ -137,6 +138,8 @@ class HookedWeight:
         if shape is None:
             raise errors.UnknownInputSizeError(
                 type(link).__name__, hook.weight_name)
+        if self.convolution is not None:
+            _checks.check_insize(self.convolution, W.shape)
         gamma = None
         if self.state.gamma_name is not None:
             gamma = getattr(link, self.state.gamma_name)
@@ -154,7 +157,7 @@ class HookedWeight:
             *others, last = misfits
             names = f'{", ".join(others)} and {last}' if others else last
             self._warn(f'{names} belonged to a weight of another shape than '
-                       f'{W.shape}.')
+                       f'{W.shape}.', len(misfits) > 1)
         u = vector.find(link, hook, W, self.convolution)
         if gamma is not None:
             _gamma.initialize(

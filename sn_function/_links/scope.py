@@ -71,9 +71,11 @@ class Scope:
         self._shared: dict[_Key, SharedWeight] = {}
 
     def normalize(
-            self, own: HookedWeight) -> tuple[chainer.Variable, Iterations]:
-        """Returns the normalized weight, and how it was computed.
+            self, own: HookedWeight,
+    ) -> tuple[chainer.Variable, Iterations, tuple[int, ...] | None]:
+        """Returns the normalized weight, how it was computed, and v's shape.
 
+        That is not ``own.v_shape`` where a map of another size was loaded.
         All other weights that can be normalized now are made, too.
         """
         key = _key(own.hook, own.link)
@@ -93,7 +95,7 @@ class Scope:
         is_train, = node.config('train')
         if is_train:
             shared.store_u(own.link)
-        return shared.Y, shared.iterations
+        return shared.Y, shared.iterations, shared.v_shape
 
     def _has(self, key: _Key, hook: Hook, W: chainer.Variable) -> bool:
         shared = self._shared.get(key)
@@ -127,8 +129,7 @@ class Scope:
 
     def _prepare(self, weight: HookedWeight) -> _Prepared:
         u, gamma = weight.vector_and_gamma()
-        new = SharedWeight(
-            weight.hook, weight.W, gamma, weight.shape)
+        new = SharedWeight(weight, gamma)
         key = _key(weight.hook, weight.link)
         old = self._shared.get(key)
         is_first = True

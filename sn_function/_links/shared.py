@@ -8,19 +8,20 @@ import chainer
 from sn_function._arithmetic.interface import Array, Iterations
 from sn_function._graph import node
 from sn_function._links import vector
-from sn_function._links.hooked_weight import Hook
+from sn_function._links.hooked_weight import Hook, HookedWeight
 
 
 class SharedWeight:
     """A normalized weight that several calls use, and the next ``u``.
 
     Args:
-        hook: The hook that normalizes it.
-        W: The weight.
+        own: The weight, and the hook that normalizes it.
         gamma: Its factor, if any.
-        shape: Of one vector, as the link keeps it.
 
     Attributes:
+        shape (tuple of int or None): Of one vector, as the link keeps it.
+        v_shape (tuple of int or None): Of a right vector, as the hook shows
+            it, if not ``(n,)``.
         Y (Variable): The normalized weight.
         iterations: How it was computed.
         u (ndarray): The vector after that.
@@ -33,14 +34,13 @@ class SharedWeight:
     u: Array
 
     def __init__(
-            self, hook: Hook, W: chainer.Variable,
-            gamma: chainer.Parameter | None,
-            shape: tuple[int, ...] | None) -> None:
-        self.hook, self.W, self.gamma = hook, W, gamma
-        self.shape = shape
+            self, own: HookedWeight,
+            gamma: chainer.Parameter | None) -> None:
+        self.hook, self.W, self.gamma = own.hook, own.W, gamma
+        self.shape, self.v_shape = own.shape, own.v_shape
         self.is_stored = False
         self.has_graph, = node.config('enable_backprop')
-        self._of_W, self._of_gamma = _version(W), _version(gamma)
+        self._of_W, self._of_gamma = _version(own.W), _version(gamma)
 
     def is_of(self, hook: Hook, W: chainer.Variable) -> bool:
         """Whether the hook made it from the weight as it is now."""

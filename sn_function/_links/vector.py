@@ -13,10 +13,9 @@ else keeps.  The others are ``W_maps``.  The arithmetic gets them flat.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Sequence
 
 import chainer
-from chainer.utils.conv_nd import as_tuple
 
 from sn_function import _checks
 from sn_function._arithmetic.choose import arithmetic_of, is_on_device
@@ -44,7 +43,8 @@ def optional_names(hook: Any, link: chainer.Link) -> list[str]:
 
 
 def map_of(
-        link: chainer.Link, hook: Any, insize: tuple[int, ...] | None = None,
+        link: chainer.Link, hook: Any,
+        insize: int | Sequence[int] | None = None,
 ) -> Convolution | None:
     """Returns the map whose norm a hook takes, if that is not the weight's.
 
@@ -66,11 +66,13 @@ def map_of(
         return None
     ndim = len(convolution.stride)
     u = getattr(link, names(hook, link)[0], None)
+    given = insize if hook.insize is None else hook.insize
+    size: tuple[int, ...] | None = None
     if u is not None and u.ndim == ndim + 1:
-        insize = u.shape[1:]
-    elif hook.insize is not None:
-        insize = as_tuple(hook.insize, ndim)
-    return convolution._replace(insize=insize)
+        size = u.shape[1:]
+    elif given is not None:
+        size = _checks.as_insize(given, type(link).__name__, ndim)
+    return convolution._replace(insize=size)
 
 
 def shape_of(
@@ -291,8 +293,6 @@ def _draw(
         convolution: Convolution | None, *n: int) -> Array:
     _checks.check_weight(W)
     check_map(link, hook, W)
-    if convolution is not None:
-        _checks.check_insize(convolution, W.shape)
     length = math.prod(shape_of(link, hook, W.shape, convolution) or ())
     with chainer.using_device(link.device):
         return link.xp.random.normal(size=(*n, length)).astype(W.dtype)

@@ -348,7 +348,9 @@ class TestSizes:
         with pytest.raises(errors.UnknownInputSizeError, match='insize=32'):
             normalized(link)
         assert link.W_map is None
-        Y = hook_of(link).normalize_weight(link, (5, 5)).array
+        with pytest.raises(errors.InsizeError, match='Convolution2D has 2'):
+            hook_of(link).normalize_weight(link, (5, 5, 5))
+        Y = hook_of(link).normalize_weight(link, 5).array
         assert link.W_map.shape == (3, 5, 5)
         assert Y.shape == link.W.shape
 
@@ -371,14 +373,39 @@ class TestSizes:
         link(batch((3, 3, 5)))
         assert link.W_map.shape == (3, 3, 5)
 
+    def test_a_map_that_is_too_small_for_the_weight(self):
+        link = L.Convolution2D(3, 4, 5).add_hook(
+            SpectralNormalization(norm='operator'))
+        link.W_map = batch((3, 4, 4), 1)[0]
+        with pytest.raises(
+                errors.InputSizeError, match=r'W_map.* to None'):
+            link(batch((3, 6, 6)))
+        link.W_map = None
+        link(batch((3, 6, 6)))
+        assert link.W_map.shape == (3, 6, 6)
+
+    def test_a_map_that_does_not_fit_the_outputs(self):
+        link = L.Deconvolution2D(3, 4, 4, stride=2, pad=1, outsize=(8, 8))
+        link.add_hook(SpectralNormalization(norm='operator'))
+        link.W_map = batch((3, 5, 5), 1)[0]
+        with pytest.raises(
+                errors.OutputSizeError, match=r'W_map.* to None'):
+            link(batch((3, 4, 4)))
+        link.W_map = None
+        link(batch((3, 4, 4)))
+        assert link.W_map.shape == (3, 4, 4)
+
     @pytest.mark.parametrize('n_vectors', [1, 3])
     def test_a_map_of_other_channels_is_made_anew(self, n_vectors):
         link = conv(n_vectors=n_vectors)
         link(batch((3, 5, 5)))
         link.W.array = np.random.normal(size=(4, 2, 3, 3)).astype('f')
         with pytest.warns(errors.SpectralNormalizationWarning,
-                          match='W_map.* belonged to a weight of another'):
+                          match='W_map.* belonged to a weight of another'
+                          ) as found:
             link(batch((2, 7, 7)))
+        what = 'It was' if n_vectors == 1 else 'They were'
+        assert str(found[0].message).endswith(f'{what} made anew.')
         assert link.W_map.shape == (2, 5, 5)
         if n_vectors > 1:
             assert link.W_maps.shape == (2, 2, 5, 5)
@@ -446,7 +473,7 @@ class TestErrors:
             SpectralNormalization(insize=8)
 
     @pytest.mark.parametrize('insize', [
-        0, -1, 2.5, True, (4, 0), (4, 2.5), 'ab', [4, None]])
+        0, -1, 2.5, True, (), (4, 0), (4, 2.5), 'ab', [4, None]])
     def test_insize(self, insize):
         with pytest.raises(errors.InsizeError, match='insize'):
             SpectralNormalization(norm='operator', insize=insize)
@@ -550,6 +577,15 @@ class TestGamma:
         assert float(link.gamma.array) == pytest.approx(
             norm_of(link, (3, 6, 6)), rel=1e-5)
 
+    def test_behind_another_hook_it_starts_as_the_norm_of_the_parameter(self):
+        """As without an array, and as with a size that is given."""
+        link = conv(use_gamma=True)
+        link.add_hook(link_hooks.WeightStandardization())
+        link.local_link_hooks.move_to_end('WeightStandardization', last=False)
+        link(batch((3, 5, 5)))
+        assert link.gamma.array == pytest.approx(
+            norm_of(link, (3, 5, 5)), rel=1e-5)
+
     def test_it_is_made_anew_for_another_weight(self):
         link = conv(use_gamma=True, n_warmup=500)
         link(batch((3, 5, 5)))
@@ -601,6 +637,13 @@ class TestState:
             with chainer.using_config('train', train):
                 np.testing.assert_array_equal(link(x).array, source(x).array)
         np.testing.assert_array_equal(link.W_map, source.W_map)
+        assert link.W_map.shape == (3, 5, 4)
+
+    def test_a_snapshot_brings_its_size_in_spite_of_insize(self):
+        source, link = conv(), conv(insize=6)
+        source(batch((3, 5, 4)))
+        stored(source, link)
+        link(batch((3, 6, 6)))
         assert link.W_map.shape == (3, 5, 4)
 
     def test_a_snapshot_before_the_first_call(self):
@@ -706,6 +749,32 @@ class TestState:
             F.sum(y).backward()
             assert norm_of(link, (3, 5, 5), normalized(
                 link)) == pytest.approx(1, abs=1e-2)
+
+    @each
+    @pytest.mark.parametrize('peak', [1e38, 1e-36])
+    @pytest.mark.parametrize('settings', [
+        {}, {'n_vectors': 2}, {'rtol': .1}], ids=str)
+    def test_a_weight_at_the_end_of_the_range(self, name, peak, settings):
+        """It is computed as one of usual size, in double precision."""
+        link, shape = make(name, eps=1e-45, **settings)
+        twin = copy.deepcopy(link)
+        for param in twin.params():
+            param.array = param.array.astype('d')
+        scale = peak / abs(twin.W.array).max()
+        link.W.array[...] = twin.W.array * scale
+        x, Ys = batch(shape), []
+        for one, dtype in ((link, 'f'), (twin, 'd')):
+            np.random.seed(3)
+            for _ in range(3):
+                one.cleargrads()
+                y = one(x.astype(dtype))
+            y.grad = np.random.normal(size=y.shape).astype(dtype)
+            y.backward()
+            with chainer.using_config('train', False):
+                Ys.append(normalized(one))
+        np.testing.assert_allclose(*Ys, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            link.W.grad.astype('d') * scale, twin.W.grad, rtol=1e-2, atol=1e-2)
 
     @pytest.mark.parametrize('train', [False, True])
     @pytest.mark.parametrize('n_vectors', [1, 2])
@@ -845,6 +914,17 @@ class TestModels:
             F.sum(link(batch((3, 5, 5)))).backward()
         assert link.W_map.shape == (3, 4, 4)
 
+    def test_v_in_a_scope_has_the_size_of_its_map(self):
+        link = conv()
+        with cached(link):
+            link(batch((3, 5, 5)))
+            link.W_map = batch((3, 4, 4), 1)[0]
+            link(batch((3, 5, 5)))
+            assert hook_of(link).v.shape == (4, 5, 5)
+        link.W_map = batch((3, 4, 4), 1)[0]
+        link(batch((3, 5, 5)))
+        assert hook_of(link).v.shape == (4, 4, 4)
+
     def test_summary(self):
         model = Model().add_hook(ChainSpectralNormalization(
             lambda path, link: path != '/b', norm='operator'))
@@ -891,6 +971,14 @@ class TestModels:
         assert link.W_map.shape == (3, 5, 4)
         assert float(link.gamma.array) == pytest.approx(
             norm_of(link, (3, 5, 4)), rel=1e-5)
+
+    @pytest.mark.parametrize('n_vectors', [1, 2])
+    def test_refresh_of_a_zero_group(self, n_vectors):
+        link, _ = make('depthwise', n_vectors=n_vectors, insize=4)
+        link.W.array[:, 0] = 0
+        refresh(link)
+        np.testing.assert_allclose(
+            np.linalg.norm(link.W_map.reshape(3, -1), axis=1), 1, rtol=1e-5)
 
     def test_refresh_warns_of_nan(self):
         link = conv(insize=5)

@@ -36,9 +36,9 @@ def test_covering(model):
 
 def test_once(model):
     scope = scopes.Scope([model], Hook)
-    Y, _ = scope.normalize(weight_of(model[0]))
+    Y, *_ = scope.normalize(weight_of(model[0]))
     u = model[0].W_u.copy()
-    again, _ = scope.normalize(weight_of(model[0]))
+    again, *_ = scope.normalize(weight_of(model[0]))
     assert again is Y
     np.testing.assert_array_equal(model[0].W_u, u)
 
@@ -67,9 +67,9 @@ def test_in_test_mode(model):
     u, _ = weight_of(model[0]).vector_and_gamma()
     before = u.copy()
     with chainer.using_config('train', False):
-        Y, _ = scope.normalize(weight_of(model[0]))
+        Y, *_ = scope.normalize(weight_of(model[0]))
     np.testing.assert_array_equal(u, before)
-    again, _ = scope.normalize(weight_of(model[0]))
+    again, *_ = scope.normalize(weight_of(model[0]))
     assert again is Y
     assert not np.array_equal(u, before)
 
@@ -86,7 +86,7 @@ def test_after_an_update(model):
 
 def test_after_an_array_is_replaced(model):
     scope = scopes.Scope([model], Hook)
-    Y, _ = scope.normalize(weight_of(model[0]))
+    Y, *_ = scope.normalize(weight_of(model[0]))
     model[0].W.array = model[0].W.array.copy()
     assert scope.normalize(weight_of(model[0]))[0] is not Y
 
@@ -119,7 +119,7 @@ def test_on_a_device_that_is_not_current(model):
     scope = scopes.Scope([model], Hook)
     with chainer.using_device('@cupy:0'):
         for link in model:
-            Y, iterations = scope.normalize(weight_of(link))
+            Y, iterations, _ = scope.normalize(weight_of(link))
             assert runtime.getDevice() == 0
             assert {x.device.id for x in (
                 Y.array, iterations.u, link.W_u)} == {1}

@@ -5,6 +5,7 @@ import collections
 import contextlib
 import gc
 import sys
+import warnings
 import weakref
 
 import sn_function  # isort: skip  # before chainer, which it repairs
@@ -37,6 +38,10 @@ COUNTS: collections.Counter = collections.Counter()
 
 
 def without_conflict(settings):
+    if settings['norm'] == 'matrix':
+        settings = dict(settings, insize=None)
+    if settings['rtol'] is not None:
+        settings = dict(settings, n_power_iteration=1, max_iterations=10000)
     if settings['n_vectors'] > 1:  # gamma is followed with one vector only
         settings = dict(settings, use_gamma=False)
     if settings['cap'] is None:
@@ -52,6 +57,9 @@ SETTINGS = st.fixed_dictionaries({
     'n_warmup': st.sampled_from([15, 15, 2, 0]),
     'cap': st.sampled_from([None, None, None, 0.5, 2.5]),
     'n_vectors': st.sampled_from([1, 1, 1, 2, 4, 9]),
+    'rtol': st.sampled_from([None, None, None, 0.1]),
+    'norm': st.sampled_from(['matrix', 'operator']),
+    'insize': st.sampled_from([None, None, 3]),
 }).map(without_conflict)
 INDEX = st.integers(0, MAX_LINKS - 1)
 SEED = st.integers(0, 9)
@@ -62,6 +70,8 @@ class Base(stateful.RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         np.random.seed(0)
+        # Of a weight that is nearly zero, no tolerance is reached.
+        warnings.simplefilter('ignore', errors.ToleranceWarning)
         CALL.reset()
         COUNTS['examples'] += 1
         self.records = []
@@ -133,7 +143,9 @@ class Base(stateful.RuleBasedStateMachine):
         return sn_function.SpectralNormalization(
             hook.n_power_iteration, hook.eps, hook.use_gamma, hook.factor,
             hook.weight_name, hook.name, detach_uv=hook.detach_uv,
-            n_warmup=hook.n_warmup, cap=hook.cap, n_vectors=hook.n_vectors)
+            n_warmup=hook.n_warmup, cap=hook.cap, n_vectors=hook.n_vectors,
+            rtol=hook.rtol, max_iterations=hook.max_iterations,
+            norm=hook.norm, insize=hook.insize)
 
     def twin(self, rec, lazy):
         """A new link of the same kind with the same hooks and dtype."""

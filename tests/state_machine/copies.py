@@ -114,7 +114,8 @@ class Copies(Base):
             u = rec.u[name]
             if u is None:
                 pass  # its weight was initialized by another link
-            elif into == 'lazy' and other.u[name].dtype != rec.dtype:
+            elif other.u[name].dtype != rec.dtype and (
+                    into == 'lazy' or rec.is_map(name)):
                 assert same_bits(other.u[name], u)
             else:
                 assert same_bits(other.u[name], u.astype(rec.dtype))
@@ -142,7 +143,8 @@ class Copies(Base):
         hooks = our_hooks(rec.link)
         if rec.W is None or len(hooks) != 1 or hooks[0].weight_name != 'W':
             return
-        if rec.gamma_of('W') not in (None, 'gamma') or rec.standardized:
+        if rec.gamma_of('W') not in (None, 'gamma') or rec.standardized or (
+                rec.is_map('W')):
             return
         if rec.u['W'] is None or rec.u['W'].dtype != rec.dtype:
             return

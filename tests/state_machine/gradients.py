@@ -5,7 +5,7 @@ import numpy as np
 
 from tests import reference
 from tests.state_machine.checks import plain
-from tests.state_machine.links import axis_of, hooked, hooks_of
+from tests.state_machine.links import hooked, hooks_of
 from tests.state_machine.oracle import factor_and_floor, predict
 from tests.state_machine.states import Rule
 
@@ -48,18 +48,18 @@ def chain_of(rec, name, W, u, train, n_calls):
 
     ``None`` where rounding decides.
     """
-    axis, hook = axis_of(rec.link), hooks_of(rec.link)[name]
-    rule = Rule(W, rec.params[name].dtype, axis, hook, train)
+    form, hook = rec.form(name), hooks_of(rec.link)[name]
+    rule = Rule(W, rec.params[name].dtype, form, hook, train)
     chain = []
     for _ in range(n_calls):
         (start, condition), *others = rule.starts(u)
-        p = predict(W, start, axis, hook, 1.0)
+        p = predict(W, start, form, hook, 1.0)
         if others or min(condition, p.condition) < 5e-2:
             return None
         uv = None
         if hook.detach_uv and W.any():
             uv = reference.power_iteration(
-                reference.as_matrix(W, axis), start.astype('d'),
+                form.matrix(W), start.astype('d'),
                 hook.n_power_iteration)[:2]
         chain.append((start, uv))
         if train and p.u is not None:
@@ -74,4 +74,4 @@ def normalized(rec, name, W, start, gamma, is_zero):
         factor = 1.0 if hook.cap is not None else factor_and_floor(hook)[0]
         return gamma * factor * W
     u, uv = start
-    return predict(W, u, axis_of(rec.link), hook, gamma, uv).Y
+    return predict(W, u, rec.form(name), hook, gamma, uv).Y

@@ -77,6 +77,10 @@ class Deconvolution2D(_Watched, L.Deconvolution2D):
     pass
 
 
+class DepthwiseConvolution2D(_Watched, L.DepthwiseConvolution2D):
+    pass
+
+
 class EmbedID(_Watched, L.EmbedID):
     pass
 
@@ -123,7 +127,8 @@ def plain_rnn(function, n_states, n_weights):
 class Kind(NamedTuple):
     """How links of a kind are made, and what they compute.
 
-    The latter is ``plain(x, W)``, of a dictionary of all parameters.
+    The latter is ``plain(x, W)``, of a dictionary of all parameters.  A
+    convolution has one without bias, too, for its map, and groups of it.
     """
 
     make: Callable
@@ -131,6 +136,8 @@ class Kind(NamedTuple):
     x_shape: tuple | None  # None: indices
     bad_shape: tuple | None
     plain: Callable
+    map: Callable | None = None
+    n_groups: int = 1
 
 
 KINDS = {
@@ -140,11 +147,25 @@ KINDS = {
     'convolution': Kind(
         lambda: Convolution2D(3, 4, 2), lambda: Convolution2D(None, 4, 2),
         (2, 3, 3, 3), (2, 2, 3, 3),
-        lambda x, W: F.convolution_2d(x, W['W'], W['b'])),
+        lambda x, W: F.convolution_2d(x, W['W'], W['b']),
+        lambda: L.Convolution2D(3, 4, 2, nobias=True)),
+    'groups': Kind(
+        lambda: Convolution2D(4, 6, 2, groups=2),
+        lambda: Convolution2D(None, 6, 2, groups=2),
+        (2, 4, 3, 3), (2, 2, 3, 3),
+        lambda x, W: F.convolution_2d(x, W['W'], W['b'], groups=2),
+        lambda: L.Convolution2D(4, 6, 2, groups=2, nobias=True), 2),
+    'depthwise': Kind(
+        lambda: DepthwiseConvolution2D(3, 2, 2),
+        lambda: DepthwiseConvolution2D(None, 2, 2),
+        (2, 3, 3, 3), (2, 2, 3, 3),
+        lambda x, W: F.depthwise_convolution_2d(x, W['W'], W['b']),
+        lambda: L.DepthwiseConvolution2D(3, 2, 2, nobias=True), 3),
     'deconvolution': Kind(
         lambda: Deconvolution2D(3, 4, 2), lambda: Deconvolution2D(None, 4, 2),
         (2, 3, 3, 3), (2, 2, 3, 3),
-        lambda x, W: F.deconvolution_2d(x, W['W'], W['b'])),
+        lambda x, W: F.deconvolution_2d(x, W['W'], W['b']),
+        lambda: L.Deconvolution2D(3, 4, 2, nobias=True)),
     'embedding': Kind(
         lambda: EmbedID(7, 5), None, None, None,
         lambda x, W: F.embed_id(x, W['W'])),
@@ -220,15 +241,25 @@ def hooked(link):
     return list(hooks_of(link))
 
 
+def is_map(link, name):
+    """Whether the hook takes the norm of what the link makes of images."""
+    return hooks_of(link)[name].norm == 'operator' and (
+        'onvolution' in type(link).__name__)
+
+
+def vector_name(link, name):
+    return name + ('_map' if is_map(link, name) else '_u')
+
+
 def vector_of(link, name):
-    owner, name = place_of(link, name)
-    return owner.__dict__[name + '_u']
+    owner, name = place_of(link, vector_name(link, name))
+    return owner.__dict__[name]
 
 
 def others_of(link, name):
     """Its other vectors, if the hook has several."""
-    owner, name = place_of(link, name)
-    return owner.__dict__.get(name + '_us')
+    owner, name = place_of(link, vector_name(link, name) + 's')
+    return owner.__dict__.get(name)
 
 
 def keys_of(link):
@@ -251,8 +282,9 @@ def settings_of(hook):
 CLASS_ATTRIBUTES = [
     (cls, name) for cls in (
         chainer.Link, L.Linear, L.Convolution2D, L.Deconvolution2D, L.EmbedID,
-        _Two, _Watched, Linear, Convolution2D, Deconvolution2D, EmbedID,
-        Two, L.NStepLSTM, L.NStepGRU, _WatchedRNN, NStepLSTM, NStepGRU,
+        L.DepthwiseConvolution2D, _Two, _Watched, Linear, Convolution2D,
+        Deconvolution2D, DepthwiseConvolution2D, EmbedID, Two, L.NStepLSTM,
+        L.NStepGRU, _WatchedRNN, NStepLSTM, NStepGRU,
         chainer.Parameter, chainer.functions.util.forget.Forget)
     for name in ('forward', '__call__', '__setattr__', '__getattribute__',
                  'backward')]

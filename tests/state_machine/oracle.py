@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests import reference
+from tests import maps, reference
 
 # Relative rounding of what one call computes and stores.
 TOLERANCES = {'e': 4e-3, 'f': 4e-5, 'd': 1e-10}
@@ -18,6 +18,31 @@ def standardized(W):
     A = (A - A.mean(1, keepdims=True)) / np.sqrt(
         A.var(1, keepdims=True) + 1e-5)
     return A.reshape(W.shape)
+
+
+class OfMatrix(NamedTuple):
+    """How a weight is a matrix, whose norm a hook takes: by its axis."""
+
+    axis: int
+
+    def matrix(self, W):
+        return reference.as_matrix(W, self.axis)
+
+    def row_sizes(self, A):
+        return np.linalg.norm(A, axis=1)
+
+
+class OfMap(NamedTuple):
+    """By the map of a link without bias, of inputs of a shape."""
+
+    link: Any
+    shape: tuple
+
+    def matrix(self, W):
+        return maps.dense(self.link, self.shape, W)
+
+    def row_sizes(self, A):
+        return abs(A).sum(1)
 
 
 class Prediction(NamedTuple):
@@ -35,7 +60,7 @@ def factor_and_floor(hook):
     return hook.factor or 1.0, hook.eps
 
 
-def not_orthogonal(A, u, rounding=0.0):
+def not_orthogonal(form, A, u, rounding=0.0):
     """Starts of length 1 that the weight does not take to zero.
 
     In the place of one that it takes there comes that of the largest row.
@@ -45,12 +70,12 @@ def not_orthogonal(A, u, rounding=0.0):
     u = u / np.linalg.norm(u)
     if (A.T @ u).any():
         return [u]
-    norms = np.linalg.norm(A, axis=1)
-    return list(np.eye(len(u))[norms >= norms.max() * (1 - rounding)])
+    sizes = form.row_sizes(A)
+    return list(np.eye(len(u))[sizes >= sizes.max() * (1 - rounding)])
 
 
 @np.errstate(all='ignore')  # what leaves the range is NaN or Inf in Y, too
-def predict(W, u, axis, hook, gamma, uv=None):
+def predict(W, u, form, hook, gamma, uv=None):
     """What one call computes, in float64."""
     top = largest_factor(W.dtype)
     W, u = W.astype('d'), u.astype('d')
@@ -63,8 +88,8 @@ def predict(W, u, axis, hook, gamma, uv=None):
         # Zero times what may be Inf in the weight's arithmetic.
         Y = None if abs(c) > top else W * c
         return Prediction(Y, None, 0.0, 1.0)
-    A = reference.as_matrix(W / scale, axis)
-    u, *_ = not_orthogonal(A, u)
+    A = form.matrix(W / scale)
+    u, *_ = not_orthogonal(form, A, u)
     first = np.linalg.norm(A.T @ u)
     u_K, _, sigma = reference.power_iteration(A, u, hook.n_power_iteration)
     if uv is not None:

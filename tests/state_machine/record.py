@@ -10,6 +10,7 @@ from tests.state_machine.links import (
     axis_of,
     hooked,
     hooks_of,
+    is_map,
     keys_of,
     others_of,
     params_of,
@@ -17,7 +18,7 @@ from tests.state_machine.links import (
     place_of,
     vector_of,
 )
-from tests.state_machine.oracle import copy_of, same_bits
+from tests.state_machine.oracle import OfMap, OfMatrix, copy_of, same_bits
 
 assert sn_function  # it is imported for what it does
 
@@ -94,9 +95,39 @@ class Record:
             assert same_bits(u, self.u[name])
             assert same_bits(others_of(link, name), self.others[name])
             if u is not None and W is not None:
-                assert u.shape == (W.shape[axis_of(link)],)
+                assert u.shape == self.shape_of_u(name)
             if self.is_rnn:
                 assert link.used(name) is self.params[name]
+
+    def is_map(self, name):
+        return is_map(self.link, name)
+
+    def shape_of_u(self, name):
+        """Of one vector; the size of a map is that of the one there is."""
+        if self.is_map(name):
+            u = vector_of(self.link, name)
+            return KINDS[self.kind].x_shape[1], *u.shape[1:]
+        return self.params[name].shape[axis_of(self.link)],
+
+    def form(self, name):
+        """How the weight is a matrix, whose norm the hook takes."""
+        if self.is_map(name):
+            return OfMap(KINDS[self.kind].map(), self.shape_of_u(name))
+        return OfMatrix(axis_of(self.link))
+
+    def is_followed(self, name):
+        """Whether it is known how far each call moves u, which is one."""
+        hook = hooks_of(self.link)[name]
+        return hook.n_vectors == 1 and hook.rtol is None and (
+            self.n_groups(name) == 1)
+
+    def n_groups(self, name):
+        """How many groups have iterations of their own."""
+        return KINDS[self.kind].n_groups if self.is_map(name) else 1
+
+    def size_is_known(self, name):
+        return not self.is_map(name) or self.u[name] is not None or (
+            hooks_of(self.link)[name].insize is not None)
 
     def is_poisoned(self, name):
         u = self.u[name]
@@ -177,6 +208,8 @@ class Record:
         shape = KINDS[self.kind].x_shape
         if shape is None:
             return rng.randint(0, 7, size=3).astype('i')
+        if KINDS[self.kind].map:  # images of several sizes
+            shape = *shape[:2], *rng.randint(3, 5, 2)
         return rng.normal(size=shape).astype(dtype or self.dtype)
 
 

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from tests import reference
 from tests.state_machine.base import COUNTS, INDEX, SEED, Base
+from tests.state_machine.checks import flat
 from tests.state_machine.links import (
-    axis_of,
+    KINDS,
     hooked,
+    our_hooks,
     vector_of,
 )
 from tests.state_machine.oracle import TOLERANCES, assert_close, same_bits
@@ -104,6 +106,38 @@ class Renewals(Base):
         COUNTS['steps in test mode'] += n
         self.call(rec, rec.x(rng), train=False)
 
+    @stateful.rule(i=INDEX, seed=SEED, train=st.booleans(),
+                   how=st.sampled_from(['lost', 'another', 'other norm']))
+    def another_map(self, i, how, seed, train):
+        """Of another size, or none, or a snapshot has that of a matrix."""
+        rec = self.pick(i)
+        link = rec.link
+        if rec.W is None or rec.u.keys() != {'W'} or not rec.is_map('W'):
+            return
+        rng = np.random.RandomState(seed)
+        if how == 'other norm':
+            hook = our_hooks(link)[0]
+            other = self.make(rec.kind, False, rec.dtype).add_hook(
+                sn_function.SpectralNormalization(
+                    use_gamma=hook.use_gamma))
+            u = other.W_u.copy()
+            serializers.load_npz(save(link), other, strict=False)
+            assert same_bits(other.W.array, rec.W)
+            assert same_bits(other.W_u, u)
+            serializers.load_npz(save(other), link)
+            assert link.W_map is None
+        else:
+            channels = KINDS[rec.kind].x_shape[1]
+            shape = (channels, *rng.randint(2, 6, 2))
+            link.W_map = None if how == 'lost' else rng.normal(
+                size=shape).astype(rec.dtype)
+            if hasattr(link, 'W_maps'):
+                link.W_maps = None
+        rec.accept()
+        self.share(rec)
+        COUNTS[f'maps: {how}'] += 1
+        self.call(rec, rec.x(rng), train)
+
     @stateful.rule(i=INDEX, gamma=st.booleans())
     def refresh(self, i, gamma):
         rec = self.pick(i)
@@ -117,7 +151,8 @@ class Renewals(Base):
         rec.accept()
         for name in hooked(rec.link):
             W = rec.params[name].array
-            if W is None or not np.isfinite(W).all():
+            if W is None or not np.isfinite(W).all() or (
+                    rec.u[name] is None):
                 continue
             gamma_name = rec.gamma_of(name)
             if gamma_name and before[gamma_name] is not None:
@@ -126,7 +161,7 @@ class Renewals(Base):
                     rec.updates[name] = rec.n_updates(name)
                     rec.is_unsure.discard(name)
                     assert_close(rec.data[gamma_name], norm_for_gamma(
-                        W, axis_of(rec.link), rec.data[gamma_name].dtype),
+                        W, rec.form(name), rec.data[gamma_name].dtype),
                         1e-6)
                 else:
                     assert same_bits(
@@ -138,13 +173,14 @@ class Renewals(Base):
 
     def check_refreshed(self, rec, name, W):
         """u is of length 1, and W^T takes it to the length of the norm."""
-        A = reference.as_matrix(W.astype('d') / float(
-            abs(W.astype('d')).max()), axis_of(rec.link))
-        u = vector_of(rec.link, name)
+        A = rec.form(name).matrix(
+            W.astype('d') / float(abs(W.astype('d')).max()))
+        u = flat(vector_of(rec.link, name))
         tolerance = TOLERANCES[W.dtype.char]
         assert u.dtype == W.dtype
         u = u.astype('d')
-        assert abs(np.linalg.norm(u) - 1) <= tolerance
+        assert abs(np.linalg.norm(u) / rec.n_groups(
+            name) ** 0.5 - 1) <= tolerance
         assert np.linalg.norm(A.T @ u) >= (
             1 - tolerance) * reference.true_norm(A)
 
@@ -154,8 +190,8 @@ class Renewals(Base):
         """And back: u and gamma are made anew, with one warning each time."""
         rec = self.pick(i)
         # Where gamma was loaded before a lazy weight, its shape is not known.
-        if rec.W is None or rec.is_rnn or rec.standardized or (
-                rec.is_unsure) or (
+        if rec.W is None or rec.kind not in SHAPES or rec.standardized or (
+                rec.is_unsure) or any(map(rec.is_map, rec.u)) or (
                 rec.is_shared or any(u is None for u in rec.u.values())
         ) or any(r is not rec and r.shares_with(rec) for r in self.records):
             return

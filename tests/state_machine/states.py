@@ -50,7 +50,7 @@ class Rule(NamedTuple):
     Attributes:
         W: The weight as the hook finds it.
         dtype: That of the link's weight.
-        axis: Output axis.
+        form: How it is a matrix.
         hook: The hook.
         train: Training mode.
         roughness: How much larger rounding errors are than usual.
@@ -60,7 +60,7 @@ class Rule(NamedTuple):
 
     W: Any
     dtype: Any
-    axis: int
+    form: Any
     hook: Any
     train: bool
     roughness: float = 1.0
@@ -69,16 +69,18 @@ class Rule(NamedTuple):
     def outcomes(self, state):
         """All outcomes of a call."""
         found = []
+        with np.errstate(all='ignore'):
+            A = self.form.matrix(self.W.astype('d'))
         for start, condition in self.starts(state.u):
             tolerance = (
                 self.roughness * TOLERANCES[self.dtype.char] / condition)
             sigma = predict(
-                self.W, start, self.axis, self.hook, 1.0).sigma
-            turn = turn_of(self.W, start, self.axis)
+                self.W, start, self.form, self.hook, 1.0).sigma
+            turn = turn_of(A, start)
             for gamma in self.gammas(state, sigma, turn, tolerance):
                 is_new = gamma is not state.gamma
                 p = predict(
-                    self.W, start, self.axis, self.hook,
+                    self.W, start, self.form, self.hook,
                     1.0 if gamma is None else gamma)
                 u = state.u
                 if self.train and p.u is not None:
@@ -97,9 +99,10 @@ class Rule(NamedTuple):
         scale = abs(W).max()
         if not 0 < scale < np.inf:
             return [(u, 1.0)]
-        A = reference.as_matrix(W / scale, self.axis)
+        A = self.form.matrix(W / scale)
         rounding = self.roughness * ROUNDING[self.dtype.char]
-        return [start for v in not_orthogonal(A, u.astype('d'), rounding)
+        return [start for v in not_orthogonal(
+                    self.form, A, u.astype('d'), rounding)
                 for start in self.settled(A, v, rounding)]
 
     def settled(self, A, u, rounding):
@@ -151,19 +154,19 @@ class Rule(NamedTuple):
 
 
 @np.errstate(all='ignore')
-def turn_of(W, u, axis=0):
+def turn_of(A, u):
     """How far the first iteration turns u; 0 where nothing can be said."""
-    scale = abs(W).max()
+    scale = abs(A).max()
     if not 0 < scale < np.inf:
         return 0.0
-    A = reference.as_matrix(W.astype('d') / float(scale), axis)
+    A = A / scale
     t = A @ (A.T @ u)
     return 1 - u @ t / np.linalg.norm(t) / np.linalg.norm(u)
 
 
-def norm_for_gamma(W, axis, dtype):
-    return as_gamma(reference.true_norm(W, axis) if np.isfinite(
-        W).all() else np.nan, dtype)
+def norm_for_gamma(W, form, dtype):
+    return as_gamma(reference.true_norm(form.matrix(
+        W.astype('d'))) if np.isfinite(W).all() else np.nan, dtype)
 
 
 def as_gamma(norm, dtype):

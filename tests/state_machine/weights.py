@@ -63,6 +63,15 @@ def is_nearly_subnormal(W):
     return 0 < abs(W).max() < 1e6 * tiny
 
 
+def first_rows(rec, name):
+    """What the first row of the matrix is made of, and perhaps others."""
+    W, axis = rec.params[name].array, axis_of(rec.link)
+    if not rec.is_map(name):
+        return np.moveaxis(W, axis, 0)[0]
+    # A row is an entry of an input, of the first channel of its group.
+    return np.moveaxis(W, 1 - axis, 0)[0]
+
+
 class Weights(Base):
 
     @stateful.rule(
@@ -103,12 +112,15 @@ class Weights(Base):
             u, W = vector_of(rec.link, name), rec.params[name].array
             if u is not None and W is not None:
                 COUNTS['fault: orthogonal u'] += 1
-                u[...] = 0
-                u[0] = 1
+                n_groups = rec.n_groups(name)
+                units = np.eye(u.size // n_groups)
+                u[...] = np.tile(units[0], n_groups).reshape(u.shape)
                 others = others_of(rec.link, name)
                 if others is not None:
-                    others[...] = np.eye(len(u))[1:1 + len(others)]
-                np.moveaxis(W, axis_of(rec.link), 0)[0] = 0
+                    others[...] = np.tile(
+                        units[1:1 + len(others)], n_groups).reshape(
+                            others.shape)
+                first_rows(rec, name)[...] = 0
         self.accept(rec)
 
     def assign(self, rec, name, new, in_place):
@@ -179,8 +191,9 @@ class Weights(Base):
             # What its state has would follow in the next call, which comes
             # after the stand-in is gone.
             for name in filter(rec.gamma_of, hooked(link)):
-                gamma.initial(
-                    rec.params[rec.gamma_of(name)], rec.params[name])
+                if rec.params[rec.gamma_of(name)].array is not None:
+                    gamma.initial(
+                        rec.params[rec.gamma_of(name)], rec.params[name])
             copy.deepcopy(link)
             for weights in CALL.seen:
                 for W in weights.values():
