@@ -500,3 +500,12 @@ def test_what_settings_cost_is_told(capsys, monkeypatch):
     for name in (*settings.LINKS, 'small layer'):
         row, = [row for row in rows if row.startswith(name)]
         assert 0 < float(row.split()[-1]) < 100
+
+
+def test_what_certificates_cost_is_told(capsys, monkeypatch):
+    monkeypatch.setattr(settings, 'CERTIFIED', {'small': ((3, 4, 2, 2), 2)})
+    settings.main(['--rounds', '1', '--certify'])
+    name, *seconds = capsys.readouterr().out.splitlines()[-1].split()
+    assert name == 'small'
+    assert all(0 <= float(x) < 10 for x in seconds)
+    assert len(seconds) == len(settings.RTOLS)

@@ -6,6 +6,8 @@ for weights of networks, with ``groups='each'``, for some links, and with
 ``norm='operator'``, as a part of a layer's step with 64 images.  All settings
 are timed in turn in one process.  Set ``OPENBLAS_NUM_THREADS=1`` and
 ``OMP_NUM_THREADS=1``.
+
+``--certify`` prints the time of certificates instead, by the clock.
 """
 from __future__ import annotations
 
@@ -63,6 +65,12 @@ MAPS: dict[str, dict[str, Any]] = {
     'operator': {'norm': 'operator'},
     'operator, 8 vectors': {'norm': 'operator', 'n_vectors': 8},
 }
+# Shape of a Gaussian weight, and the stride.
+CERTIFIED = {'96 x 96 x 3 x 3': ((96, 96, 3, 3), 1),
+             '256 x 128 x 4 x 4, stride 2': ((256, 128, 4, 4), 2),
+             '384 x 192 x 3 x 3, stride 2': ((384, 192, 3, 3), 2),
+             '512 x 512 x 3 x 3': ((512, 512, 3, 3), 1)}
+RTOLS = 1e-2, 1e-3
 
 
 def step_of(link: Any, gY: Any, settings: dict[str, Any]) -> Any:
@@ -147,13 +155,38 @@ def tables(timer: Any, n_rounds: int) -> Iterator[str]:
              for name in names])
 
 
+def certificate_row(
+        shape: tuple[int, ...], stride: int, n_rounds: int) -> list[str]:
+    """The median seconds for each tolerance."""
+    m, n, *ksize = shape
+    link = L.Convolution2D(n, m, ksize, stride)
+    link.W.array[...] = np.random.RandomState(0).normal(size=shape)
+    row = []
+    for rtol in RTOLS:
+        times = []
+        for _ in range(n_rounds):
+            start = time.perf_counter()
+            sn_function.certify(link, rtol, time_limit=None)
+            times.append(time.perf_counter() - start)
+        row.append(f'{np.median(times):.2f}')
+    return row
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--rounds', type=int, default=30,
                         help='number of times each')
     parser.add_argument('--wall', action='store_true',
                         help='time of the clock, not of the processor')
+    parser.add_argument('--certify', action='store_true',
+                        help='times of certificates')
     args = parser.parse_args(argv)
+    if args.certify:
+        print(cpu.machine(), text_table(
+            ('weight', *(f'to {rtol:g}, s' for rtol in RTOLS)),
+            [(name, *certificate_row(shape, stride, args.rounds))
+             for name, (shape, stride) in CERTIFIED.items()]), sep='\n\n')
+        return
     timer = cpu.time_on_host if args.wall else time_of_processor
     print(cpu.machine())
     for table in tables(timer, args.rounds):
