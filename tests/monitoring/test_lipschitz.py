@@ -279,7 +279,8 @@ def test_residual_sums():
 
 @pytest.mark.parametrize('residual', [
     '/1', Residual, ['/nothing', lambda path, link: path == '/1'],
-    {'/nothing': '*', ('/1',): None}], ids=str)
+    {'/nothing': '*', ('/1',): None}],
+    ids=['pattern', 'class', 'list', 'dictionary'])
 def test_a_residual_sequence(residual):
     conv = L.Convolution2D(2, 2, 3, pad=1)
     model = chainer.Sequential(
