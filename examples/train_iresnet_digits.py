@@ -194,13 +194,14 @@ def draw(runs: dict[str, Run], cap: float, path: str) -> None:
     for norm, run in runs.items():
         label = f'{NORMS[norm]} at most {cap:g}'
         steps = numpy.arange(1, len(run.steps) + 1)
-        left.plot(steps, [step.error for step in run.steps], label=label)
-        right.plot(steps, [step.n_iterations for step in run.steps])
+        left.plot(steps, [step.error for step in run.steps])
+        right.plot(
+            steps, [step.n_iterations for step in run.steps], label=label)
     left.axhline(TOLERANCE, color='black', linestyle=':', linewidth=1)
     left.set(yscale='log', xlabel='step', ylabel='largest error of a pixel')
     right.set(ylim=(0, None), xlabel='step',
               ylabel='iterations of a block, at most 100')
-    figure.legend(loc='outside lower center', ncols=2, frameon=False)
+    right.legend(loc='center right', frameon=False)
     figure.savefig(path, dpi=110)
 
 
