@@ -17,6 +17,7 @@ from sn_function._models import (
     check_models,
     hooked_links,
     hooks_of,
+    normalize_weights,
 )
 from sn_function.link_hooks import SpectralNormalization
 
@@ -101,11 +102,7 @@ def _fold(link: chainer.Link, is_in_use: bool) -> list[_Folded]:
     twin = copy.deepcopy(link) if is_in_use else link
     originals = {hook.weight_name: vars(twin)[hook.weight_name]
                  for hook in hooks_of(twin)}
-    with chainer.using_config('train', False), chainer.no_backprop_mode(), \
-            chainer.using_device(twin.device):
-        for hook in hooks_of(twin):
-            # As in a call: the next hook may be one of the same weight.
-            vars(twin)[hook.weight_name] = hook.normalize_weight(twin)
+    normalize_weights(twin, hooks_of(twin))
     return [_Folded(name, _parameter(vars(twin)[name].array, W))
             for name, W in originals.items()]
 

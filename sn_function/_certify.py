@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import copy
 import math
-import numbers
 import sys
 import time
 from typing import Any, Callable
@@ -143,11 +142,7 @@ def _normalized(link: chainer.Link) -> Any:
     twin = copy.deepcopy(link)
     state = numpy.random.get_state()
     try:
-        with chainer.using_config('train', False), \
-                chainer.no_backprop_mode(), chainer.using_device(twin.device):
-            for hook in _hooks_of(twin):
-                # As in a call: the next hook may be one of the same weight.
-                vars(twin)['W'] = hook.normalize_weight(twin)
+        _models.normalize_weights(twin, _hooks_of(twin))
     finally:  # what was drawn is for the copy alone
         numpy.random.set_state(state)
     return vars(twin)['W'].array
@@ -170,17 +165,12 @@ def check(rtol: Any, time_limit: Any) -> None:
 
 
 def _checked_size(insize: Any, ndim: int) -> tuple[int, ...]:
-    sizes = (insize,) * ndim if _is(insize, numbers.Integral) else insize
-    if not (isinstance(sizes, (tuple, list)) and len(sizes) == ndim and all(
-            _is(size, numbers.Integral) and size > 0 for size in sizes)):
+    try:
+        return _checks.check_sizes('insize', insize, ndim, 1)
+    except errors.SizeError:
         raise errors.CertifyArgumentError(
             'insize', insize, f'the size of images with {ndim} axes: a '
-            f'number of at least 1, or a tuple of {ndim}')
-    return tuple(map(int, sizes))
-
-
-def _is(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+            f'number of at least 1, or a tuple of {ndim}') from None
 
 
 class _Report:

@@ -10,7 +10,6 @@ import chainer
 import numpy
 from chainer import backend
 from chainer.backends import cuda
-from chainer.utils.conv_nd import as_tuple
 
 from sn_function import errors
 from sn_function._arithmetic import matrix
@@ -76,7 +75,7 @@ def check_norm(
     is_one = not isinstance(insize, (tuple, list))
     sizes = [insize] if is_one else insize
     try:
-        checked = _check_sizes('insize', sizes, len(sizes) or 1, 1)
+        checked = check_sizes('insize', sizes, len(sizes) or 1, 1)
     except errors.SizeError:
         raise errors.InsizeError(insize) from None
     return checked[0] if is_one else checked
@@ -87,7 +86,7 @@ def as_insize(
 ) -> tuple[int, ...]:
     """Returns a number for each axis, if the owner has as many."""
     try:
-        return _check_sizes('insize', insize, ndim, 1)
+        return check_sizes('insize', insize, ndim, 1)
     except errors.SizeError:
         raise errors.InsizeError(insize, owner, ndim) from None
 
@@ -128,7 +127,7 @@ def check_convolution(
     if ndim == 0:
         raise errors.MapWeightError(W_shape)
     stride, pad, dilate = [
-        _check_sizes(name, x, ndim, least) for name, x, least in (
+        check_sizes(name, x, ndim, least) for name, x, least in (
             ('stride', stride, 1), ('pad', pad, 0), ('dilate', dilate, 1))]
     split = check_groups(groups)
     if split is not None:
@@ -139,7 +138,7 @@ def check_convolution(
         raise errors.MapShapeError(shape, W_shape, channels)
     convolution = Convolution(
         stride, pad, dilate, int(groups), bool(cover_all), is_transposed,
-        None if outsize is None else _check_sizes(
+        None if outsize is None else check_sizes(
             'outsize', outsize, ndim, 1), insize=tuple(shape[-ndim:]))
     if outsize is not None and not is_transposed:
         raise errors.OutputSizeError(outsize, shape[-ndim:], W_shape)
@@ -161,13 +160,19 @@ def check_insize(convolution: Convolution, shape: tuple[int, ...]) -> None:
         raise errors.OutputSizeError(outsize, insize, shape)
 
 
-def _check_sizes(name: str, x: Any, ndim: int, least: int) -> tuple[int, ...]:
+def check_sizes(
+        name: str, x: Any, ndim: int, least: int) -> tuple[int, ...]:
+    """Returns a number for each axis, of one for all or one for each."""
+    is_many = isinstance(x, (tuple, list)) or (
+        isinstance(x, numpy.ndarray) and x.ndim == 1)
+    sizes = tuple(x) if is_many else (x,) * ndim
     try:
-        sizes = as_tuple(x, ndim)
         for size in sizes:
             check_count(name, size, least)
-    except (AssertionError, TypeError, errors.IterationCountError):
-        raise errors.SizeError(name, x, ndim, least) from None
+    except errors.IterationCountError:
+        sizes = ()
+    if len(sizes) != ndim:
+        raise errors.SizeError(name, x, ndim, least)
     return tuple(map(int, sizes))
 
 

@@ -73,6 +73,18 @@ def gamma_of(link: chainer.Link, hook: Any) -> chainer.Parameter | None:
     return getattr(link, name)
 
 
+def normalize_weights(link: chainer.Link, hooks: list[Any]) -> None:
+    """Puts what hooks make of weights, in test mode, in their place.
+
+    There it stays: the link is a copy, or about to lose its hooks.
+    """
+    with chainer.using_config('train', False), chainer.no_backprop_mode(), \
+            chainer.using_device(link.device):
+        for hook in hooks:
+            # As in a call: the next hook may be one of the same weight.
+            vars(link)[hook.weight_name] = hook.normalize_weight(link)
+
+
 # Models
 
 def check_models(function: str, *models: Any) -> None:

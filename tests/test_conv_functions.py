@@ -4,6 +4,8 @@ The matrix is made by Chainer from images that are zero but for one entry, so
 the oracle has no code in common with the package.
 """
 import sn_function  # isort: skip  # before chainer, which it repairs
+import subprocess
+import sys
 import warnings
 
 import chainer
@@ -395,6 +397,23 @@ U = np.ones((3, 5, 5))
 def test_bad_arguments(args, error, text):
     with pytest.raises(error, match=text):
         F.conv_spectral_normalize(*args)
+
+
+def test_sizes_of_numpy():
+    expected = F.conv_spectral_normalize(W, U, (2, 1), 1).array
+    for stride in (np.array([2, 1]), [np.int64(2), np.int64(1)]):
+        found = F.conv_spectral_normalize(W, U, stride, np.int64(1))
+        np.testing.assert_array_equal(found.array, expected)
+
+
+def test_number_of_sizes_without_assertions():
+    """Python with -O leaves out those of Chainer."""
+    code = (
+        'import sn_function, numpy as np; sn_function.conv_spectral_normalize('
+        'np.ones((4, 3, 3, 2)), np.ones((3, 5, 5)), (1, 1, 1))')
+    done = subprocess.run([sys.executable, '-O', '-c', code],
+                          capture_output=True, text=True)
+    assert 'SizeError: stride must be an integer of 1' in done.stderr
 
 
 @pytest.mark.parametrize('how', [

@@ -59,10 +59,9 @@ class Convolution(NamedTuple):
     def in_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Returns that of what is mapped, by a weight of the shape given."""
         assert self.insize is not None
-        channels = (shape[0] if self.is_transposed
-                    else shape[1] * self.groups_of(shape))
-        if self.is_depthwise:
-            channels = shape[1]
+        channels = (
+            shape[0] if self.is_transposed else shape[1] if self.is_depthwise
+            else shape[1] * self.groups)
         return channels, *self.insize
 
     def out_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
