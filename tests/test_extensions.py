@@ -70,6 +70,26 @@ def arrays_of(model):
             'us1': getattr(model.l1, 'W_us', np.empty(0))}
 
 
+def run_undisturbed(tmp_path, make_hook, **settings):
+    """Runs a trainer with a report, and returns it.
+
+    It ends with the same numbers as one without, and draws the same at random.
+    """
+    ends = []
+    first = Model(make_hook=make_hook)
+    for with_report in (False, True):
+        trainer, model = make_trainer(tmp_path, copy.deepcopy(first))
+        if with_report:
+            trainer.extend(SpectralNormReport(model, **settings),
+                           trigger=(1, 'iteration'))
+        np.random.seed(7)
+        trainer.run()
+        ends.append((model, np.random.random()))
+    assert_same(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+    return trainer
+
+
 def assert_same(model, other):
     a, b = arrays_of(model), arrays_of(other)
     for key, value in a.items():
@@ -158,20 +178,8 @@ class TestInTraining:
         SpectralNormalization, SEVERAL, pytest.param(
             link_hooks.SpectralNormalization, marks=pytest.mark.slow)])
     def test_training_is_not_disturbed(self, tmp_path, make_hook):
-        """It ends with the same numbers, and draws the same at random."""
-        ends = []
-        first = Model(make_hook=make_hook)
-        for with_report in (False, True):
-            trainer, model = make_trainer(tmp_path, copy.deepcopy(first))
-            if with_report:
-                trainer.extend(
-                    SpectralNormReport(model, True, 'sigma.png'),
-                    trigger=(1, 'iteration'))
-            np.random.seed(7)
-            trainer.run()
-            ends.append((model, np.random.random()))
-        assert_same(ends[0][0], ends[1][0])
-        assert ends[0][1] == ends[1][1]
+        run_undisturbed(
+            tmp_path, make_hook, true_sigma=True, filename='sigma.png')
 
     def test_lazy_layers_are_left_out_until_they_are_there(self, tmp_path):
         trainer, model = make_trainer(tmp_path, Model(None), n=1)
@@ -301,18 +309,7 @@ class TestCertify:
         np.testing.assert_array_equal(model[0].W_u, before)
 
     def test_training_is_not_disturbed(self, tmp_path):
-        ends = []
-        first = Model(make_hook=SEVERAL)
-        for with_report in (False, True):
-            trainer, model = make_trainer(tmp_path, copy.deepcopy(first))
-            if with_report:
-                trainer.extend(SpectralNormReport(model, certify=1e-2),
-                               trigger=(1, 'iteration'))
-            np.random.seed(7)
-            trainer.run()
-            ends.append((model, np.random.random()))
-        assert_same(ends[0][0], ends[1][0])
-        assert ends[0][1] == ends[1][1]
+        trainer = run_undisturbed(tmp_path, SEVERAL, certify=1e-2)
         assert trainer.observation['lipschitz_bound'] == pytest.approx(
             1, rel=0.1)
 
