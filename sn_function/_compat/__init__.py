@@ -9,9 +9,10 @@ it finds missing or broken, in two ways:
   taken back afterwards (one of them is :mod:`.pkg_resources`).
 * :mod:`.repairs`: a function of Chainer that fails a trial run is repaired.
 
-:mod:`.onnx_chainer` does both for `onnx_chainer`, and :mod:`.chainermn` the
-latter for ChainerMN, when a program imports them.  What these two must know
-of the hooks of this package is registered with :mod:`.guards`.
+:mod:`.onnx_chainer` does both for `onnx_chainer`, :mod:`.chainermn` the latter
+for ChainerMN, and :mod:`.caffe` for `chainer.links.caffe`, when a program
+imports them.  What the first two must know of the hooks of this package is
+registered with :mod:`.guards`.
 
 This is the ground of the package: it imports nothing above it.  No other wing
 knows of NumPy, Chainer or Python versions.
@@ -62,6 +63,20 @@ class _ChainerFinder(finder.Finder):
         importlib.import_module('chainer.link_hooks')
 
 
+class _CaffeFinder(finder.Finder):
+    """Repairs the messages of chainer.links.caffe."""
+
+    names = ('chainer.links.caffe.protobuf3.caffe_pb2',)
+
+    def lending(self) -> ContextManager[None]:
+        from sn_function._compat import caffe
+        return caffe.reading_the_description()
+
+    def repair(self, name: str) -> None:
+        from sn_function._compat import caffe, trials
+        _record(trials.repair(caffe.REPAIRS))
+
+
 class _ExporterFinder(finder.Finder):
     """The same for onnx_chainer."""
 
@@ -94,6 +109,8 @@ def _record(names: Iterable[str]) -> None:
 def install() -> None:
     """Ensures that all is repaired, now or when it is imported."""
     _ChainerFinder.install()
+    if finder.is_there('google'):   # protobuf
+        _CaffeFinder.install()
     if finder.is_there('onnx'):
         _ExporterFinder.install()
     # Without mpi4py ChainerMN has no communicators.
@@ -118,7 +135,14 @@ def explain(name: str) -> Tuple[str, str]:
     It also knows the names of `onnx_chainer.applied` and `chainermn.applied`.
     """
     import_chainer()
-    from sn_function._compat import chainermn, loans, onnx_chainer, repairs
+    from sn_function._compat import (
+        caffe,
+        chainermn,
+        loans,
+        onnx_chainer,
+        repairs,
+    )
     reasons = {each.name: (each.fault, each.needed) for each in (
-        *repairs.REPAIRS, *onnx_chainer.REPAIRS, *chainermn.REPAIRS)}
+        *repairs.REPAIRS, *caffe.REPAIRS, *onnx_chainer.REPAIRS,
+        *chainermn.REPAIRS)}
     return {**loans.REASONS, **reasons}[name]

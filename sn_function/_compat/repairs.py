@@ -7,9 +7,13 @@ Deconvolution2D is broken everywhere.
 An import of Chainer ends with these repairs, and this module imports Chainer:
 so Chainer has to be imported before it.
 """
+import contextlib
 import functools
+import inspect
+import threading
 import types
-from typing import Any, Callable, List, Tuple
+import warnings
+from typing import Any, Callable, Iterator, List, Tuple
 
 import chainer
 import numpy
@@ -17,7 +21,11 @@ from chainer import distributions
 from chainer.dataset import convert
 from chainer.functions.array import as_strided, pad_sequence, resize_images
 from chainer.functions.connection import deconvolution_2d
-from chainer.functions.math import basic_math, sparse_matmul
+from chainer.functions.math import basic_math, fix, sparse_matmul
+from chainer.iterators import multiprocess_iterator
+from chainer.links.activation import maxout
+from chainer.serializers import hdf5, npz
+from chainer.training.extensions import micro_average
 
 from sn_function._compat import loans, nep50
 from sn_function._compat.trials import Repair, WrongResultError
@@ -189,6 +197,165 @@ def _repair_deconvolution_2d() -> None:
     function._set_cover_all = _set_cover_all
 
 
+# NumPy 2.4 makes a number of arrays without dimensions only.
+
+def _number(value: Any) -> float:
+    """`float` of a number, or of an array that has one element."""
+    return float(value.item() if hasattr(value, 'item') else value)
+
+
+def _try_micro_average() -> None:
+    vars(micro_average).get('float', float)(numpy.zeros(1))
+
+
+def _repair_micro_average() -> None:
+    vars(micro_average)['float'] = _number
+
+
+def _read_by(asarray: Callable, deserializer: Any, *kinds: type) -> None:
+    """Makes a deserializer read what becomes one of `kinds` by `asarray`."""
+    original = deserializer.__call__
+    special = _reading(inspect.unwrap(original), asarray=asarray)
+
+    @functools.wraps(original)
+    def call(self: Any, key: str, value: Any) -> Any:
+        return (special if type(value) in kinds else original)(
+            self, key, value)
+
+    deserializer.__call__ = call
+
+
+def _try_load_npz() -> None:
+    npz.NpzDeserializer({'x': numpy.zeros(1)})('x', 0.)
+
+
+def _repair_load_npz() -> None:
+    def asarray(dataset: Any) -> numpy.ndarray:
+        array = numpy.asarray(dataset)
+        return array.reshape(()) if array.size == 1 else array
+
+    for deserializer in (npz.NpzDeserializer, hdf5.HDF5Deserializer):
+        _read_by(asarray, deserializer, int, float, complex)
+
+
+# h5py 3 reads strings as bytes, of which str() makes "b'...'".
+
+def _try_hdf5_strings() -> None:
+    if hdf5._available:
+        with hdf5.h5py.File(
+                'trial', 'w', driver='core', backing_store=False) as file:
+            file['x'] = 'x'
+            if hdf5.HDF5Deserializer(file)('x', '') != 'x':
+                raise WrongResultError
+
+
+def _repair_hdf5_strings() -> None:
+    def asarray(dataset: Any) -> str:
+        return dataset.asstr()[()]
+
+    _read_by(asarray, hdf5.HDF5Deserializer, str)
+
+
+# What is deprecated: it only warns, until it is gone.
+
+_GOING = (DeprecationWarning, AttributeError)
+
+
+@contextlib.contextmanager
+def _raising_deprecations() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', DeprecationWarning)
+        yield
+
+
+# Thread.setDaemon, since Python 3.10.
+
+def _try_multiprocess_iterator() -> None:
+    with _raising_deprecations():
+        multiprocess_iterator.threading.Thread().setDaemon(True)
+
+
+def _repair_multiprocess_iterator() -> None:
+    class Thread(threading.Thread):
+        def setDaemon(self, daemonic: bool) -> None:
+            self.daemon = daemonic
+
+    richer = types.ModuleType('threading')
+    vars(richer).update(vars(threading), Thread=Thread)
+    multiprocess_iterator.threading = richer
+
+
+# np.fix, since NumPy 2.5; np.trunc is the same.
+
+def _try_fix() -> None:
+    with _raising_deprecations():
+        fix.fix(numpy.zeros(1))
+
+
+def _repair_fix() -> None:
+    def get_array_module(*arrays: Any) -> Any:
+        xp = chainer.backend.get_array_module(*arrays)
+        return types.SimpleNamespace(fix=xp.trunc)
+
+    fix.backend = types.SimpleNamespace(get_array_module=get_array_module)
+
+
+# To set the shape of an array, since NumPy 2.5.  Maxout does that for
+# functions that initialize, and not for Initializers.
+
+class _Reshaping(chainer.Initializer):
+    """Has a function initialize a view of another shape."""
+
+    def __init__(self, function: Callable, *shape: int) -> None:
+        super().__init__()
+        self.function = function
+        self.shape = shape
+
+    def __call__(self, array: Any) -> None:
+        self.function(array.reshape(self.shape))
+
+
+def _try_maxout() -> None:
+    with _raising_deprecations():
+        maxout.Maxout(1, 1, 1, initialW=lambda array: None)
+
+
+def _repair_maxout() -> None:
+    original = maxout.Maxout.__init__
+
+    def reshaping(value: Any, *shape: int) -> Any:
+        if callable(value) and not isinstance(value, chainer.Initializer):
+            return _Reshaping(value, *shape)
+        return value
+
+    @functools.wraps(original)
+    def init(self: Any, in_size: Any, out_size: int, pool_size: int,
+             initialW: Any = None, initial_bias: Any = 0) -> None:
+        original(self, in_size, out_size, pool_size,
+                 reshaping(initialW, out_size, pool_size, -1),
+                 reshaping(initial_bias, out_size, pool_size))
+
+    maxout.Maxout.__init__ = init
+
+
+# A NumPy array has a `device` since NumPy 2, which is not Chainer's 'CPU'.
+
+def _try_debug_print() -> None:
+    if 'device: CPU' not in chainer.Variable(numpy.zeros(1)).debug_print():
+        raise WrongResultError
+
+
+def _repair_debug_print() -> None:
+    original = chainer.Variable.debug_print
+
+    @functools.wraps(original)
+    def debug_print(self: Any) -> str:
+        return original(self).replace('\n- device: cpu\n',
+                                      '\n- device: CPU\n')
+
+    chainer.Variable.debug_print = debug_print
+
+
 # Each goes with the support of Chainer 7, or of what it is needed with.
 REPAIRS = (
     Repair('as_strided',
@@ -225,10 +392,36 @@ REPAIRS = (
            'GradientLARS makes float16 gradients of 0 NaN',
            'with NumPy 2', nep50.try_gradient_lars,
            WrongResultError, nep50.repair_gradient_lars),
+    Repair('debug_print',
+           'Variable.debug_print says cpu in place of CPU', 'with NumPy 2',
+           _try_debug_print, WrongResultError, _repair_debug_print),
     Repair('concat_examples',
            'concat_examples fails with -1 in unsigned arrays',
            'with NumPy 2.1 or newer',
            _try_concat_examples, OverflowError, _repair_concat_examples),
+    Repair('micro_average',
+           'MicroAverage of arrays of shape (1,) fails',
+           'with NumPy 2.4 or newer',
+           _try_micro_average, TypeError, _repair_micro_average),
+    Repair('load_npz',
+           'an array of shape (1,) cannot be loaded into a number',
+           'with NumPy 2.4 or newer',
+           _try_load_npz, TypeError, _repair_load_npz),
+    Repair('multiprocess_iterator',
+           'MultiprocessIterator warns that setDaemon is deprecated',
+           'with Python 3.10 or newer', _try_multiprocess_iterator,
+           _GOING, _repair_multiprocess_iterator),
+    Repair('fix',
+           'F.fix and the backward of F.fmod warn that np.fix is deprecated',
+           'with NumPy 2.5 or newer', _try_fix, _GOING, _repair_fix),
+    Repair('maxout',
+           'Maxout with functions as initializers warns that setting a shape '
+           'is deprecated', 'with NumPy 2.5 or newer',
+           _try_maxout, _GOING, _repair_maxout),
+    Repair('hdf5_strings',
+           'load_hdf5 makes "b\'x\'" of the string "x"',
+           'with h5py 3 or newer', _try_hdf5_strings,
+           WrongResultError, _repair_hdf5_strings),
     Repair('resize_images',
            'F.resize_images fails', 'with NumPy 1.24 or newer',
            _try_resize_images, AttributeError, _repair_resize_images),

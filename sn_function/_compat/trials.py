@@ -5,7 +5,7 @@ as little data as shows the fault; `repair_...` replaces it where that raised
 the expected error.  Nothing is decided by version numbers.
 """
 import warnings
-from typing import Callable, Iterable, List, NamedTuple, Type
+from typing import Callable, Iterable, List, NamedTuple, Tuple, Type, Union
 
 import numpy
 
@@ -19,7 +19,7 @@ class Repair(NamedTuple):
     fault: str      # what is wrong without it
     needed: str     # with what it is needed
     attempt: Callable[[], None]
-    error: Type[Exception]
+    error: Union[Type[Exception], Tuple[Type[Exception], ...]]
     apply: Callable[[], None]
 
     def is_needed(self) -> bool:
