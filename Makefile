@@ -21,7 +21,7 @@ STAMP := $(VENV)/.made-$(shell { echo $(ENVIRONMENT) "$(PYTHON_PATH)"; \
 	| cksum | tr ' ' '-')
 
 .PHONY: help setup check test test-all test-slow test-mpi test-nvrtc ci \
-	matrix extremes demo demo-invertible demo-short defects silent bench truth threads nvrtc \
+	matrix extremes upstream demo demo-invertible demo-short defects silent bench truth threads nvrtc \
 	sass mutants gpu gpu-bundle lint docs clean
 # All targets share the environment, and the cores.
 .NOTPARALLEL:
@@ -35,6 +35,7 @@ help:
 	@echo 'make test-mpi ChainerMN on 2 to 4 ranks, CPU (2 minutes)'
 	@echo 'make ci       what is run for each change (15 minutes)'
 	@echo 'make matrix   the tests with all supported versions (an hour, 2 cores)'
+	@echo 'make upstream CHAINER=DIR  the tests of a checkout of Chainer (CPU, half an hour)'
 	@echo 'make defects  the built-in hook beside this one, fault by fault'
 	@echo 'make silent   faults that showed in no error, before and now'
 	@echo 'make bench    time weights and models beside others (CPU, 25 minutes)'
@@ -103,6 +104,13 @@ matrix: setup
 # The oldest cell and the newest.
 extremes: MATRIX := --extremes
 extremes: matrix
+
+# CHAINER is a checkout of Chainer 7.8.1.  UPSTREAM='--stack 3.8/1.17.3' is with
+# another CPython and NumPy; UPSTREAM='--only links_tests' is a part of it.
+upstream: setup
+	@test -n "$(CHAINER)" || { echo "Name a checkout of Chainer 7.8.1: \
+	make upstream CHAINER=DIR"; exit 1; }
+	$(PY) -m tests.tools.upstream $(CHAINER) $(UPSTREAM)
 
 demo: setup
 	$(PY) examples/train_sngan_digits.py --out result

@@ -77,7 +77,8 @@ def compare(outcomes: Outcomes, versions: dict[str, str],
     """
     rules = [rule for rule in expected if rule.applies(versions)]
     found = [0] * len(rules)
-    unexpected, passed = {}, []
+    unexpected: Outcomes = {}
+    passed: list[tuple[Expected, str]] = []
     for test, (outcome, error) in outcomes.items():
         named = [i for i, rule in enumerate(rules) if rule.names(test)]
         if outcome == FAILED:
@@ -88,7 +89,8 @@ def compare(outcomes: Outcomes, versions: dict[str, str],
                 unexpected[test] = outcome, error
         elif outcome == PASSED and named:
             passed.append((rules[named[0]], test))
-    unused = [rule for rule, n in zip(rules, found) if complete and n == 0]
+    unused = [rule for rule, n in zip(rules, found) if n == 0
+              and complete and rule not in [each for each, _ in passed]]
     counts = {kind: sum(outcome == kind for outcome, _ in outcomes.values())
               for kind in (PASSED, SKIPPED, FAILED)}
     return Verdict(counts, [each for each in zip(rules, found) if each[1]],
