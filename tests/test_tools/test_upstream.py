@@ -43,6 +43,10 @@ def test_passes():
         numpy.no_such_name
 
 
+def test_trainer():
+    assert chainer.testing.training.get_trainer_with_mock_updater()
+
+
 def test_lent_to_the_tests_alone():
     code = compile('numpy.int', 'elsewhere.py', 'eval')
     with pytest.raises(AttributeError):
@@ -84,6 +88,7 @@ def checkout(tmp_path):
     for name, text in {
             'chainer/_version.py': "__version__ = '7.8.1'\n",
             'setup.cfg': SETTINGS,
+            'tests/conftest.py': 'from chainer import testing',
             'tests/chainer_tests/__init__.py': '',
             'tests/chainer_tests/test_some.py': TESTS,
             'tests/chainer_tests/a/test_broken.py': 'raise KeyError("x")\n',
@@ -111,14 +116,14 @@ def test_all_as_expected(checkout, monkeypatch, capsys, tmp_path):
     assert lines[0].startswith('python ')
     assert ', chainer 7.8.1, numpy ' in lines[0]
     assert lines[1:] == [
-        '5 passed, 3 failed as expected, 1 skipped, 0 unexpected',
+        '6 passed, 3 failed as expected, 1 skipped, 0 unexpected',
         '     1  mine: why it fails',
         '     1  mine: it warns',
         '     1  mine: it is broken']
     # Nothing is left in the checkout.
     assert sorted(p.name for p in checkout.rglob('*') if p.is_file()) == [
-        '__init__.py', '_version.py', 'setup.cfg', 'test_broken.py',
-        'test_some.py']
+        '__init__.py', '_version.py', 'conftest.py', 'setup.cfg',
+        'test_broken.py', 'test_some.py']
 
 
 def test_what_is_unexpected(checkout, monkeypatch, capsys, tmp_path):
@@ -132,7 +137,7 @@ def test_what_is_unexpected(checkout, monkeypatch, capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     prefix = 'tests/chainer_tests/test_some.py::'
     assert lines[1:] == [
-        '5 passed, 1 failed as expected, 1 skipped, 5 unexpected',
+        '6 passed, 1 failed as expected, 1 skipped, 5 unexpected',
         '     1  mine: it is broken',
         f'unexpected: {prefix}test_warns',
         '    UserWarning: a warning',

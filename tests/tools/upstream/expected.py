@@ -12,6 +12,8 @@ CHAINER, OURS, TEST = "Chainer's", 'ours', "the test's"
 
 # Tests that start a Python in which Chainer is imported by itself.
 ALONE = 'test_cuda.py::TestCudaModuleAliasForBackwardCompatibility::*'
+UNSIGNED = 'test_pad_sequence.py::*dtype=uint*pad=-1*::test_forward_cpu'
+NUMBER = 'test_det.py::*::test_det_scaling_cpu'
 
 EXPECTED = (
     Expected(
@@ -21,19 +23,28 @@ EXPECTED = (
         CHAINER, 'by itself it cannot be imported on Python 3.12', [ALONE],
         error='Import test failed', needs=['numpy<2', 'python>=3.12']),
     Expected(
+        TEST, 'it makes an unsigned number of -1, which NumPy 1.24 deprecates',
+        [UNSIGNED], error='conversion of out-of-bound Python integers',
+        needs=['numpy>=1.24,<2']),
+    Expected(
         TEST, 'it makes an unsigned number of -1, which NumPy 2 refuses',
-        ['test_pad_sequence.py::*dtype=uint*pad=-1*::test_forward_cpu'],
-        error='Python integer -1 out of bounds for uint', needs=['numpy>=2']),
+        [UNSIGNED], error='Python integer -1 out of bounds for uint',
+        needs=['numpy>=2']),
     Expected(
         TEST, 'it sums 300,000 numbers in float16, where NumPy 1 took float64',
         ["test_softmax_cross_entropy.py::*dtype=float16, *reduce='mean', "
          'shape_ignore=((300000, 2), None), weight_apply=True}*'],
         error='overflow encountered in scalar subtract', needs=['numpy>=2']),
     Expected(
+        TEST, 'it makes a float of an array of shape (1,), which NumPy 1.25 '
+        'deprecates',
+        [NUMBER],
+        error='Conversion of an array with ndim > 0 to a scalar is deprecated',
+        needs=['numpy>=1.25,<2.4']),
+    Expected(
         TEST, 'it makes a float of an array of shape (1,), which NumPy 2.4 '
         'refuses',
-        ['test_det.py::*::test_det_scaling_cpu'],
-        error='only 0-dimensional arrays can be converted',
+        [NUMBER], error='only 0-dimensional arrays can be converted',
         needs=['numpy>=2.4']),
     Expected(
         TEST, 'it calls np.fix, which NumPy 2.5 deprecates',

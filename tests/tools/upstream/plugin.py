@@ -21,6 +21,10 @@ import sn_function  # noqa: F401  isort: skip  # before chainer
 import numpy
 import pytest
 
+# It was a package of its own.  chainer.testing imports it, and a conftest.py
+# imports that before pytest_configure.
+sys.modules['mock'] = unittest.mock
+
 ROOT = pathlib.Path(os.environ['SN_UPSTREAM_ROOT'])
 OUT = pathlib.Path(os.environ['SN_UPSTREAM_OUT'])
 TESTS = str(ROOT / 'tests') + os.sep
@@ -60,6 +64,10 @@ def configure(config):
         for line in settings['tool:pytest'][name].splitlines():
             if line and not line.startswith('#'):
                 config.addinivalue_line(name, line)
+    # Those of NAMES that NumPy has, but deprecates.
+    config.addinivalue_line(
+        'filterwarnings', f'ignore:`(np.)?({"|".join(NAMES)})` is (a )?'
+        'deprecated:DeprecationWarning')
 
 
 def seed():
@@ -104,8 +112,6 @@ class Recorder:
 
 def pytest_configure(config):
     lend_names()
-    # It was a package of its own.
-    sys.modules.setdefault('mock', unittest.mock)
     configure(config)
     if not hasattr(config, 'workerinput'):      # not in a worker of xdist
         config.pluginmanager.register(Recorder())
