@@ -166,6 +166,14 @@ def test_pytest_that_does_not_start(checkout, monkeypatch, capsys, tmp_path):
     assert "KeyError: 'tool:pytest'" in log.read_text('utf-8')
 
 
+def test_pytest_that_stops(checkout, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(program, 'LOGS', tmp_path)
+    (checkout / 'tests' / 'chainer_tests' / 'test_some.py').write_text(
+        'import pytest\n\ndef test_exit():\n    pytest.exit("stop")\n')
+    assert program.main([str(checkout), '--only', 'some']) == 1
+    assert 'pytest ended with status 2' in capsys.readouterr().out
+
+
 def test_not_a_checkout_of_chainer(tmp_path, capsys):
     assert program.main([str(tmp_path)]) == 1
     assert 'is not a checkout of Chainer' in capsys.readouterr().out

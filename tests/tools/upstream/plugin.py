@@ -1,4 +1,4 @@
-"""The part of ``make upstream`` that pytest runs: in it and in its workers.
+"""The part of ``make upstream`` that is done in pytest.
 
 `sn_function` is imported before Chainer.  What Chainer's tests miss is lent
 to them, and to them alone: what Chainer misses is still seen.
@@ -113,8 +113,7 @@ class Recorder:
 def pytest_configure(config):
     lend_names()
     configure(config)
-    if not hasattr(config, 'workerinput'):      # not in a worker of xdist
-        config.pluginmanager.register(Recorder())
+    config.pluginmanager.register(Recorder())
 
 
 def pytest_collectstart(collector):
