@@ -66,6 +66,11 @@ def test_warns():
     warnings.warn('a warning')
 
 
+@pytest.mark.parametrize('x', [1], ids=['<object at 0x7f3a>'])
+def test_object(x):
+    raise RuntimeError('an object')
+
+
 @pytest.mark.gpu
 def test_gpu():
     raise AssertionError
@@ -104,6 +109,8 @@ RULES = (
              error='the error'),
     Expected('mine', 'it warns', ['test_some.py::test_warns'],
              error='a warning'),
+    Expected('mine', 'it has an object', ['::test_object[<object>]'],
+             error='an object'),
     Expected('mine', 'it is broken', ['a/test_broken.py'], error='KeyError'),
 )
 
@@ -116,9 +123,10 @@ def test_all_as_expected(checkout, monkeypatch, capsys, tmp_path):
     assert lines[0].startswith('python ')
     assert ', chainer 7.8.1, numpy ' in lines[0]
     assert lines[1:] == [
-        '6 passed, 3 failed as expected, 1 skipped, 0 unexpected',
+        '6 passed, 4 failed as expected, 1 skipped, 0 unexpected',
         '     1  mine: why it fails',
         '     1  mine: it warns',
+        '     1  mine: it has an object',
         '     1  mine: it is broken']
     # Nothing is left in the checkout.
     assert sorted(p.name for p in checkout.rglob('*') if p.is_file()) == [
@@ -137,7 +145,8 @@ def test_what_is_unexpected(checkout, monkeypatch, capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     prefix = 'tests/chainer_tests/test_some.py::'
     assert lines[1:] == [
-        '6 passed, 1 failed as expected, 1 skipped, 5 unexpected',
+        '6 passed, 2 failed as expected, 1 skipped, 5 unexpected',
+        '     1  mine: it has an object',
         '     1  mine: it is broken',
         f'unexpected: {prefix}test_warns',
         '    UserWarning: a warning',

@@ -13,6 +13,7 @@ import os
 import pathlib
 import platform
 import random
+import re
 import sys
 import unittest.mock
 
@@ -82,17 +83,19 @@ class Recorder:
         self.outcomes = {}
 
     def note(self, report):
+        # Some names have objects in them.
+        name = re.sub(r' at 0x\w+', '', report.nodeid)
         # A test has three reports: setup, call and teardown.
         if report.failed:
             crash = getattr(report.longrepr, 'reprcrash', None)
             error = crash.message if crash else str(report.longrepr)
             # Chainer's parametrization puts its parameters before it.
             error = error.rsplit('(caused by)')[-1].strip()
-            self.outcomes[report.nodeid] = ['failed', error]
+            self.outcomes[name] = ['failed', error]
         elif report.skipped:
-            self.outcomes.setdefault(report.nodeid, ['skipped', ''])
+            self.outcomes.setdefault(name, ['skipped', ''])
         elif report.when == 'call':
-            self.outcomes.setdefault(report.nodeid, ['passed', ''])
+            self.outcomes.setdefault(name, ['passed', ''])
 
     def pytest_runtest_logreport(self, report):
         self.note(report)
