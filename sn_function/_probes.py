@@ -36,10 +36,6 @@ def _version(name: str) -> Optional[str]:
         return None
 
 
-def _is_at_least(version: str, *least: int) -> bool:
-    return tuple(map(int, re.findall(r'\d+', version)[:2])) >= least
-
-
 def _imported(name: str) -> Optional[str]:
     """Imports a package and returns its version, or None without it."""
     version = _version(name)
@@ -107,14 +103,20 @@ def chainer() -> Found:
 
 def protobuf() -> Found:
     version = _version('protobuf')
-    if (version and _is_at_least(version, 4)
-            and os.environ.get('PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION')
-            != 'python'):
+    if version is None or importlib.util.find_spec('chainer') is None:
+        return _found(version)
+    from sn_function import _compat
+    _compat.import_chainer()
+    try:
+        importlib.import_module('chainer.exporters.caffe')
+    except Exception as error:
         return _found(version, (
             f'chainer.links.caffe and chainer.exporters.caffe, with protobuf '
-            f'{version}',
-            'export PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION=python'))
-    return _found(version)
+            f'{version}: {type(error).__name__}',
+            'pip install "protobuf<8"'))
+    names = [name for name in _compat.applied if name == 'caffe']
+    return _found(
+        version, shims=[(name, *_compat.explain(name)) for name in names])
 
 
 def _cupys() -> List[str]:
