@@ -11,7 +11,7 @@ from typing import Any, Callable, Sequence
 
 import click
 
-from sn_function import doctor, errors, snapshot
+from sn_function import _run, doctor, errors, snapshot
 from sn_function._terminal import print_outcome, print_reports, progress
 from sn_function._version import __version__
 
@@ -327,6 +327,14 @@ def repair(
     print_outcome(snapshot.repair(
         snapshot_, out, all=all_, progress=progress('Repairing'),
         **settings), as_json)
+
+
+@cli.command('run', add_help_option=False,
+             context_settings={'ignore_unknown_options': True})
+@click.argument('args', nargs=-1, type=click.UNPROCESSED)
+def run_(args: Sequence[str]) -> None:
+    """Run a program on today's Python, with Chainer repaired."""
+    sys.exit(_run.main(list(args)))
 
 
 @cli.command('doctor')
