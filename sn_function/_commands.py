@@ -33,6 +33,7 @@ def cli() -> None:
       sn-function convert dis.npz dis.safetensors --to torch
       sn-function repair broken.npz repaired.npz
       sn-function repair plain.npz with-u.npz --add-u '*'
+      sn-function run --hook train.py
 
     \b
     Exit codes:
@@ -329,8 +330,8 @@ def repair(
         **settings), as_json)
 
 
-@cli.command('run', add_help_option=False,
-             context_settings={'ignore_unknown_options': True})
+@cli.command('run', add_help_option=False, context_settings={
+    'ignore_unknown_options': True, 'allow_interspersed_args': False})
 @click.argument('args', nargs=-1, type=click.UNPROCESSED)
 def run_(args: Sequence[str]) -> None:
     """Run a program on today's Python, with Chainer repaired."""

@@ -13,7 +13,7 @@ import zipfile
 
 import pytest
 
-from sn_function import _run, cli
+from sn_function import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHILDREN = ROOT / 'sn_function' / '_children'
@@ -83,14 +83,14 @@ class TestLikePlainPython:
         (7, 'import os; os._exit(7)'),
         (1, 'def f():\n    1 / 0\nprint(1)\nf()'),
         (1, 'no python'),
-        (1, 'print(0)\n\0'),
+        (1, '\x89PNG\r\n'),
         (1, 'import nothing_like_it'),
         (5, 'import os, sys\nif not os.fork():\n    sys.exit(5)\n'
             'sys.exit(os.wait()[1] >> 8)'),
         (-2, 'import os, signal\nos.kill(os.getpid(), signal.SIGINT)'),
     ], ids=lambda x: str(x)[:24])
     def test_how_it_ends(self, compare, tmp_path, code, source):
-        write(tmp_path / 'script.py', source)
+        (tmp_path / 'script.py').write_bytes(source.encode('latin-1'))
         assert compare('script.py')[0] == code
 
     @pytest.mark.parametrize(('code', 'args'), [
@@ -180,7 +180,7 @@ class TestArguments:
     def test_hook(self, execute, monkeypatch):
         monkeypatch.setenv('SN_FUNCTION_HOOK', '1')
         for args, expected in (['a.py'], '0'), (['--hook', 'a.py'], '1'):
-            code, (path, command, environment) = execute(*args)
+            _, (path, command, environment) = execute(*args)
             assert path == command[0] == sys.executable
             assert command[-1] == 'a.py'
             assert environment['SN_FUNCTION_HOOK'] == expected
