@@ -118,7 +118,8 @@ def main(args: list[str]) -> int:
         return 2
     if '--doctor' in options:
         from sn_function import doctor
-        print(doctor.describe(doctor.examine(['Chainer'])), file=sys.stderr)
+        print(doctor.describe(doctor.examine(['Chainer'])), file=sys.stderr,
+              flush=True)
     return _execute(args, {
         **os.environ, **_environment('--hook' in options)})
 

@@ -13,7 +13,8 @@ import zipfile
 
 import pytest
 
-from sn_function import cli
+from sn_function import _compat, cli
+from sn_function._children import sitecustomize
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHILDREN = ROOT / 'sn_function' / '_children'
@@ -265,6 +266,13 @@ HOWS = pytest.mark.parametrize(('how', 'hook'), [
 
 
 class TestChildren:
+
+    def test_finder_waits_for_all_that_is_repaired(self):
+        names = {name.split('.')[0]
+                 for each in _compat.finder.Finder.__subclasses__()
+                 if each.__module__ == _compat.__name__
+                 for name in each.names}
+        assert names == set(sitecustomize.ChainerFinder.names)
 
     @HOWS
     def test_of_run(self, tmp_path, how, hook):

@@ -5,7 +5,7 @@ the same one in all children, also where they could not find it.  Nothing else
 is imported, as most children use neither.
 
 A `sitecustomize` of the user, in whose place this one came, is run as well.
-An interpreter that `sn_function` does not support starts as it would without.
+A Python 3 that `sn_function` does not support starts as it would without it.
 """
 import os
 import sys
