@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, List
 
 from sn_function import _compat, _guards
+from sn_function._run import install
 from sn_function._version import __version__
 from sn_function.bake import bake
 
@@ -26,6 +27,7 @@ __all__ = [
     'errors',
     'extensions',
     'functions',
+    'install',
     'link_hooks',
     'optimizer_hooks',
     'refresh',

@@ -11,7 +11,7 @@ from typing import Any, Callable, Sequence
 
 import click
 
-from sn_function import doctor, errors, snapshot
+from sn_function import _run, doctor, errors, snapshot
 from sn_function._terminal import print_outcome, print_reports, progress
 from sn_function._version import __version__
 
@@ -33,6 +33,7 @@ def cli() -> None:
       sn-function convert dis.npz dis.safetensors --to torch
       sn-function repair broken.npz repaired.npz
       sn-function repair plain.npz with-u.npz --add-u '*'
+      sn-function run --hook train.py
 
     \b
     Exit codes:
@@ -327,6 +328,14 @@ def repair(
     print_outcome(snapshot.repair(
         snapshot_, out, all=all_, progress=progress('Repairing'),
         **settings), as_json)
+
+
+@cli.command('run', add_help_option=False, context_settings={
+    'ignore_unknown_options': True, 'allow_interspersed_args': False})
+@click.argument('args', nargs=-1, type=click.UNPROCESSED)
+def run_(args: Sequence[str]) -> None:
+    """Run a program on today's Python, with Chainer repaired."""
+    sys.exit(_run.main(list(args)))
 
 
 @cli.command('doctor')

@@ -480,6 +480,29 @@ class HookCollisionError(SpectralNormalizationError, ValueError):
             f'is your own, rename it.')
 
 
+class BothHooksError(SpectralNormalizationError, ValueError):
+    """The weight has this hook already, in the place of Chainer's."""
+
+    def __init__(self, link: Any, weight_name: str) -> None:
+        super().__init__(
+            f'{type(link).__name__} already has a hook that normalizes '
+            f'{weight_name!r}. With sn-function run --hook, as with '
+            f'install(hook=True), the SpectralNormalization of '
+            f'chainer.link_hooks is that of sn_function. Where a program adds '
+            f'both, remove one, or run it without --hook.')
+
+
+class HookInUseError(SpectralNormalizationError, RuntimeError):
+    """It is too late to take the place of Chainer's hook."""
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        super().__init__(
+            f"Chainer's SpectralNormalization has been imported by "
+            f'{_some(modules)}, which goes on with it. Call '
+            f'sn_function.install(hook=True) before that, at the top of the '
+            f'program, or start it by sn-function run --hook.')
+
+
 class HookNotAddedError(SpectralNormalizationError, ValueError):
     """The normalized weight of a link without the hook is asked for."""
 

@@ -13,11 +13,11 @@ import weakref
 from typing import Any, Callable, Sequence
 
 import chainer
-from chainer import link_hooks as chainer_link_hooks
 
 from sn_function import _checks, errors
 from sn_function._arithmetic import buffers
 from sn_function._arithmetic.matrix import as_matrix
+from sn_function._compat.replacement import ChainersHook
 from sn_function._graph import node
 from sn_function._links import (
     call,
@@ -451,7 +451,7 @@ class SpectralNormalization(LocalHook):
 
 
 # The hooks that normalize a weight of their link, ours and Chainer's.
-HOOKS = (SpectralNormalization, chainer_link_hooks.SpectralNormalization)
+HOOKS = (SpectralNormalization, ChainersHook)
 
 
 def is_set_up(link: chainer.Link) -> bool:

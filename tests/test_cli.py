@@ -24,7 +24,7 @@ from tests.test_doctor import WITHOUT, run_python
 from tests.test_doctor import write as write_modules
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-COMMANDS = ['inspect', 'bake', 'convert', 'repair', 'doctor']
+COMMANDS = ['inspect', 'bake', 'convert', 'repair', 'run', 'doctor']
 
 
 def run(*args):
@@ -64,7 +64,7 @@ class TestHelp:
             assert f'\n  {command} ' in result.output
         assert 'Exit codes:' in result.output
 
-    @pytest.mark.parametrize('command', COMMANDS[:-1])
+    @pytest.mark.parametrize('command', COMMANDS[:-2])
     def test_has_examples_that_parse(
             self, command, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -340,6 +340,14 @@ class TestOthers:
         assert result.exit_code == 1
         assert result.output.startswith('Error: no.npz: ')
         assert len(result.output.splitlines()) == 1
+
+    def test_run(self, monkeypatch):
+        seen = []
+        monkeypatch.setattr(
+            _commands._run, 'main', lambda args: seen.append(args) or 7)
+        args = ['--hook', 'script.py', '--help', '-x', '--', '--hook']
+        assert run('run', *args).exit_code == 7
+        assert seen == [args]
 
     def test_doctor(self, monkeypatch):
         seen = []
