@@ -43,7 +43,7 @@ def is_supported(
     """
     kinds = (SUPPORTED if groups is None and norm == 'matrix'
              else SUPPORTED_BY_GROUP)
-    return isinstance(link, kinds) and hasattr(link, weight_name)
+    return isinstance(link, kinds) and weight_name in vars(link)
 
 
 def hooks_of(link: chainer.Link) -> list[Any]:

@@ -70,9 +70,7 @@ def cached(*models: chainer.Link) -> Iterator[None]:
     """
     _models.check_models('cached', *models)
     scope = scopes.Scope(models, SpectralNormalization)
-    if not any(isinstance(hook, SpectralNormalization)
-               for link in scope.links.values()
-               for hook in link.local_link_hooks.values()):
+    if not scope.has_hooks():
         warnings.warn(errors.NothingToShareWarning(models), stacklevel=3)
     scopes.begin(scope)
     try:

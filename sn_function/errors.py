@@ -441,8 +441,9 @@ def _instead_of_model(function: str, given: Any) -> str:
                 'model.')
     if hasattr(given, 'target'):
         return 'Give the model that it optimizes, optimizer.target.'
-    if isinstance(given, (list, tuple)) and function == 'cached':
-        return 'Give the models one by one: cached(*models).'
+    if isinstance(given, (list, tuple)) and (
+            function in ('cached', 'normalized')):
+        return f'Give the models one by one: {function}(*models).'
     return 'Give the link that has the weights.'
 
 
@@ -498,6 +499,20 @@ class WeightInUseError(SpectralNormalizationError, RuntimeError):
             f'a call of the link, and after a call that raised under '
             f'Chainer\'s hook. Bake the model outside of its calls, and put '
             f'the Parameter back first.')
+
+
+class ForeignHookError(SpectralNormalizationError, TypeError):
+    """The normalized weights of Chainer's hook are asked for."""
+
+    def __init__(self, links: Sequence[tuple[str, Any]]) -> None:
+        where = _some(f'{path} ({type(link).__name__})'
+                      for path, link in links)
+        super().__init__(
+            f'These links have the hook of Chainer, which normalizes anew in '
+            f'each call, so there is no weight that their attributes could '
+            f'be: {where}. Give them sn_function.SpectralNormalization('
+            f'detach_uv=True, n_warmup=0) in its place, which follows the '
+            f'same numbers.')
 
 
 class DeadlockError(SpectralNormalizationError, RuntimeError):
@@ -791,10 +806,11 @@ class NothingToBakeWarning(SpectralNormalizationWarning):
 class NothingToShareWarning(SpectralNormalizationWarning):
     """Models without this package's hooks share their weights."""
 
-    def __init__(self, models: Sequence[Any]) -> None:
+    def __init__(
+            self, models: Sequence[Any], function: str = 'cached') -> None:
         names = _some(type(model).__name__ for model in models)
         super().__init__(
-            f'cached has no effect: no link of {names} has the hook '
+            f'{function} has no effect: no link of {names} has the hook '
             f'sn_function.SpectralNormalization; that of Chainer has no part '
             f'in it. Add the hook, or leave the scope out; '
             f'sn_function.summary(model) shows what has a hook.')

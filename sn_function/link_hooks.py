@@ -304,7 +304,7 @@ class SpectralNormalization(LocalHook):
         self.axis = output_axis(link)
         names = vector.names(self, link)
         self.vector_name = names[0]
-        W = getattr(link, weight_name)
+        W = vars(link)[weight_name]
         LinkState(weight_name, gamma_name).put(link)
         for name in names:
             setattr(link, name, None)
@@ -318,7 +318,7 @@ class SpectralNormalization(LocalHook):
                 own.vector_and_gamma()
 
     def _check_link(self, link: chainer.Link) -> None:
-        W = getattr(link, self.weight_name, None)
+        W = vars(link).get(self.weight_name)
         if not isinstance(W, chainer.Parameter):
             raise errors.WeightNotFoundError(link, self.weight_name)
         # A link of Chainer's hook has W_u, and one of this its state.
