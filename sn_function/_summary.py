@@ -172,12 +172,10 @@ class _Structure:
 
     def __init__(self, model: chainer.Link) -> None:
         self.filtered_out = {
-            id(link) for chain in model.links()
+            found for chain in model.links()
             for hook in chain.local_link_hooks.values()
             if isinstance(hook, ChainSpectralNormalization)
-            for path, link in _models.supported_links(
-                chain, groups=hook.hook.groups, norm=hook.hook.norm)
-            if not hook.accepts(path, link)}
+            for found in hook.links_left_out(chain)}
         self.owners = {
             id(layer): link for link in model.links()
             if n_step.is_n_step(link) for layer in link.children()}
