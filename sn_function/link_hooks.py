@@ -58,7 +58,8 @@ class SpectralNormalization(LocalHook):
         \\sigma(W) = \\max_{\\|h\\|_2 \\le 1} \\|W h\\|_2
 
     Outside of a call, ``link.W`` is the raw parameter, also when
-    ``link.forward`` raises.  The estimate of sigma uses ``link.W_u``, which
+    ``link.forward`` raises; in the scope of :func:`~sn_function.normalized` it
+    is the normalized weight.  The estimate of sigma uses ``link.W_u``, which
     each call in training mode moves on by ``n_power_iteration`` iterations;
     with ``chainer.config.train`` false it stays as it is.  Where it is found
     to belong to another weight, it is brought to this one first.  Calls of one
