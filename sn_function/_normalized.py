@@ -6,7 +6,6 @@ import warnings
 from typing import Iterator
 
 import chainer
-from chainer import link_hooks as chainer_link_hooks
 
 from sn_function import _models, errors
 from sn_function._links import scope as scopes
@@ -39,6 +38,8 @@ def normalized(*models: chainer.Link) -> Iterator[None]:
       put another Variable in its place.  A new parameter stays.
     * ``link.forward(x)`` and ``F.linear(x, link.W)`` compute with the
       normalized weight, too.
+    * What is written into ``link.W.array`` is written into the normalized
+      weight.  Write weights outside of the scope, or by ``params()``.
     * Copies of links have no part in it, nor have links and hooks that are
       added within the scope.
     * The weights of an n-step RNN are ``link.ws``, or ``link[0].w0`` and so
@@ -80,8 +81,11 @@ def normalized(*models: chainer.Link) -> Iterator[None]:
 
     """
     _models.check_models('normalized', *models)
-    foreign = [found for model in models for found in _models.hooked_links(
-        model, (chainer_link_hooks.SpectralNormalization,))]
+    foreign = [
+        (path, link) for model in models
+        for path, link in _models.hooked_links(model)
+        if not all(isinstance(hook, SpectralNormalization)
+                   for hook in _models.hooks_of(link))]
     if foreign:
         raise errors.ForeignHookError(foreign)
     scope = ReadingScope(models, SpectralNormalization)

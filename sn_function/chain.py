@@ -45,7 +45,8 @@ def cached(*models: chainer.Link) -> Iterator[None]:
       scope belongs to its thread.
     * A second run by :func:`chainer.functions.forget` starts from the ``u``
       that the first one started from, in the scope or after it.
-
+    * ``link.W`` is the parameter outside of calls;
+      :func:`~sn_function.normalized` is a scope in which it is not.
     * If no link of the models has that hook, nothing is shared, and there is
       a :class:`~sn_function.errors.SpectralNormalizationWarning`.  Chainer's
       hook does not count.

@@ -857,6 +857,13 @@ def test_the_hook_of_chainer():
     assert_outside(*model.children())
 
 
+def test_a_hook_in_the_place_of_that_of_chainer(link, monkeypatch):
+    monkeypatch.setattr(
+        link_hooks, 'SpectralNormalization', SpectralNormalization)
+    with normalized(link):
+        assert not is_parameter(link.W)
+
+
 @pytest.mark.parametrize(('args', 'match'), [
     ((), 'nothing'), ((None,), 'NoneType'), ((L.Linear,), 'object of this'),
     (([L.Linear(2, 2)],), r'normalized\(\*models\)')])
