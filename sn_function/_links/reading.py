@@ -34,7 +34,7 @@ class ReadingScope(scopes.Scope):
     def __init__(
             self, models: Iterable[chainer.Link], kind: type[Hook]) -> None:
         super().__init__(models, kind)
-        self.forgets = list(recompute.first_runs())
+        self.forgets = recompute.first_runs()
         self._parameters: list[tuple[chainer.Link, str, Any]] = []
         for link in self.links.values():
             for hook in link.local_link_hooks.values():
@@ -108,7 +108,8 @@ def _name_of(hook: Any) -> str | None:
 def _read(link: chainer.Link, name: str) -> Any:
     """Returns what the attribute is, in a scope or in a second run."""
     scope = _covering(link)
-    if scope is None and not recompute.was_read(link, name):
+    if scope is None and not (
+            recompute.have_reads() and recompute.was_read(link, name)):
         return link.__dict__[name]
     hook = next((hook for hook in link.local_link_hooks.values()
                  if _name_of(hook) == name), None)
