@@ -29,6 +29,7 @@ __all__ = [
     'functions',
     'install',
     'link_hooks',
+    'normalized',
     'optimizer_hooks',
     'refresh',
     'spectral_norm',
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         optimizer_hooks,
     )
     from sn_function._certify import certify
+    from sn_function._normalized import normalized
     from sn_function._refresh import refresh
     from sn_function._summary import summary
     from sn_function.chain import ChainSpectralNormalization, cached
@@ -68,6 +70,7 @@ else:
         'cached': 'chain',
         'certify': '_certify',
         'conv_spectral_normalize': 'functions',
+        'normalized': '_normalized',
         'refresh': '_refresh',
         'spectral_norm': 'functions',
         'spectral_normalize': 'functions',

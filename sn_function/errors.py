@@ -2,6 +2,7 @@
 and what to do.  Every one is raised before anything has been changed."""
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from typing import Any, Iterable, Mapping, Sequence
@@ -441,8 +442,9 @@ def _instead_of_model(function: str, given: Any) -> str:
                 'model.')
     if hasattr(given, 'target'):
         return 'Give the model that it optimizes, optimizer.target.'
-    if isinstance(given, (list, tuple)) and function == 'cached':
-        return 'Give the models one by one: cached(*models).'
+    if isinstance(given, (list, tuple)) and (
+            function in ('cached', 'normalized')):
+        return f'Give the models one by one: {function}(*models).'
     return 'Give the link that has the weights.'
 
 
@@ -523,6 +525,20 @@ class WeightInUseError(SpectralNormalizationError, RuntimeError):
             f'the Parameter back first.')
 
 
+class ForeignHookError(SpectralNormalizationError, TypeError):
+    """The normalized weights of Chainer's hook are asked for."""
+
+    def __init__(self, links: Sequence[tuple[str, Any]]) -> None:
+        where = _some(f'{path} ({type(link).__name__})'
+                      for path, link in links)
+        super().__init__(
+            f'These links have the hook of Chainer, which normalizes anew in '
+            f'each call, so there is no weight that their attributes could '
+            f'be: {where}. Give them sn_function.SpectralNormalization('
+            f'detach_uv=True, n_warmup=0) in its place, which follows the '
+            f'same numbers.')
+
+
 class DeadlockError(SpectralNormalizationError, RuntimeError):
     """Two threads are in calls of links, and each waits for the other."""
 
@@ -585,11 +601,15 @@ class NoLinkError(SpectralNormalizationError, ValueError):
     def __init__(
             self, chain: Any, weight_name: str, filter: Any,
             supported: Sequence[tuple[str, Any]],
-            free: Sequence[tuple[str, Any]]) -> None:
+            free: Sequence[tuple[str, Any]], exclude: Any = None) -> None:
         paths = _some(path for path, _ in free or supported)
-        if free:
+        if free and exclude is not None:
+            what = (f'The filter {filter!r} takes none of its links but those '
+                    f'that exclude={exclude!r} leaves out. They are {paths}. '
+                    f'Exclude less')
+        elif free:
             what = (f'The filter {filter!r} takes none of its links, which '
-                    f'are {paths}.{_slash_hint(filter)} Give a filter that '
+                    f'are {paths}.{_near(filter, free)} Give a filter that '
                     f'takes some of these paths, or none for all')
         elif supported:
             what = (f'All links whose {weight_name} could be normalized have '
@@ -607,13 +627,45 @@ class NoLinkError(SpectralNormalizationError, ValueError):
             f'chain.namedlinks() has all paths.')
 
 
-def _slash_hint(filter: Any) -> str:
+class NothingExcludedError(SpectralNormalizationError, ValueError):
+    """What is to be left out is not there."""
+
+    def __init__(
+            self, model: Any, exclude: Any,
+            links: Sequence[tuple[str, Any]]) -> None:
+        text = getattr(exclude, '__qualname__', None) or repr(exclude)
+        paths = _some(f'{path} ({type(link).__name__})'
+                      for path, link in links)
+        super().__init__(
+            f'exclude={text} leaves out none of the links of '
+            f'{type(model).__name__} whose weights could be normalized, which '
+            f'are {paths}.{_near(exclude, links)} Give what takes some of '
+            f'them, or leave it out.')
+
+
+def _near(filter: Any, links: Sequence[tuple[str, Any]]) -> str:
+    """What the patterns of a filter that takes nothing may have meant."""
     patterns = filter if isinstance(filter, (list, tuple)) else [filter]
     for one in patterns:
-        if isinstance(one, str) and one[:1] not in ('/', '*', '?', '['):
+        if not isinstance(one, str):
+            continue
+        if one[:1] not in ('/', '*', '?', '['):
             return (f' Paths begin with a slash, so {one!r} takes nothing: '
                     f'did you mean {"/" + one!r}?')
+        near = _near_paths(one, [path for path, _ in links])
+        if near:
+            return f' Did you mean {" or ".join(map(repr, near[:3]))}?'
     return ''
+
+
+def _near_paths(pattern: str, paths: Sequence[str]) -> list[str]:
+    """Paths that look like a pattern, or whose last name does like its."""
+    def last(path: str) -> str:
+        return path.rpartition('/')[2]
+
+    near = difflib.get_close_matches(last(pattern), map(last, paths))
+    return difflib.get_close_matches(pattern, paths) or [
+        path for path in paths if last(path) in near]
 
 
 class ModelCopyError(SpectralNormalizationError, TypeError):
@@ -814,10 +866,11 @@ class NothingToBakeWarning(SpectralNormalizationWarning):
 class NothingToShareWarning(SpectralNormalizationWarning):
     """Models without this package's hooks share their weights."""
 
-    def __init__(self, models: Sequence[Any]) -> None:
+    def __init__(
+            self, models: Sequence[Any], function: str = 'cached') -> None:
         names = _some(type(model).__name__ for model in models)
         super().__init__(
-            f'cached has no effect: no link of {names} has the hook '
+            f'{function} has no effect: no link of {names} has the hook '
             f'sn_function.SpectralNormalization; that of Chainer has no part '
             f'in it. Add the hook, or leave the scope out; '
             f'sn_function.summary(model) shows what has a hook.')
