@@ -67,6 +67,26 @@ class WeightShapeError(SpectralNormalizationError, ValueError):
             f'at least 1.')
 
 
+class MissingVectorError(SpectralNormalizationError, KeyError):
+    """A snapshot that is loaded has no vector for a link with a hook."""
+
+    def __init__(self, key: str, has_u: bool) -> None:
+        if has_u:
+            what = (
+                'it has u there, as the links of sngan_projection save it. '
+                'Convert the file, and load the result: sn-function convert '
+                'SNAPSHOT OUT --to chainer')
+        else:
+            what = (
+                'it is of a model without the hook, or by code that does not '
+                'save u. Make the vectors, and load the result: sn-function '
+                "repair SNAPSHOT OUT --add '*'. Or load the snapshot before "
+                'the hook is added, or with strict=False')
+        super().__init__(printable(f'{key!r} is not in the snapshot: {what}.'))
+
+    __str__ = Exception.__str__  # a KeyError shows the repr of its message
+
+
 class UninitializedWeightError(SpectralNormalizationError, ValueError):
     """The weight has no array yet."""
 
