@@ -68,6 +68,26 @@ class WeightShapeError(SpectralNormalizationError, ValueError):
             f'at least 1.')
 
 
+class MissingVectorError(SpectralNormalizationError, KeyError):
+    """A snapshot that is loaded has no vector for a link with a hook."""
+
+    def __init__(self, key: str, has_u: bool) -> None:
+        if has_u:
+            what = (
+                'it has u there, as the links of sngan_projection save it. '
+                'Convert the file, and load the result: sn-function convert '
+                'SNAPSHOT OUT --to chainer')
+        else:
+            what = (
+                'it is of a model without the hook, or by code that does not '
+                'save u. Make the vectors, and load the result: sn-function '
+                "repair SNAPSHOT OUT --add '*'. Or load the snapshot before "
+                'the hook is added, or with strict=False')
+        super().__init__(printable(f'{key!r} is not in the snapshot: {what}.'))
+
+    __str__ = Exception.__str__  # a KeyError shows the repr of its message
+
+
 class UninitializedWeightError(SpectralNormalizationError, ValueError):
     """The weight has no array yet."""
 
@@ -986,10 +1006,10 @@ def printable(text: str) -> str:
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _some_keys(keys: Sequence[str]) -> str:
+def _some_keys(keys: Sequence[str], n: int = 4) -> str:
     """The first few of the names, and how many more there are."""
-    some = ', '.join(map(repr, list(keys)[:4])) or 'none'
-    return some + (f' and {len(keys) - 4} more' if len(keys) > 4 else '')
+    some = ', '.join(map(repr, list(keys)[:n])) or 'none'
+    return some + (f' and {len(keys) - n} more' if len(keys) > n else '')
 
 
 class SnapshotError(SpectralNormalizationError, ValueError):
@@ -1048,9 +1068,38 @@ class SnapshotLayoutError(SnapshotError):
             'Known are W with W_u (Chainer, sn_function), W with u '
             '(sngan_projection), and of PyTorch weight_orig with weight_u, '
             'parametrizations.weight, weight_bar with weight_u, and weight '
-            'with u0. A weight without a vector gets one by sn-function '
-            'repair SNAPSHOT OUT --add-u PATTERN, or snapshot.repair(src, '
-            'dst, add_u=[PATTERN]).')
+            'with u0. A weight of another name gets a vector by sn-function '
+            'repair SNAPSHOT OUT --add KEY, or snapshot.repair(src, dst, '
+            'add_u=[KEY]).')
+
+
+class SnapshotNoVectorError(SnapshotLayoutError):
+    """No weight of the snapshot has a vector."""
+
+    def __init__(self, path: str, keys: Sequence[str]) -> None:
+        SnapshotError.__init__(
+            self, path, None,
+            f'no weight has a vector of a known name, such as W_u or '
+            f'weight_u: it is of a model without hooks, or by code that does '
+            f'not save u. Its weights: {_some_keys(keys)}',
+            'Make the vectors first: sn-function repair SNAPSHOT OUT --add '
+            "'*', or a PATTERN of weights, or snapshot.repair(src, dst, "
+            "add_u=['*']).")
+
+
+class SnapshotPartialError(SnapshotError):
+    """Some weights of a model have a vector, and others have none."""
+
+    def __init__(self, path: str, keys: Sequence[str], n_with: int) -> None:
+        super().__init__(
+            path, None,
+            f'{n_with} of its {n_with + len(keys)} weights have a vector, and '
+            f'{_some_keys(keys, 8)} none, so a model with hooks on all of '
+            f'them could not load the output',
+            'Say what is to become of them: --fill makes their vectors, '
+            '--no-fill leaves them as they are, for layers without a hook; '
+            'or fill=True, fill=False. Those of some alone are made before, '
+            'by sn-function repair SNAPSHOT OUT --add PATTERN.')
 
 
 class SnapshotPatternError(SnapshotError):
