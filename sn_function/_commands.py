@@ -309,7 +309,7 @@ def convert(
 @click.argument('out', metavar='OUT')
 @click.option('--all', 'all_', is_flag=True,
               help='Replace every vector, not only those that need it.')
-@click.option('add_u', '--add', '--add-u', metavar='PATTERN', multiple=True,
+@click.option('add_u', '--add', metavar='PATTERN', multiple=True,
               help='Give a vector to the weights that have none and whose '
                    'entry fits the pattern, such as "*". May be repeated.')
 @_axis

@@ -310,7 +310,7 @@ class TestOthers:
         result = run('inspect', 'plain.npz')
         assert result.exit_code == 3
         assert '--add PATTERN' in result.output
-        result = run('repair', 'plain.npz', 'out.npz', '--add-u', 'l1/W',
+        result = run('repair', 'plain.npz', 'out.npz', '--add', 'l1/W',
                      '--add', 'l2*')
         assert result.exit_code == 0
         assert result.output.count('it had no vector') == 2
@@ -322,7 +322,7 @@ class TestOthers:
             for link in hooked.children():
                 Y = hook.normalize_weight(link).array.astype('d')
                 assert np.linalg.norm(Y, 2) == pytest.approx(1, abs=1e-6)
-        result = run('repair', 'plain.npz', 'b.npz', '--add-u', 'conv*')
+        result = run('repair', 'plain.npz', 'b.npz', '--add', 'conv*')
         assert result.exit_code == 1
         assert "'conv*'" in result.output
         assert not os.path.exists('b.npz')
