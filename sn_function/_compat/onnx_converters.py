@@ -65,6 +65,7 @@ def _upsampled(graph: Any, params: Any, scales: List[float]) -> str:
 
 
 def mean_absolute_error(params: Any) -> Tuple[Any, ...]:
+    """The mean of |x_0 - x_1| over all entries."""
     from onnx_chainer import onnx_helper
     graph = onnx_helper.GraphBuilder()
     difference = graph.op('Sub', params.input_names)
