@@ -59,7 +59,10 @@ def _upsampled(graph: Any, params: Any, scales: List[float]) -> str:
     if params.opset_version < 11:
         op = 'Upsample' if params.opset_version == 9 else 'Resize'
         return graph.op(op, inputs)
-    inputs.insert(1, params.context.add_const(numpy.array([], 'f'), 'roi'))
+    # The whole image.  Opset 11 ignores it here, but not every runtime takes
+    # an empty one.
+    inputs.insert(1, params.context.add_const(
+        numpy.repeat([0, 1], 4).astype('f'), 'roi'))
     return graph.op('Resize', inputs, mode='nearest', nearest_mode='floor',
                     coordinate_transformation_mode='asymmetric')
 

@@ -11,7 +11,7 @@ import chainer.functions as F
 import chainer.links as L
 import numpy as np
 
-pytest.importorskip('onnx')
+pytest.importorskip('onnx.reference')
 pytest.importorskip('onnxruntime')
 import onnx_chainer.mapping
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import re
 import sys
 import types
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
@@ -237,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--gan-lib', metavar='DIRECTORY')
     parser.add_argument('--opset', type=int, default=11)
     parser.add_argument('--batch', type=int, default=2)
-    parser.add_argument('--only', default='', help='a part of the name')
+    parser.add_argument('--only', default='',
+                        help='a regular expression for the name')
     parser.add_argument('--no-graph', action='store_true',
                         help='the evaluator is slow with large images')
     args = parser.parse_args(argv)
@@ -245,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for cases, directory in [(of_gan_lib, args.gan_lib),
                              (of_sngan, args.sngan)]:
         for case in cases(directory, args.batch) if directory else ():
-            if args.only in case.name:
+            if re.search(args.only, case.name):
                 rows.append(row_of(case, args.opset, not args.no_graph))
                 print(*rows[-1], file=sys.stderr, flush=True)
     print(shipping.machine(), '\n')
