@@ -55,6 +55,7 @@ class TestUnpooling:
             actual, = run(model, images)
             np.testing.assert_array_equal(actual, expected)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize('factor', range(2, 17))
     def test_factors(self, factor):
         """Rounding of the coordinates moves no pixel."""
