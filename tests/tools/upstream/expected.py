@@ -10,18 +10,10 @@ from tests.tools.upstream import Expected
 
 CHAINER, OURS, TEST = "Chainer's", 'ours', "the test's"
 
-# Tests that start a Python in which Chainer is imported by itself.
-ALONE = 'test_cuda.py::TestCudaModuleAliasForBackwardCompatibility::*'
 UNSIGNED = 'test_pad_sequence.py::*dtype=uint*pad=-1*::test_forward_cpu'
 NUMBER = 'test_det.py::*::test_det_scaling_cpu'
 
 EXPECTED = (
-    Expected(
-        CHAINER, 'by itself it cannot be imported with NumPy 2', [ALONE],
-        error='Import test failed', needs=['numpy>=2']),
-    Expected(
-        CHAINER, 'by itself it cannot be imported on Python 3.12', [ALONE],
-        error='Import test failed', needs=['numpy<2', 'python>=3.12']),
     Expected(
         TEST, 'it makes an unsigned number of -1, which NumPy 1.24 deprecates',
         [UNSIGNED], error='conversion of out-of-bound Python integers',

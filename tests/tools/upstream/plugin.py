@@ -17,10 +17,13 @@ import re
 import sys
 import unittest.mock
 
-import sn_function  # noqa: F401  isort: skip  # before chainer
+import sn_function  # isort: skip  # before chainer
 
 import numpy
 import pytest
+
+# In the processes, too, that the tests start.
+sn_function.install()
 
 # It was a package of its own.  chainer.testing imports it, and a conftest.py
 # imports that before pytest_configure.
