@@ -1,4 +1,4 @@
-"""Snapshots that lack some vectors of a weight, loaded strictly.
+"""Vectors of a weight, loaded from snapshots: some lack them, or have others.
 
 ``W_u`` is in any snapshot of a link with a hook, Chainer's or ours; ``W_us``
 is in those of hooks with several vectors only, and ``W_map`` in those of hooks
@@ -6,6 +6,9 @@ that take the norm of a map.  Chainer's deserializers raise
 an error for what a file lacks, and links have no say in it.  So
 ``Link.serialize`` is replaced by one that gives such links a deserializer
 which returns ``None`` for these names: then the next call makes the vectors.
+
+It also tells where ``W_u`` is a vector of another output axis than that of the
+hook, as in snapshots of older code: a new one would be of another norm.
 """
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from typing import Any
 
 import chainer
 
-from sn_function._links import vector
+from sn_function import errors
+from sn_function._links import call, vector
+from sn_function._links.weight import axis_of, name_of
 
 _serialize = chainer.Link.serialize
 
@@ -23,12 +28,10 @@ _serialize = chainer.Link.serialize
 def serialize(link: chainer.Link, serializer: Any) -> None:
     """Replaces ``Link.serialize``."""
     if not isinstance(serializer, chainer.Serializer):
-        names = {
-            name for hook in link.local_link_hooks.values()
-            if hasattr(hook, 'n_vectors')
-            for name in vector.optional_names(hook, link)}
-        if names:
-            serializer = _WithOptional(serializer, names)
+        hooks = [hook for hook in link.local_link_hooks.values()
+                 if hasattr(hook, 'n_vectors')]
+        if hooks:
+            serializer = _OfHooks(serializer, link, hooks)
     _serialize(link, serializer)
 
 
@@ -37,18 +40,26 @@ def install() -> None:
     chainer.Link.serialize = serialize
 
 
-class _WithOptional(chainer.Deserializer):
+class _OfHooks(chainer.Deserializer):
     """A deserializer that may lack some names, and have other shapes there."""
 
-    def __init__(self, of_file: Any, names: set[str]) -> None:
+    def __init__(
+            self, of_file: Any, link: chainer.Link, hooks: list[Any]) -> None:
         self._of_file = of_file
-        self._names = names
+        self._link = link
+        self._names = {
+            name for hook in hooks
+            for name in vector.optional_names(hook, link)}
+        self._hooks = {vector.names(hook, link)[0]: hook for hook in hooks}
 
     def __getitem__(self, key: str) -> Any:
         return self._of_file[key]
 
     def __call__(self, key: str, value: Any) -> Any:
         if key not in self._names:
+            hook = self._hooks.get(key)
+            if hook is not None:
+                self._check_axis(hook, key)
             return self._of_file(key, value)
         try:
             loaded = self._of_file(key, None)
@@ -60,3 +71,14 @@ class _WithOptional(chainer.Deserializer):
             return loaded
         chainer.backend.copyto(value, loaded.astype(value.dtype))
         return value
+
+    def _check_axis(self, hook: Any, key: str) -> None:
+        u, link = self._of_file(key, None), self._link
+        W = call.original(link, hook.weight_name).array
+        if u is None or W is None:
+            return
+        other = vector.other_axis(link, hook, W.shape, u.shape)
+        if other is not None:
+            raise errors.VectorAxisError(
+                name_of(link), key, len(u), W.shape,
+                axis_of(link, hook, W.ndim), other)

@@ -23,11 +23,12 @@ from sn_function._arithmetic.convolution import Convolution
 from sn_function._arithmetic.groups import length_of_u, most_vectors
 from sn_function._arithmetic.interface import Array
 from sn_function._links.weight import (
+    axis_of,
     check_map,
     convolution_of,
+    groups_in,
     groups_of,
     is_map,
-    output_axis,
 )
 
 
@@ -91,7 +92,8 @@ def shape_of(
 
     """
     if convolution is None:
-        return length_of_u(shape, output_axis(link), groups_of(link, hook)),
+        return length_of_u(
+            shape, axis_of(link, hook, len(shape)), groups_of(link, hook)),
     return convolution.insize and convolution.in_shape(shape)
 
 
@@ -106,7 +108,30 @@ def count(
         return min(n, convolution.most_vectors(
             shape, groups_of(link, hook)))
     return min(n, most_vectors(
-        shape, output_axis(link), groups_of(link, hook)))
+        shape, axis_of(link, hook, len(shape)), groups_of(link, hook)))
+
+
+def other_axis(
+        link: chainer.Link, hook: Any, shape: tuple[int, ...],
+        u_shape: tuple[int, ...]) -> int | None:
+    """Returns the axis that a vector is of, if not that of the hook.
+
+    Args:
+        link: The link.
+        hook: The hook.
+        shape: Shape of the weight.
+        u_shape: Shape of the vector, or of one of several.
+
+    Returns:
+        ``None`` if the vector has the length that the hook needs, or that of
+        neither of the first two axes; or if the weight has groups, as it may
+        be the vector of each group.
+
+    """
+    if is_map(link, hook) or groups_in(link) is not None or (
+            u_shape == shape_of(link, hook, shape)):
+        return None
+    return next((k for k in (0, 1) if u_shape == (shape[k],)), None)
 
 
 def find(
@@ -316,5 +341,5 @@ def warm_up(
     if hook.n_warmup > 0:
         with chainer.using_device(link.device):
             arithmetic_of(W).warm_up(
-                W, u, output_axis(link), hook.n_warmup, groups_of(link, hook),
-                hook.rtol, convolution)
+                W, u, axis_of(link, hook, W.ndim), hook.n_warmup,
+                groups_of(link, hook), hook.rtol, convolution)
