@@ -263,10 +263,14 @@ class VectorAxisError(SpectralNormalizationError, ValueError):
         super().__init__(
             f'{vector_name} of {link} has length {length} in the snapshot, '
             f'but the hook takes axis {axis} of the weight of shape '
-            f'{tuple(W_shape)}, so it needs length {W_shape[axis]}. The '
-            f'snapshot is of code that takes axis {other}, as links of '
+            f'{tuple(W_shape)}, so it needs length {W_shape[axis]}. '
+            f'{_other_axis(other)}')
+
+
+def _other_axis(axis: int) -> str:
+    return (f'The snapshot is of code that takes axis {axis}, as links of '
             f'SN-GANs do for deconvolutions, too. To go on as that code did, '
-            f'give the hook axis={other}.')
+            f'give the hook axis={axis}, on each link of that code.')
 
 
 class VectorUpdateError(SpectralNormalizationError, TypeError):
@@ -796,6 +800,17 @@ class UntrainedGammaWarning(SpectralNormalizationWarning):
             f'for the others of {_some(links)} already. It does not know '
             f'gamma, which stays what it is. Call optimizer.setup(model) '
             f'after the hook is added, again if it was called before.')
+
+
+class VectorAxisWarning(SpectralNormalizationWarning):
+    """The vector in a snapshot seems to be of another axis than the hook's."""
+
+    def __init__(
+            self, link: str, vector_name: str, axis: int, other: int) -> None:
+        super().__init__(
+            f'{vector_name} of {link}, as it is in the snapshot, has settled '
+            f'along axis {other} of the weight, and not along axis {axis}, '
+            f'which the hook takes. {_other_axis(other)}')
 
 
 class ToleranceWarning(SpectralNormalizationWarning):

@@ -22,7 +22,7 @@ from sn_function._arithmetic.interface import (
 from sn_function._graph import node
 from sn_function._graph import normalize as _graph
 from sn_function._links import gamma as _gamma
-from sn_function._links import recompute, vector
+from sn_function._links import other_axis, recompute, vector
 from sn_function._links.state import LinkState
 from sn_function._links.weight import axis_of, groups_of, name_of
 
@@ -157,7 +157,7 @@ class HookedWeight:
             u = getattr(link, name, None)
             if u is not None and u.shape[k:] != shape:
                 misfits.append(name)
-                other = vector.other_axis(link, hook, W.shape, u.shape[k:])
+                other = other_axis.by_length(link, hook, W.shape, u.shape[k:])
                 if other is not None:
                     remedy = (f' The length was that of axis {other}: to go '
                               f'on along that one, give the hook '

@@ -7,8 +7,7 @@ an error for what a file lacks, and links have no say in it.  So
 ``Link.serialize`` is replaced by one that gives such links a deserializer
 which returns ``None`` for these names: then the next call makes the vectors.
 
-It also tells where ``W_u`` is a vector of another output axis than that of the
-hook, as in snapshots of older code: a new one would be of another norm.
+It also has :mod:`.other_axis` look at ``W_u``.
 """
 from __future__ import annotations
 
@@ -17,9 +16,7 @@ from typing import Any
 
 import chainer
 
-from sn_function import errors
-from sn_function._links import call, vector
-from sn_function._links.weight import axis_of, name_of
+from sn_function._links import call, other_axis, vector
 
 _serialize = chainer.Link.serialize
 
@@ -59,7 +56,7 @@ class _OfHooks(chainer.Deserializer):
         if key not in self._names:
             hook = self._hooks.get(key)
             if hook is not None:
-                self._check_axis(hook, key)
+                self._check(hook, key)
             return self._of_file(key, value)
         try:
             loaded = self._of_file(key, None)
@@ -72,13 +69,8 @@ class _OfHooks(chainer.Deserializer):
         chainer.backend.copyto(value, loaded.astype(value.dtype))
         return value
 
-    def _check_axis(self, hook: Any, key: str) -> None:
-        u, link = self._of_file(key, None), self._link
-        W = call.original(link, hook.weight_name).array
-        if u is None or W is None:
-            return
-        other = vector.other_axis(link, hook, W.shape, u.shape)
-        if other is not None:
-            raise errors.VectorAxisError(
-                name_of(link), key, len(u), W.shape,
-                axis_of(link, hook, W.ndim), other)
+    def _check(self, hook: Any, key: str) -> None:
+        u = self._of_file(key, None)
+        W = call.original(self._link, hook.weight_name).array
+        if u is not None and W is not None:
+            other_axis.check(self._link, hook, key, W, u)

@@ -26,7 +26,6 @@ from sn_function._links.weight import (
     axis_of,
     check_map,
     convolution_of,
-    groups_in,
     groups_of,
     is_map,
 )
@@ -109,29 +108,6 @@ def count(
             shape, groups_of(link, hook)))
     return min(n, most_vectors(
         shape, axis_of(link, hook, len(shape)), groups_of(link, hook)))
-
-
-def other_axis(
-        link: chainer.Link, hook: Any, shape: tuple[int, ...],
-        u_shape: tuple[int, ...]) -> int | None:
-    """Returns the axis that a vector is of, if not that of the hook.
-
-    Args:
-        link: The link.
-        hook: The hook.
-        shape: Shape of the weight.
-        u_shape: Shape of the vector, or of one of several.
-
-    Returns:
-        ``None`` if the vector has the length that the hook needs, or that of
-        neither of the first two axes; or if the weight has groups, as it may
-        be the vector of each group.
-
-    """
-    if is_map(link, hook) or groups_in(link) is not None or (
-            u_shape == shape_of(link, hook, shape)):
-        return None
-    return next((k for k in (0, 1) if u_shape == (shape[k],)), None)
 
 
 def find(

@@ -1,4 +1,5 @@
 """The hook with an output axis that is given, as in older code."""
+import contextlib
 import copy
 import io
 import pickle
@@ -289,10 +290,31 @@ class TestOldCode:
             serializers.load_npz(
                 save(deconvolution()), deconvolution(axis=0))
 
-    @pytest.mark.parametrize('length', [6, 3])
-    def test_of_as_many_inputs_as_outputs_it_says_nothing(self, length):
-        source = deconvolution(length, length, axis=0)
-        link = deconvolution(length, length)
+    @pytest.mark.parametrize('axis', [None, 0])
+    @pytest.mark.parametrize('of_source', [0, 1])
+    @pytest.mark.parametrize('is_lazy', [False, True])
+    def test_as_many_inputs_as_outputs(self, axis, of_source, is_lazy):
+        """Nothing but the values of the vector tells its axis."""
+        source = deconvolution(20, 20, axis=of_source)
+        sn_function.refresh(source)
+        link = deconvolution(None if is_lazy else 20, 20, axis=axis)
+        taken = 1 if axis is None else axis
+        expect = contextlib.nullcontext()
+        if of_source != taken:
+            expect = pytest.warns(errors.VectorAxisWarning, match=(
+                f"W_u of Deconvolution2D, .* along axis {of_source} .* not "
+                f"along axis {taken}, .* give the hook axis={of_source}"))
+        with expect:
+            serializers.load_npz(save(source), link)
+        np.testing.assert_array_equal(link.W_u, source.W_u)
+
+    @pytest.mark.parametrize('u', [
+        np.random.RandomState(0).normal(size=20), np.zeros(20),
+        np.full(20, np.nan)])
+    def test_a_vector_of_neither_axis_of_the_same_length(self, u):
+        source = deconvolution(20, 20)
+        source.W_u = u.astype('f')
+        link = deconvolution(20, 20)
         serializers.load_npz(save(source), link)
         np.testing.assert_array_equal(link.W_u, source.W_u)
 
