@@ -155,8 +155,9 @@ class SpectralNormalization(LocalHook):
             together with ``norm='operator'``.
         update_u (str): When ``u`` moves on: ``'train'``, as in Chainer's
             hook, in calls in training mode; ``'always'``, in test mode as
-            well, with a graph or without, as links of older code do.  Test
-            mode is no function of the input then.
+            well, with a graph or without, as links of older code do.  The
+            output in test mode depends on the calls before then, and ranks
+            of ChainerMN need as many calls each.
 
     **The norm of a convolution.**  A convolution whose weight has the norm 1
     as a matrix may still magnify an image, a 3 x 3 kernel up to 3 times.  With
