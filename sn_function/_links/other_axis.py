@@ -52,7 +52,8 @@ def by_length(
     if is_map(link, hook) or groups_in(link) is not None or (
             u_shape == vector.shape_of(link, hook, shape)):
         return None
-    return next((k for k in (0, 1) if u_shape == (shape[k],)), None)
+    return next((
+        k for k, m in enumerate(shape[:2]) if u_shape == (m,)), None)
 
 
 def by_values(

@@ -353,6 +353,14 @@ class TestOldCode:
         assert link.W_u.shape == (3,)
 
 
+    def test_a_weight_without_a_second_axis(self):
+        link = L.Linear(5, 6).add_hook(SpectralNormalization())
+        link.W.array = x_of(7)
+        with pytest.warns(errors.SpectralNormalizationWarning), pytest.raises(
+                errors.WeightShapeError):
+            link(x_of(2, 5))
+
+
 class TestWholeModels:
 
     def model(self, **settings):
