@@ -270,7 +270,7 @@ class VectorAxisError(SpectralNormalizationError, ValueError):
 def _other_axis(axis: int) -> str:
     return (f'The snapshot is of code that takes axis {axis}, as links of '
             f'SN-GANs do for deconvolutions, too. To go on as that code did, '
-            f'give the hook axis={axis}, on each link of that code.')
+            f'give the hooks of its links axis={axis}.')
 
 
 class VectorUpdateError(SpectralNormalizationError, TypeError):

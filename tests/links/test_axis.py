@@ -282,7 +282,7 @@ class TestOldCode:
         with pytest.raises(errors.VectorAxisError, match=(
                 r"W_u of Deconvolution2D '0' has length 6 .* takes axis 1 "
                 r"of the weight of shape \(6, 3, 2, 2\), so it needs length 3."
-                r'.* give the hook axis=0')):
+                r'.* give the hooks of its links axis=0')):
             getattr(serializers, f'load_{with_file}')(path, model)
 
     def test_a_snapshot_of_an_axis_that_is_not_that(self):
@@ -302,8 +302,8 @@ class TestOldCode:
         expect = contextlib.nullcontext()
         if of_source != taken:
             expect = pytest.warns(errors.VectorAxisWarning, match=(
-                f"W_u of Deconvolution2D, .* along axis {of_source} .* not "
-                f"along axis {taken}, .* give the hook axis={of_source}"))
+                f'W_u of Deconvolution2D, .* along axis {of_source} .* not '
+                f'along axis {taken}, .* its links axis={of_source}'))
         with expect:
             serializers.load_npz(save(source), link)
         np.testing.assert_array_equal(link.W_u, source.W_u)
