@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, List
 
 from sn_function import _compat, _guards
+from sn_function._run import install
 from sn_function._version import __version__
 from sn_function.bake import bake
 
@@ -26,7 +27,9 @@ __all__ = [
     'errors',
     'extensions',
     'functions',
+    'install',
     'link_hooks',
+    'normalized',
     'optimizer_hooks',
     'refresh',
     'spectral_norm',
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
         optimizer_hooks,
     )
     from sn_function._certify import certify
+    from sn_function._normalized import normalized
     from sn_function._refresh import refresh
     from sn_function._summary import summary
     from sn_function.chain import ChainSpectralNormalization, cached
@@ -66,6 +70,7 @@ else:
         'cached': 'chain',
         'certify': '_certify',
         'conv_spectral_normalize': 'functions',
+        'normalized': '_normalized',
         'refresh': '_refresh',
         'spectral_norm': 'functions',
         'spectral_normalize': 'functions',

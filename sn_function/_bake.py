@@ -65,7 +65,7 @@ def _check(path: str, link: chainer.Link) -> None:
             [(path, link)], ', or, if it is to compute what it does now, '
             'delete the hook first with link.delete_hook(name)')
     for hook in hooks_of(link):
-        W = getattr(link, hook.weight_name)
+        W = vars(link)[hook.weight_name]
         if not isinstance(W, chainer.Parameter):
             raise errors.WeightInUseError(where, hook.weight_name)
         # Chainer's hook makes its vector in a call, even where there is a
@@ -81,7 +81,7 @@ def _check_maps(hooked: list[tuple[str, chainer.Link]]) -> None:
     unknown = [
         f'{_where(path, link)}.{hook.weight_name}' for path, link in hooked
         for hook in hooks_of(link) if not _bake_certified.is_known(
-            link, hook, getattr(link, hook.weight_name))]
+            link, hook, vars(link)[hook.weight_name])]
     if unknown:
         raise errors.UncertifiedWeightError(unknown)
 
@@ -111,7 +111,7 @@ def _certified(
         path: str, link: chainer.Link, certificate: Certificate,
 ) -> list[_Folded]:
     """Returns the weights of a link with certified norms, as parameters."""
-    originals = {hook.weight_name: getattr(link, hook.weight_name)
+    originals = {hook.weight_name: vars(link)[hook.weight_name]
                  for hook in hooks_of(link)}
     arrays = {name: W.array for name, W in originals.items()}
     for hook in hooks_of(link):

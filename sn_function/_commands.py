@@ -11,7 +11,7 @@ from typing import Any, Callable, Sequence
 
 import click
 
-from sn_function import doctor, errors, snapshot
+from sn_function import _run, doctor, errors, snapshot
 from sn_function._terminal import print_outcome, print_reports, progress
 from sn_function._version import __version__
 
@@ -32,14 +32,15 @@ def cli() -> None:
       sn-function bake result/dis.npz dis-plain.npz
       sn-function convert dis.npz dis.safetensors --to torch
       sn-function repair broken.npz repaired.npz
-      sn-function repair plain.npz with-u.npz --add-u '*'
+      sn-function repair plain.npz with-u.npz --add '*'
+      sn-function run --hook train.py
 
     \b
     Exit codes:
       0  all is well
       1  an error; nothing was written
       2  wrong arguments
-      3  inspect: a vector or a weight is not healthy
+      3  inspect: a vector or a weight is not healthy, or there is no vector
     """
 
 
@@ -189,7 +190,7 @@ def inspect(
       stale           of another weight: the hook iterates first, in each
                       call, unless n_warmup is 0; repair --all ends that
       map             of norm='operator'; its estimate needs --stride, --pad
-      no vector       there is none; with --certify only
+      no vector       there is none: see repair --add
       NaN, zero, ...  not usable: see repair
 
     With --certify, certified is an interval that surely holds the norm of
@@ -197,8 +198,10 @@ def inspect(
     weight as test mode uses it. Its upper end also holds for any stride,
     dilation and groups; give them for a tight one.
 
-    All entries are read, and their checksums compared. The exit code is 3 if
-    a vector is not usable.
+    Weights of a model without any vector are listed with --certify, or if no
+    model has one. All entries are read, and their checksums compared. The
+    exit code is 3 if a vector is not usable, or if there is none and
+    --certify is not given.
 
     \b
     Examples:
@@ -211,7 +214,9 @@ def inspect(
         snapshot_, certify=rtol if certify else None,
         progress=progress('Inspecting'), **settings)
     print_reports(snapshot_, reports, as_json)
-    if not all(report.healthy for report in reports):
+    have_none = all(report.status == 'no vector' for report in reports)
+    if (have_none and not certify) or not all(
+            report.healthy for report in reports):
         sys.exit(UNHEALTHY)
 
 
@@ -264,6 +269,10 @@ def bake(
 @click.option('--converge', is_flag=True,
               help='Give each weight converged vectors, instead of those '
                    'that keep its norm in test mode as it is.')
+@click.option('--fill/--no-fill', default=None,
+              help='Make vectors for weights that have none, or leave them '
+                   'so, as of layers without a hook. Where a model of '
+                   'Chainer has them for some weights only, one is needed.')
 @_iterations
 @_model
 @_axis
@@ -286,6 +295,7 @@ def convert(
       sn-function convert dis.npz dis.pt --to torch-parametrized
       sn-function convert dis.safetensors dis.npz --to chainer
       sn-function convert ResNetDiscriminator_450000.npz dis.npz --to chainer
+      sn-function convert old.npz dis.npz --to chainer --fill
       sn-function convert dis.npz dis.h5 --to chainer
       sn-function convert dis.pt dis.npz --to chainer --rename main.0=l1
     """
@@ -299,7 +309,7 @@ def convert(
 @click.argument('out', metavar='OUT')
 @click.option('--all', 'all_', is_flag=True,
               help='Replace every vector, not only those that need it.')
-@click.option('--add-u', metavar='PATTERN', multiple=True,
+@click.option('add_u', '--add', metavar='PATTERN', multiple=True,
               help='Give a vector to the weights that have none and whose '
                    'entry fits the pattern, such as "*". May be repeated.')
 @_axis
@@ -316,17 +326,25 @@ def repair(
     is left out instead: the hook makes it in its next call.
 
     A snapshot of a model without hooks has no vectors, so it does not load
-    into one with hooks; --add-u makes them.
+    into one with hooks; --add makes them.
 
     \b
     Examples:
       sn-function repair broken.npz repaired.npz
       sn-function repair snapshot_iter_2000 snapshot_iter_2000 --overwrite
-      sn-function repair plain.npz with-u.npz --add-u 'convs/*/W'
+      sn-function repair plain.npz with-u.npz --add 'convs/*/W'
     """
     print_outcome(snapshot.repair(
         snapshot_, out, all=all_, progress=progress('Repairing'),
         **settings), as_json)
+
+
+@cli.command('run', add_help_option=False, context_settings={
+    'ignore_unknown_options': True, 'allow_interspersed_args': False})
+@click.argument('args', nargs=-1, type=click.UNPROCESSED)
+def run_(args: Sequence[str]) -> None:
+    """Run a program on today's Python, with Chainer repaired."""
+    sys.exit(_run.main(list(args)))
 
 
 @cli.command('doctor')

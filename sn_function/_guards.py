@@ -1,10 +1,10 @@
-"""Tells onnx_chainer and ChainerMN of the hooks of this package.
+"""Tells Chainer, onnx_chainer and ChainerMN of the hooks of this package.
 
 The modules that it asks need Chainer, so they are imported when it is asked.
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Collection
+from typing import TYPE_CHECKING, Any, Collection
 
 from sn_function._compat import guards
 
@@ -30,6 +30,16 @@ class HookGuards(guards.Guards):
     def vector_names(self, link: chainer.Link) -> Collection[str]:
         from sn_function import _models
         return _models.vector_names(link)
+
+    def hook(self) -> Any:
+        from sn_function import link_hooks
+        return link_hooks.SpectralNormalization
+
+    def check_hook(self, link: chainer.Link, hook: Any) -> None:
+        from sn_function import _models, errors
+        if isinstance(hook, self.hook()) and _models.is_hooked(
+                link, hook.weight_name):
+            raise errors.BothHooksError(link, hook.weight_name)
 
 
 def register() -> None:

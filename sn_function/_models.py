@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import fnmatch
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import chainer
 from chainer import links as L
@@ -43,7 +43,7 @@ def is_supported(
     """
     kinds = (SUPPORTED if groups is None and norm == 'matrix'
              else SUPPORTED_BY_GROUP)
-    return isinstance(link, kinds) and hasattr(link, weight_name)
+    return isinstance(link, kinds) and weight_name in vars(link)
 
 
 def hooks_of(link: chainer.Link) -> list[Any]:
@@ -185,6 +185,47 @@ def takes(filter: Filter, path: str, link: chainer.Link) -> bool:
     if isinstance(filter, type):
         return isinstance(link, filter)
     return bool(filter(path, link))
+
+
+def excluded(
+        model: chainer.Link, exclude: Filter,
+        links: Sequence[tuple[str, chainer.Link]], is_strict: bool = True,
+) -> set[int]:
+    """Returns the ids of the links that a filter leaves out.
+
+    A pattern or a class leaves out what is in a chain that it takes, too.
+
+    Args:
+        model: The model.
+        exclude: The filter; ``None`` leaves out nothing.
+        links: The links that could be chosen, with their paths in the model.
+        is_strict: Whether each part of the filter has to leave out some.
+
+    Raises:
+        NothingExcludedError: A part of the filter takes none of the links.
+
+    """
+    if exclude is None:
+        return set()
+    chains = dict(model.namedlinks())
+    found: set[int] = set()
+    for one in exclude if isinstance(exclude, (list, tuple)) else [exclude]:
+        taken = {
+            id(link) for path, link in links if takes(one, path, link) or (
+                # A function may expect a link that could be chosen.
+                isinstance(one, (str, type)) and any(
+                    takes(one, outer, chains[outer])
+                    for outer in _paths_of_chains(path)))}
+        if is_strict and not taken:
+            raise errors.NothingExcludedError(model, one, links)
+        found |= taken
+    return found
+
+
+def _paths_of_chains(path: str) -> Iterator[str]:
+    """Yields the paths of the chains that a link is in, but for the model."""
+    names = path.split('/')
+    return ('/'.join(names[:n]) for n in range(2, len(names)))
 
 
 def names_n_step_class(filter: Filter, link: chainer.Link) -> bool:

@@ -16,6 +16,7 @@ NORMALIZED = 'normalized'
 FILTERED_OUT = 'filtered out'
 NO_HOOK = 'no hook'
 UNSUPPORTED = 'unsupported'
+PARTLY = 'partly'
 NEVER = 'never'
 NO_MATRIX = 'no matrix'
 UNKNOWN = 'unknown'
@@ -39,7 +40,8 @@ class Summary(NamedTuple):
 
     ``print(summary)`` prints a table; ``rows`` holds the same as data, and
     ``remarks`` has a sentence for each link that was run but is not
-    registered, as in a plain list of links.  A parameter is
+    registered, as in a plain list of links, and one on the weights that were
+    used both normalized and raw.  A parameter is
 
     * ``'normalized'``: its link has a hook, this package's or Chainer's;
     * ``'filtered out'``: by the filter of a
@@ -47,6 +49,8 @@ class Summary(NamedTuple):
     * ``'no hook'``: it could be normalized;
     * ``'unsupported'``: a matrix in a link of another kind, which is not
       normalized unless a hook is added to that link by itself;
+    * ``'partly'``: calls of its link use it normalized, and something else,
+      such as a penalty, takes the parameter itself (found by ``run``);
     * ``'never'``: it has a hook without an effect, as the weight is used
       without a call of its link, or the call calls no hooks;
     * ``'no matrix'``: a bias, or another parameter with fewer than 2
@@ -80,7 +84,8 @@ def summary(
     """Reports for each parameter of a model whether it is normalized.
 
     A hook acts when its link is called.  Some models use a weight without
-    such a call: ``link.forward(x)`` does, and ``F.linear(x, link.W)``; a class
+    such a call: ``link.forward(x)`` does, and ``F.linear(x, link.W)``, and a
+    penalty on ``link.W`` outside of :func:`~sn_function.normalized`; a class
     that defines ``__call__`` instead of ``forward`` calls no hooks, nor does
     :class:`~chainer.links.NStepLSTM` those of its children.  The latter two
     are known; ``run`` finds the others.
@@ -133,23 +138,32 @@ def summary(
             if usage is not None and status == NORMALIZED:
                 status, note = _amend(usage, full, note)
             rows.append(Row(full, shape, status, note))
-    return Summary(tuple(rows), () if usage is None else _remarks(usage))
+    return Summary(tuple(rows), () if usage is None else _remarks(usage, rows))
 
 
 def _amend(usage: Usage, path: str, note: str) -> tuple[str, str]:
     """Returns the status and the note of a weight that has a hook."""
+    is_called = path.rpartition('/')[0] in usage.called
     if path in usage.raw:
-        return NEVER, f'{usage.raw[path]} uses it without calling the link'
-    if path.rpartition('/')[0] not in usage.called:
+        return PARTLY if is_called else NEVER, (
+            f'{usage.raw[path]} uses it without calling the link')
+    if not is_called:
         return NORMALIZED, f'{note}; not called in this run'
     return NORMALIZED, note
 
 
-def _remarks(usage: Usage) -> tuple[str, ...]:
-    return tuple(
+def _remarks(usage: Usage, rows: list[Row]) -> tuple[str, ...]:
+    remarks = [
         f'{name} of the model was called and is not in its namedlinks(): it '
         f'has no rows, and optimizers, snapshots and hooks of chains do not '
-        f'find it either.' for name in usage.unregistered)
+        f'find it either.' for name in usage.unregistered]
+    partly = [row.path for row in rows if row.status == PARTLY]
+    if partly:
+        remarks.append(
+            f'The layers compute with the normalized weights, but the raw '
+            f'ones are used as well: {", ".join(partly)}. Within `with '
+            f'sn_function.normalized(model):` link.W is the normalized one.')
+    return tuple(remarks)
 
 
 def _shape(parameter: chainer.Parameter) -> tuple[int, ...] | None:
@@ -172,12 +186,10 @@ class _Structure:
 
     def __init__(self, model: chainer.Link) -> None:
         self.filtered_out = {
-            id(link) for chain in model.links()
+            found for chain in model.links()
             for hook in chain.local_link_hooks.values()
             if isinstance(hook, ChainSpectralNormalization)
-            for path, link in _models.supported_links(
-                chain, groups=hook.hook.groups, norm=hook.hook.norm)
-            if not hook.accepts(path, link)}
+            for found in hook.links_left_out(chain)}
         self.owners = {
             id(layer): link for link in model.links()
             if n_step.is_n_step(link) for layer in link.children()}

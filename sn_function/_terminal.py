@@ -21,6 +21,9 @@ from sn_function.snapshot import Outcome, WeightReport
 # Where there is no terminal to ask for its width, wide enough; also for
 # intervals.
 _WIDTH, _WIDE = 100, 120
+_HOW_TO_ADD = (
+    "For a model with hooks, sn-function repair SNAPSHOT OUT --add PATTERN "
+    "makes them, or --add '*' all of them; deconvolutions need --axis.")
 
 
 # Results
@@ -139,12 +142,17 @@ def _reports_summary(reports: Sequence[WeightReport]) -> Text:
         report for report in reports if report.status != 'no vector']
     layouts = ', '.join(sorted({report.layout for report in with_vector}))
     ill = sum(not report.healthy for report in reports)
+    if not with_vector:
+        return Text(f'There are no vectors. {_HOW_TO_ADD}')
+    without = len(reports) - len(with_vector)
+    rest = '' if not without else (
+        f'\n{without} of {len(reports)} weights have no vector. '
+        f'{_HOW_TO_ADD}')
     if ill:
         return Text(f'{ill} of {len(reports)} not healthy ({layouts}). '
-                    f'sn-function repair makes vectors anew.', 'red')
-    if not with_vector:
-        return Text('There are no vectors.')
-    return Text(f'All {len(with_vector)} vectors can be used ({layouts}).')
+                    f'sn-function repair makes vectors anew.{rest}', 'red')
+    return Text(
+        f'All {len(with_vector)} vectors can be used ({layouts}).{rest}')
 
 
 def _outcome_table(outcome: Outcome) -> Table:

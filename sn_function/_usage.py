@@ -11,10 +11,10 @@ from typing import Any, Callable, Iterator
 
 import chainer
 import numpy
-from chainer import link_hooks
 from chainer.backends import cuda
 
 from sn_function import errors
+from sn_function._compat.replacement import ChainersHook
 from sn_function._graph import normalize
 from sn_function._links import call, n_step
 
@@ -161,7 +161,7 @@ class _FunctionRecorder(chainer.FunctionHook):
             # Chainer's hook passes the weight itself to functions.
             theirs = {hook.weight_name for hook
                       in link.local_link_hooks.values()
-                      if isinstance(hook, link_hooks.SpectralNormalization)}
+                      if isinstance(hook, ChainersHook)}
             for name in link._params - theirs:
                 # Not link.W, which is the normalized weight during a call.
                 array = call.original(link, name).array

@@ -19,6 +19,7 @@ class WeightsHook:
     name: str
     timing: str
     call_for_each_param = False
+    exclude: _models.Filter = None  # in pickles of versions before 0.2
 
     _settings: tuple[str, ...]
     _vector: str
@@ -26,15 +27,19 @@ class WeightsHook:
     _no_weight: Callable[[chainer.Link], errors.NoWeightError]
 
     def __init__(
-            self, n_power_iteration: int, filter: _models.Filter) -> None:
+            self, n_power_iteration: int, filter: _models.Filter,
+            exclude: _models.Filter) -> None:
         _checks.check_count('n_power_iteration', n_power_iteration, 1)
         _models.check_filter(filter)
+        _models.check_filter(exclude)
         self.n_power_iteration = n_power_iteration
         self.filter = filter
+        self.exclude = exclude
 
     def __repr__(self) -> str:
+        names = [*self._settings, *['exclude'] * (self.exclude is not None)]
         settings = ', '.join(
-            f'{name}={getattr(self, name)!r}' for name in self._settings)
+            f'{name}={getattr(self, name)!r}' for name in names)
         return f'{type(self).__name__}({settings})'
 
     def _groups(
@@ -45,12 +50,16 @@ class WeightsHook:
 
         Raises:
             NoWeightError: No weight is found, whether it takes it or not.
+            NothingExcludedError: A part of ``exclude`` takes no link.
 
         """
+        supported = list(_models.supported_links(target))
+        excluded = _models.excluded(target, self.exclude, supported)
         found = {  # a weight may be shared
-            id(link.W): link for path, link in _models.supported_links(target)
+            id(link.W): link for path, link in supported
             if not _models.is_hooked(link)
-            and _models.takes(self.filter, path, link)}
+            and _models.takes(self.filter, path, link)
+            and id(link) not in excluded}
         if not found:
             raise self._no_weight(target)
         by_device: dict[str, list[chainer.Link]] = {}

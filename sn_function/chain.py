@@ -46,7 +46,8 @@ def cached(*models: chainer.Link) -> Iterator[None]:
       scope belongs to its thread.
     * A second run by :func:`chainer.functions.forget` starts from the ``u``
       that the first one started from, in the scope or after it.
-
+    * ``link.W`` is the parameter outside of calls;
+      :func:`~sn_function.normalized` is a scope in which it is not.
     * If no link of the models has that hook, nothing is shared, and there is
       a :class:`~sn_function.errors.SpectralNormalizationWarning`.  Chainer's
       hook does not count.
@@ -71,9 +72,7 @@ def cached(*models: chainer.Link) -> Iterator[None]:
     """
     _models.check_models('cached', *models)
     scope = scopes.Scope(models, SpectralNormalization)
-    if not any(isinstance(hook, SpectralNormalization)
-               for link in scope.links.values()
-               for hook in link.local_link_hooks.values()):
+    if not scope.has_hooks():
         warnings.warn(errors.NothingToShareWarning(models), stacklevel=3)
     scopes.begin(scope)
     try:
@@ -119,6 +118,11 @@ class ChainSpectralNormalization(LocalHook):
             chain is to be pickled.
         name (str or None): Name of this hook,
             ``'ChainSpectralNormalization'`` if ``None``.
+        exclude (str, type, callable, list or None): Which links not, though
+            the filter takes them, in the same forms.  A pattern or a class
+            also leaves out all links in a chain that it takes: ``'/bn*'``,
+            or the class of a conditional batch normalization for the
+            embeddings in it.
         **settings: Arguments of :class:`~sn_function.SpectralNormalization`
             for the links.
 
@@ -148,11 +152,15 @@ class ChainSpectralNormalization(LocalHook):
 
     name = 'ChainSpectralNormalization'
 
+    exclude: _models.Filter = None  # in pickles of versions before 0.2
+
     def __init__(
-            self, filter: _models.Filter = None, name: str | None = None,
-            **settings: Any) -> None:
+            self, filter: _models.Filter = None, name: str | None = None, *,
+            exclude: _models.Filter = None, **settings: Any) -> None:
         _models.check_filter(filter)
+        _models.check_filter(exclude)
         self.filter = filter
+        self.exclude = exclude
         self.hook = _HookOfLink(**settings)
         if name is not None:
             self.name = name
@@ -176,22 +184,34 @@ class ChainSpectralNormalization(LocalHook):
     def _links(self, chain: chainer.Link) -> list[tuple[str, chainer.Link]]:
         """Returns the links that get the hook, with the path of each."""
         weight_name = self.hook.weight_name
-        supported = list(_models.supported_links(
-            chain, weight_name, self.hook.groups, self.hook.norm))
+        supported = self._supported(chain)
+        n_steps = [(path, link) for path, link in chain.namedlinks()
+                   if _models.names_n_step_class(self.filter, link)]
+        excluded = _models.excluded(
+            chain, self.exclude, supported + n_steps)
         free = [(path, link) for path, link in supported
                 if not LinkState.is_on(link, weight_name)]
-        chosen = [(path, link) for path, link in free
-                  if self.accepts(path, link)]
-        chosen += [(path, link) for path, link in chain.namedlinks()
-                   if _models.names_n_step_class(self.filter, link)
-                   and not n_step.is_hooked(link)]
+        chosen = [
+            *((path, link) for path, link in free
+              if _models.takes(self.filter, path, link)),
+            *((path, link) for path, link in n_steps
+              if not n_step.is_hooked(link))]
+        chosen = [(path, link) for path, link in chosen
+                  if id(link) not in excluded]
         if not chosen:
             raise errors.NoLinkError(
-                chain, weight_name, self.filter, supported, free)
+                chain, weight_name, self.filter, supported, free,
+                self.exclude)
         found: dict[int, tuple[str, chainer.Link]] = {}
         for path, link in chosen:  # once each: it may have several paths
             found.setdefault(id(link), (path, link))
         return list(found.values())
+
+    def _supported(
+            self, chain: chainer.Link) -> list[tuple[str, chainer.Link]]:
+        hook = self.hook
+        return list(_models.supported_links(
+            chain, hook.weight_name, hook.groups, hook.norm))
 
     def _check(
             self, chain: chainer.Link,
@@ -201,7 +221,7 @@ class ChainSpectralNormalization(LocalHook):
         if bypassing:
             raise errors.HookBypassedError(
                 bypassing, ', or leave these links out by the filter of the '
-                'hook, which may be a function of the path and the link')
+                'hook, or by exclude=')
         if bypasses_hooks(chain):
             warnings.warn(errors.ChainCallWarning(chain), stacklevel=4)
         if self.hook.use_gamma:
@@ -214,13 +234,19 @@ class ChainSpectralNormalization(LocalHook):
         settings = settings_text(self.hook)
         if self.filter is not None:
             settings = f'{_models.filter_text(self.filter)}, {settings}'
+        if self.exclude is not None:
+            settings += f', exclude={_models.filter_text(self.exclude)}'
         if self.name != type(self).name:
             settings += f', name={self.name!r}'
         return f'{type(self).__name__}({settings})'
 
-    def accepts(self, path: str, link: chainer.Link) -> bool:
-        """Returns whether the filter takes the link at that path."""
-        return _models.takes(self.filter, path, link)
+    def links_left_out(self, chain: chainer.Link) -> set[int]:
+        """Returns the ids of the links that the filters leave out."""
+        supported = self._supported(chain)
+        return _models.excluded(
+            chain, self.exclude, supported, is_strict=False) | {
+                id(link) for path, link in supported
+                if not _models.takes(self.filter, path, link)}
 
     def deleted(self, chain: chainer.Link) -> None:
         """Deletes the hook from the links."""

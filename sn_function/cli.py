@@ -1,15 +1,14 @@
 """The command ``sn-function``, which is ``python -m sn_function``, too.
 
-The commands are in :mod:`sn_function._commands`, and ``doctor`` is in
-:mod:`sn_function.doctor`: it also runs where the others cannot be imported.
+The commands are in :mod:`sn_function._commands`, but ``doctor`` is in
+:mod:`sn_function.doctor`, and ``run`` in :mod:`sn_function._run`: these two
+also run where the others cannot be imported.
 """
 from __future__ import annotations
 
 import io
 import os
 import sys
-
-from sn_function import doctor
 
 
 def main() -> int:
@@ -18,7 +17,11 @@ def main() -> int:
         if isinstance(stream, io.TextIOWrapper):
             # Names in a file may have letters that the terminal lacks.
             stream.reconfigure(errors='backslashreplace')
+    if sys.argv[1:2] == ['run']:
+        from sn_function import _run
+        return _run.main(sys.argv[2:])
     if sys.argv[1:2] == ['doctor']:
+        from sn_function import doctor
         return doctor.main(sys.argv[1:])
     try:
         from sn_function import _commands

@@ -17,7 +17,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
 from sn_function import _probes
 from sn_function._version import __version__
@@ -54,13 +54,13 @@ def probe(name: str) -> Dict[str, Any]:
                          _probes.advice(package))]}
 
 
-def examine() -> Dict[str, Any]:
-    """What all probes find: the report that `--json` prints.
+def examine(names: Sequence[str] = tuple(_probes.PROBES)) -> Dict[str, Any]:
+    """What the probes of these names find: the report that `--json` prints.
 
     Its key `mend` is a command that repairs what does not work.
     """
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        parts = dict(zip(_probes.PROBES, pool.map(probe, _probes.PROBES)))
+        parts = dict(zip(names, pool.map(probe, names)))
     shims = [shim for part in parts.values()
              for shim in part.pop('shims', [])]
     return {

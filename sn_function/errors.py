@@ -2,6 +2,7 @@
 and what to do.  Every one is raised before anything has been changed."""
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from typing import Any, Iterable, Mapping, Sequence
@@ -65,6 +66,26 @@ class WeightShapeError(SpectralNormalizationError, ValueError):
             f'W of shape {tuple(shape)} {what}, so it has no largest '
             f'singular value. Give a weight with 2 or more dimensions, each '
             f'at least 1.')
+
+
+class MissingVectorError(SpectralNormalizationError, KeyError):
+    """A snapshot that is loaded has no vector for a link with a hook."""
+
+    def __init__(self, key: str, has_u: bool) -> None:
+        if has_u:
+            what = (
+                'it has u there, as the links of sngan_projection save it. '
+                'Convert the file, and load the result: sn-function convert '
+                'SNAPSHOT OUT --to chainer')
+        else:
+            what = (
+                'it is of a model without the hook, or by code that does not '
+                'save u. Make the vectors, and load the result: sn-function '
+                "repair SNAPSHOT OUT --add '*'. Or load the snapshot before "
+                'the hook is added, or with strict=False')
+        super().__init__(printable(f'{key!r} is not in the snapshot: {what}.'))
+
+    __str__ = Exception.__str__  # a KeyError shows the repr of its message
 
 
 class UninitializedWeightError(SpectralNormalizationError, ValueError):
@@ -476,8 +497,9 @@ def _instead_of_model(function: str, given: Any) -> str:
                 'model.')
     if hasattr(given, 'target'):
         return 'Give the model that it optimizes, optimizer.target.'
-    if isinstance(given, (list, tuple)) and function == 'cached':
-        return 'Give the models one by one: cached(*models).'
+    if isinstance(given, (list, tuple)) and (
+            function in ('cached', 'normalized')):
+        return f'Give the models one by one: {function}(*models).'
     return 'Give the link that has the weights.'
 
 
@@ -515,6 +537,29 @@ class HookCollisionError(SpectralNormalizationError, ValueError):
             f'is your own, rename it.')
 
 
+class BothHooksError(SpectralNormalizationError, ValueError):
+    """The weight has this hook already, in the place of Chainer's."""
+
+    def __init__(self, link: Any, weight_name: str) -> None:
+        super().__init__(
+            f'{type(link).__name__} already has a hook that normalizes '
+            f'{weight_name!r}. With sn-function run --hook, as with '
+            f'install(hook=True), the SpectralNormalization of '
+            f'chainer.link_hooks is that of sn_function. Where a program adds '
+            f'both, remove one, or run it without --hook.')
+
+
+class HookInUseError(SpectralNormalizationError, RuntimeError):
+    """It is too late to take the place of Chainer's hook."""
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        super().__init__(
+            f"Chainer's SpectralNormalization has been imported by "
+            f'{_some(modules)}, which goes on with it. Call '
+            f'sn_function.install(hook=True) before that, at the top of the '
+            f'program, or start it by sn-function run --hook.')
+
+
 class HookNotAddedError(SpectralNormalizationError, ValueError):
     """The normalized weight of a link without the hook is asked for."""
 
@@ -533,6 +578,20 @@ class WeightInUseError(SpectralNormalizationError, RuntimeError):
             f'a call of the link, and after a call that raised under '
             f'Chainer\'s hook. Bake the model outside of its calls, and put '
             f'the Parameter back first.')
+
+
+class ForeignHookError(SpectralNormalizationError, TypeError):
+    """The normalized weights of Chainer's hook are asked for."""
+
+    def __init__(self, links: Sequence[tuple[str, Any]]) -> None:
+        where = _some(f'{path} ({type(link).__name__})'
+                      for path, link in links)
+        super().__init__(
+            f'These links have the hook of Chainer, which normalizes anew in '
+            f'each call, so there is no weight that their attributes could '
+            f'be: {where}. Give them sn_function.SpectralNormalization('
+            f'detach_uv=True, n_warmup=0) in its place, which follows the '
+            f'same numbers.')
 
 
 class DeadlockError(SpectralNormalizationError, RuntimeError):
@@ -597,11 +656,15 @@ class NoLinkError(SpectralNormalizationError, ValueError):
     def __init__(
             self, chain: Any, weight_name: str, filter: Any,
             supported: Sequence[tuple[str, Any]],
-            free: Sequence[tuple[str, Any]]) -> None:
+            free: Sequence[tuple[str, Any]], exclude: Any = None) -> None:
         paths = _some(path for path, _ in free or supported)
-        if free:
+        if free and exclude is not None:
+            what = (f'The filter {filter!r} takes none of its links but those '
+                    f'that exclude={exclude!r} leaves out. They are {paths}. '
+                    f'Exclude less')
+        elif free:
             what = (f'The filter {filter!r} takes none of its links, which '
-                    f'are {paths}.{_slash_hint(filter)} Give a filter that '
+                    f'are {paths}.{_near(filter, free)} Give a filter that '
                     f'takes some of these paths, or none for all')
         elif supported:
             what = (f'All links whose {weight_name} could be normalized have '
@@ -619,13 +682,45 @@ class NoLinkError(SpectralNormalizationError, ValueError):
             f'chain.namedlinks() has all paths.')
 
 
-def _slash_hint(filter: Any) -> str:
+class NothingExcludedError(SpectralNormalizationError, ValueError):
+    """What is to be left out is not there."""
+
+    def __init__(
+            self, model: Any, exclude: Any,
+            links: Sequence[tuple[str, Any]]) -> None:
+        text = getattr(exclude, '__qualname__', None) or repr(exclude)
+        paths = _some(f'{path} ({type(link).__name__})'
+                      for path, link in links)
+        super().__init__(
+            f'exclude={text} leaves out none of the links of '
+            f'{type(model).__name__} whose weights could be normalized, which '
+            f'are {paths}.{_near(exclude, links)} Give what takes some of '
+            f'them, or leave it out.')
+
+
+def _near(filter: Any, links: Sequence[tuple[str, Any]]) -> str:
+    """What the patterns of a filter that takes nothing may have meant."""
     patterns = filter if isinstance(filter, (list, tuple)) else [filter]
     for one in patterns:
-        if isinstance(one, str) and one[:1] not in ('/', '*', '?', '['):
+        if not isinstance(one, str):
+            continue
+        if one[:1] not in ('/', '*', '?', '['):
             return (f' Paths begin with a slash, so {one!r} takes nothing: '
                     f'did you mean {"/" + one!r}?')
+        near = _near_paths(one, [path for path, _ in links])
+        if near:
+            return f' Did you mean {" or ".join(map(repr, near[:3]))}?'
     return ''
+
+
+def _near_paths(pattern: str, paths: Sequence[str]) -> list[str]:
+    """Paths that look like a pattern, or whose last name does like its."""
+    def last(path: str) -> str:
+        return path.rpartition('/')[2]
+
+    near = difflib.get_close_matches(last(pattern), map(last, paths))
+    return difflib.get_close_matches(pattern, paths) or [
+        path for path in paths if last(path) in near]
 
 
 class ModelCopyError(SpectralNormalizationError, TypeError):
@@ -837,10 +932,11 @@ class NothingToBakeWarning(SpectralNormalizationWarning):
 class NothingToShareWarning(SpectralNormalizationWarning):
     """Models without this package's hooks share their weights."""
 
-    def __init__(self, models: Sequence[Any]) -> None:
+    def __init__(
+            self, models: Sequence[Any], function: str = 'cached') -> None:
         names = _some(type(model).__name__ for model in models)
         super().__init__(
-            f'cached has no effect: no link of {names} has the hook '
+            f'{function} has no effect: no link of {names} has the hook '
             f'sn_function.SpectralNormalization; that of Chainer has no part '
             f'in it. Add the hook, or leave the scope out; '
             f'sn_function.summary(model) shows what has a hook.')
@@ -956,10 +1052,10 @@ def printable(text: str) -> str:
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _some_keys(keys: Sequence[str]) -> str:
+def _some_keys(keys: Sequence[str], n: int = 4) -> str:
     """The first few of the names, and how many more there are."""
-    some = ', '.join(map(repr, list(keys)[:4])) or 'none'
-    return some + (f' and {len(keys) - 4} more' if len(keys) > 4 else '')
+    some = ', '.join(map(repr, list(keys)[:n])) or 'none'
+    return some + (f' and {len(keys) - n} more' if len(keys) > n else '')
 
 
 class SnapshotError(SpectralNormalizationError, ValueError):
@@ -1018,9 +1114,38 @@ class SnapshotLayoutError(SnapshotError):
             'Known are W with W_u (Chainer, sn_function), W with u '
             '(sngan_projection), and of PyTorch weight_orig with weight_u, '
             'parametrizations.weight, weight_bar with weight_u, and weight '
-            'with u0. A weight without a vector gets one by sn-function '
-            'repair SNAPSHOT OUT --add-u PATTERN, or snapshot.repair(src, '
-            'dst, add_u=[PATTERN]).')
+            'with u0. A weight of another name gets a vector by sn-function '
+            'repair SNAPSHOT OUT --add KEY, or snapshot.repair(src, dst, '
+            'add_u=[KEY]).')
+
+
+class SnapshotNoVectorError(SnapshotLayoutError):
+    """No weight of the snapshot has a vector."""
+
+    def __init__(self, path: str, keys: Sequence[str]) -> None:
+        SnapshotError.__init__(
+            self, path, None,
+            f'no weight has a vector of a known name, such as W_u or '
+            f'weight_u: it is of a model without hooks, or by code that does '
+            f'not save u. Its weights: {_some_keys(keys)}',
+            'Make the vectors first: sn-function repair SNAPSHOT OUT --add '
+            "'*', or a PATTERN of weights, or snapshot.repair(src, dst, "
+            "add_u=['*']).")
+
+
+class SnapshotPartialError(SnapshotError):
+    """Some weights of a model have a vector, and others have none."""
+
+    def __init__(self, path: str, keys: Sequence[str], n_with: int) -> None:
+        super().__init__(
+            path, None,
+            f'{n_with} of its {n_with + len(keys)} weights have a vector, and '
+            f'{_some_keys(keys, 8)} none, so a model with hooks on all of '
+            f'them could not load the output',
+            'Say what is to become of them: --fill makes their vectors, '
+            '--no-fill leaves them as they are, for layers without a hook; '
+            'or fill=True, fill=False. Those of some alone are made before, '
+            'by sn-function repair SNAPSHOT OUT --add PATTERN.')
 
 
 class SnapshotPatternError(SnapshotError):

@@ -13,11 +13,11 @@ import weakref
 from typing import Any, Callable, Sequence
 
 import chainer
-from chainer import link_hooks as chainer_link_hooks
 
 from sn_function import _checks, errors
 from sn_function._arithmetic import buffers
 from sn_function._arithmetic.matrix import as_matrix, normalize_axis
+from sn_function._compat.replacement import ChainersHook
 from sn_function._graph import node
 from sn_function._links import (
     call,
@@ -59,7 +59,8 @@ class SpectralNormalization(LocalHook):
         \\sigma(W) = \\max_{\\|h\\|_2 \\le 1} \\|W h\\|_2
 
     Outside of a call, ``link.W`` is the raw parameter, also when
-    ``link.forward`` raises.  The estimate of sigma uses ``link.W_u``, which
+    ``link.forward`` raises; in the scope of :func:`~sn_function.normalized` it
+    is the normalized weight.  The estimate of sigma uses ``link.W_u``, which
     each call in training mode moves on by ``n_power_iteration`` iterations;
     with ``chainer.config.train`` false it stays as it is, unless ``update_u``
     says otherwise.  Where it is found to belong to another weight, it is
@@ -330,7 +331,7 @@ class SpectralNormalization(LocalHook):
             self.axis = output_axis(link)
         names = vector.names(self, link)
         self.vector_name = names[0]
-        W = getattr(link, weight_name)
+        W = vars(link)[weight_name]
         LinkState(weight_name, gamma_name).put(link)
         for name in names:
             setattr(link, name, None)
@@ -344,7 +345,7 @@ class SpectralNormalization(LocalHook):
                 own.vector_and_gamma()
 
     def _check_link(self, link: chainer.Link) -> None:
-        W = getattr(link, self.weight_name, None)
+        W = vars(link).get(self.weight_name)
         if not isinstance(W, chainer.Parameter):
             raise errors.WeightNotFoundError(link, self.weight_name)
         # A link of Chainer's hook has W_u, and one of this its state.
@@ -479,7 +480,7 @@ class SpectralNormalization(LocalHook):
 
 
 # The hooks that normalize a weight of their link, ours and Chainer's.
-HOOKS = (SpectralNormalization, chainer_link_hooks.SpectralNormalization)
+HOOKS = (SpectralNormalization, ChainersHook)
 
 
 def is_set_up(link: chainer.Link) -> bool:

@@ -66,6 +66,8 @@ WeightDecay`, a weight without a gradient is left alone, as is one whose
             their paths in the target, such as ``'/block*/conv?'``; a class; a
             function that is called with the path and the link; or a list of
             these, for links that any of them takes.  ``None`` takes all.
+        exclude (str, type, callable, list or None): Which links not, though
+            the filter takes them, likewise.
 
     Attributes:
         rate (float): Coefficient of the penalty, which may be changed.
@@ -105,10 +107,11 @@ WeightDecay`, a weight without a gradient is left alone, as is one whose
 
     def __init__(
             self, rate: float, n_power_iteration: int = 1,
-            filter: _models.Filter = None) -> None:
+            filter: _models.Filter = None,
+            exclude: _models.Filter = None) -> None:
         if not 0 <= _checks.as_float(rate) < math.inf:
             raise errors.PenaltyRateError(rate)
-        super().__init__(n_power_iteration, filter)
+        super().__init__(n_power_iteration, filter, exclude)
         self.rate = rate
 
     def __call__(self, optimizer: chainer.Optimizer) -> None:
@@ -185,8 +188,8 @@ class SpectralNormProjection(WeightsHook):
         c (float): Largest norm of a weight, above 0.
         n_power_iteration (int): Number of iterations in each update, from
             each of the two vectors.
-        filter (str, type, callable, list or None): Which links, as for
-            :class:`SpectralNormPenalty`.
+        filter, exclude (str, type, callable, list or None): Which links, as
+            for :class:`SpectralNormPenalty`.
 
     Attributes:
         c (float): Largest norm, which may be changed.
@@ -227,10 +230,11 @@ class SpectralNormProjection(WeightsHook):
 
     def __init__(
             self, c: float, n_power_iteration: int = 5,
-            filter: _models.Filter = None) -> None:
+            filter: _models.Filter = None,
+            exclude: _models.Filter = None) -> None:
         if not 0 < _checks.as_float(c) < math.inf:
             raise errors.ProjectionNormError(c)
-        super().__init__(n_power_iteration, filter)
+        super().__init__(n_power_iteration, filter, exclude)
         self.c = c
 
     def __call__(self, optimizer: chainer.Optimizer) -> None:

@@ -27,6 +27,7 @@ from sn_function._snapshots import (
     entries,
     finding,
     given,
+    lacking,
     layouts,
     readers,
     vectors,
@@ -69,7 +70,8 @@ class WeightReport(NamedTuple):
             weight, as the stored one alone gives 10% less than the estimate;
             ``'map'``, for a vector of ``norm='operator'`` where the stride
             and the padding are not given, without which there is no estimate;
-            ``'no vector'``; or what is wrong with the vector, or the weight.
+            ``'no vector'``, which :func:`repair` makes with ``add_u``; or
+            what is wrong with the vector, or the weight.
         healthy: Whether the vector, if any, can be used: ``'ok'``,
             ``'lags'``, ``'stale'``, ``'map'`` or ``'no vector'``.
         note: What else there is to say.
@@ -125,7 +127,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         path: The file.
-        weights: What was done to each weight.
+        weights: What was done to each weight, in the order of the paths.
         left_out: Entries that a file of this kind cannot hold.
         unknown: Entries whose name in the other library is not known; they
             keep the last part of it.
@@ -135,6 +137,13 @@ class Outcome(NamedTuple):
     weights: list[WeightChange]
     left_out: list[str]
     unknown: list[str]
+
+
+def _outcome(
+        dst: Path, changes: Sequence[WeightChange], left_out: list[str],
+        unknown: Sequence[str] = ()) -> Outcome:
+    in_order = sorted(changes, key=lambda each: layouts.natural(each.key))
+    return Outcome(os.fspath(dst), in_order, left_out, list(unknown))
 
 
 # Inspecting
@@ -147,6 +156,11 @@ def inspect(
 ) -> list[WeightReport]:
     """Reports the norm of each weight, and whether its vector can be used.
 
+    Other weights are each ``W``, ``w0`` and so on of an n-step RNN, and
+    ``weight`` of 2 or more dimensions that has no vector.  They are reported,
+    too, if their model has a vector for some weight, or if the file has none
+    at all.
+
     Args:
         path (path): A snapshot.
         model (str or None): Only the model of this name in the snapshot of a
@@ -155,8 +169,7 @@ def inspect(
             pattern; see :doc:`cli`.
         certify (float or None): How near ``certified`` is to the norm,
             relative to it, such as 1e-3; ``None`` for no certificate.  With
-            it, each other ``W`` and ``weight`` of 2 or more dimensions is
-            reported, too.
+            it, all other weights are reported.
         time_limit (float or None): The most seconds of each certificate; see
             :func:`sn_function.certify`.
         stride (int, tuple or dict): Of the convolutions; a tuple has one for
@@ -171,10 +184,10 @@ def inspect(
         progress (callable): Given the weights, passes them on.
 
     Returns:
-        list of WeightReport: One for each weight, in the order of the file.
+        list of WeightReport: One for each weight, in the order of the paths.
 
     Raises:
-        SnapshotError: The file is damaged, or has no such weight.
+        SnapshotError: The file is damaged, or has no weight.
         CertifyArgumentError: ``certify`` or ``time_limit`` is out of its
             range.
         MapOptionError: A stride, padding, dilation or number of groups is.
@@ -202,10 +215,10 @@ def inspect(
         axes, stride=stride, pad=pad, dilate=dilate, groups=groups)
     if certify is not None:
         _certify.check(certify, time_limit)
+    find = lacking.find_beside if certify is None else lacking.find_all
     with readers.open_snapshot(path) as reader:
         weights = entries.find(
-            reader, layouts.prefix_of(reader, model), known,
-            () if certify is None else None)
+            reader, layouts.prefix_of(reader, model), known, find)
         reports = [_report(reader, weight, known, certify, time_limit)
                    for weight in progress(weights)]
         were_read = {each.key for each in reports if each.shape is not None}
@@ -409,24 +422,28 @@ def bake(
             yield name, Y
 
         weights = entries.find(reader, plan.prefix, known)
+        others = lacking.beside(reader, plan.prefix, weights)
         names = Names(reader, plan.prefix, weights, None, rename or {})
         for weight in weights:
             plan.drop([*weight.keys, *layouts.gamma_state(reader, weight)])
             plan.replace(weight.W, bake_weight, weight)
             names.plain(weight)
         _rename_others(plan, reader, names)
+        changes += [
+            WeightChange(plan.name_of(names.other(key)[0]), 'kept',
+                         note='it has no vector') for key in others]
         left_out = plan.write(reader, path, compress, progress)
-    return Outcome(os.fspath(dst), changes, left_out, [])
+    return _outcome(dst, changes, left_out)
 
 
 # Converting
 
 def convert(
         src: Path, dst: Path, layout: str, *, converge: bool = False,
-        n_power_iteration: int = 1, model: str | None = None,
-        axes: Axes | None = None, rename: Rename | None = None,
-        overwrite: bool = False, compress: bool | None = None,
-        progress: Progress = iter) -> Outcome:
+        fill: bool | None = None, n_power_iteration: int = 1,
+        model: str | None = None, axes: Axes | None = None,
+        rename: Rename | None = None, overwrite: bool = False,
+        compress: bool | None = None, progress: Progress = iter) -> Outcome:
     """Writes a snapshot as another library names and stores it.
 
     :doc:`cli` lists what is read.  Of the names of PyTorch, those of modules
@@ -452,6 +469,13 @@ def convert(
         dst (path): The output, of the kind that its extension names.
         layout (str): One of :data:`LAYOUTS`.
         converge (bool): Give each weight the converged vectors instead.
+        fill (bool or None): What becomes of each other weight, as of
+            :func:`inspect`, of a model that has vectors for some: ``True``, it
+            gets a converged one; ``False``, it stays as it is, as that of a
+            layer without a hook; ``None``, it is an error if there is one, as
+            a model with hooks on all of them could not load the output.  A
+            state dict of PyTorch has no such weights: its names tell which
+            are normalized.
         n_power_iteration (int): That of the hook in Chainer, where that is
             converted to PyTorch.
         model (str or None): Write only the model of this name in the
@@ -473,7 +497,8 @@ def convert(
 
     Raises:
         SnapshotError: The file is damaged, has no such weight, or one that
-            the layout has no place for, or a path to rename is not there.
+            the layout has no place for, or it is not said what becomes of
+            those without a vector, or a path to rename is not there.
             Nothing is written.
 
     .. admonition:: Example
@@ -525,7 +550,21 @@ def convert(
                 entries.note_of(reader, weight, new)))
             return entries.named(new, converted)
 
-        weights = entries.find(reader, plan.prefix, known)
+        def fill_weight(weight: WeightKeys, new: WeightKeys) -> Entries:
+            arrays = entries.read(reader, weight, known)
+            entries.check_finite(reader, weight.W, arrays.W)
+            _check_target(reader, weight, new, arrays)
+            filled = vectors.filled(arrays, to_torch)
+            changes.append(WeightChange(
+                plan.name_of(new.W), 'converted', vectors.estimate(filled),
+                note=_note_of_new(reader, weight, arrays, known)))
+            return entries.named(new, filled)
+
+        def is_new(weight: WeightKeys) -> bool:
+            return bool(fill) and weight.u not in reader.keys
+
+        weights = entries.find(
+            reader, plan.prefix, known, lacking.find_filled, fill)
         names = Names(
             reader, plan.prefix, weights, to_torch, rename or {})
         moved: dict[str, str] = {}
@@ -534,9 +573,11 @@ def convert(
             if weight.is_map:
                 _check_target_of_map(reader, weight, new)
                 moved.update(zip(weight.keys, new.keys))
-            elif converge or weight != new:
+            elif converge or weight != new or is_new(weight):
                 plan.drop(weight.keys)
-                plan.replace(weight.W, convert_weight, weight, new)
+                plan.replace(
+                    weight.W, fill_weight if is_new(weight)
+                    else convert_weight, weight, new)
                 _plan_gamma_state(plan, reader, weight, new)
         unknown = _rename_others(plan, reader, names)
         for key, name in moved.items():
@@ -546,7 +587,7 @@ def convert(
         plan.name_of(moved.get(weight.W, weight.W)), 'kept',
         note=_note_of_map(reader, weight, converge))
         for weight in weights if weight.W not in plan]
-    return Outcome(os.fspath(dst), changes, left_out, unknown)
+    return _outcome(dst, changes, left_out, unknown)
 
 
 def _check_target_of_map(
@@ -629,8 +670,8 @@ def repair(
         dst (path): The output, of the kind that its extension names.
         all (bool): Replace the other vectors, too.
         add_u (list of str): Patterns of weights that have no vector, and get
-            one: ``['*']`` is every ``W`` and ``weight`` with 2 or more
-            dimensions.  A weight of another name is given in full.
+            one: ``['*']`` is every one of those that :func:`inspect` finds.
+            A weight of another name is given in full.
         axes (dict or None): Output axes of weights, by their entry or by a
             pattern; see :doc:`cli`.
         overwrite (bool): Whether ``dst`` may exist, or be ``src``.
@@ -671,13 +712,14 @@ def repair(
     with readers.open_snapshot(src) as reader:
         plan = Plan()
         patterns = [add_u] if isinstance(add_u, str) else add_u
-        for weight in progress(entries.find(reader, '', known, patterns)):
+        for weight in progress(entries.find(
+                reader, '', known, lacking.find_added, patterns)):
             # Without a weight its link makes both in the first call.
             if reader.entry(weight.W).is_plain:
                 changes.append(_repair_weight(
                     plan, reader, weight, known, all))
         left_out = plan.write(reader, path, compress, iter)
-    return Outcome(os.fspath(dst), changes, left_out, [])
+    return _outcome(dst, changes, left_out)
 
 
 def _repair_weight(
@@ -701,12 +743,33 @@ def _repair_weight(
     if weight.us is not None and n_others is not None:
         new[weight.us] = us.astype(dtype)
     _plan_vectors(plan, reader, weight, new)
+    _plan_gamma(plan, reader, weight, arrays)
+    return WeightChange(
+        entries.repaired_name(weight), 'repaired', sigma, None,
+        _note_of_new(reader, weight, arrays, known))
+
+
+def _note_of_new(
+        reader: Reader, weight: WeightKeys, arrays: WeightArrays,
+        known: Given) -> str:
+    fault = entries.fault_of(weight, arrays)
     note = ('it had no vector' if fault == 'missing'
             else f'its vector was {fault or "usable"}')
     if entries.axis_is_guessed(reader, weight, arrays, known):
         note += '; taken as a convolution, unless --axis says otherwise'
-    return WeightChange(
-        entries.repaired_name(weight), 'repaired', sigma, None, note)
+    return note
+
+
+def _plan_gamma(
+        plan: Plan, reader: Reader, weight: WeightKeys,
+        arrays: WeightArrays) -> None:
+    """Gives a gamma the shape of the layout, if other code has saved it."""
+    if weight.gamma is None:
+        return
+    shape = weight.gamma_shape(arrays.W.ndim)
+    if reader.entry(weight.gamma).shape != shape:
+        plan.put(weight.gamma, arrays.gamma.reshape(shape))
+        _plan_gamma_state(plan, reader, weight, weight)
 
 
 def _repair_map(

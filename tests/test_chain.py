@@ -404,6 +404,60 @@ class TestHookOfAChain:
             '/0/out', '/0/same', '/1/same']
         pickle.loads(pickle.dumps(model))
 
+    @pytest.mark.parametrize(('filter', 'exclude', 'expected'), [
+        (None, '/u*', 'conv out same'),
+        (L.Linear, '/same', 'out'),
+        (['/s*', '/u*'], [L.EmbedID, '/same'], 'up'),
+        (None, lambda path, link: path != '/out', 'out')])
+    def test_exclude(self, filter, exclude, expected):
+        model = Model()
+        model.add_hook(ChainSpectralNormalization(filter, exclude=exclude))
+        assert ' '.join(sorted(
+            link.name for link in model.children()
+            if hasattr(link, 'W_u'))) == expected
+        assert [row.path[1:-2] for row in summary(model).rows
+                if row.status == 'normalized'] == expected.split()
+        assert {row.status for row in summary(model).rows} == {
+            'normalized', 'filtered out', 'no matrix'}
+
+    def test_exclude_a_link_that_has_a_hook(self):
+        model = Model()
+        model.out.add_hook(SpectralNormalization())
+        model.add_hook(ChainSpectralNormalization(exclude='/out'))
+        assert sum(hasattr(link, 'W_u') for link in model.children()) == 5
+
+    def test_exclude_an_n_step_link(self):
+        model = chainer.ChainList(
+            L.NStepGRU(1, 2, 3, 0.), L.NStepGRU(1, 2, 3, 0.))
+        model.add_hook(ChainSpectralNormalization(
+            L.NStepGRU, exclude='/1'))
+        assert hasattr(model[0][0], 'w0_u')
+        assert not hasattr(model[1][0], 'w0_u')
+
+    @pytest.mark.parametrize('exclude', [3, [None]])
+    def test_not_an_exclude(self, exclude):
+        with pytest.raises(errors.FilterError, match='pattern'):
+            ChainSpectralNormalization(exclude=exclude)
+
+    @pytest.mark.parametrize(('filter', 'exclude', 'error', 'match'), [
+        (None, '/sam', errors.NothingExcludedError, "mean '/same'"),
+        (L.Linear, L.Linear, errors.NoLinkError,
+         'but those that exclude=.*Linear.* leaves out'),
+        (None, '*', errors.NoLinkError, 'Exclude less')])
+    def test_exclude_nothing_or_all(self, filter, exclude, error, match):
+        model = Model()
+        with pytest.raises(error, match=match):
+            model.add_hook(ChainSpectralNormalization(filter, exclude=exclude))
+        assert not model.local_link_hooks
+        assert not any(hasattr(link, 'W_u') for link in model.children())
+
+    def test_an_excluded_link_is_gone(self):
+        """The summary tells of those that there are."""
+        model = Model()
+        model.add_hook(ChainSpectralNormalization(exclude='/out'))
+        del model.out
+        assert 'filtered out' not in str(summary(model))
+
     @pytest.mark.parametrize('filter', [3, [None], ['/a', 3]])
     def test_not_a_filter(self, filter):
         with pytest.raises(errors.FilterError, match='pattern'):
@@ -615,6 +669,10 @@ def test_the_text_of_the_settings():
         "name='mine')")
     assert repr(hook.hook) == (
         'SpectralNormalization(n_power_iteration=2, cap=2.0)')
+    assert repr(
+        ChainSpectralNormalization('/a*', exclude=[L.EmbedID, '/ab'])) == (
+        "ChainSpectralNormalization('/a*', n_power_iteration=1, "
+        "exclude=[EmbedID, '/ab'])")
     model = Model()
     before = str(model)
     assert str(model.add_hook(hook)) == before

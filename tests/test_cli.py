@@ -24,7 +24,7 @@ from tests.test_doctor import WITHOUT, run_python
 from tests.test_doctor import write as write_modules
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-COMMANDS = ['inspect', 'bake', 'convert', 'repair', 'doctor']
+COMMANDS = ['inspect', 'bake', 'convert', 'repair', 'run', 'doctor']
 
 
 def run(*args):
@@ -64,7 +64,7 @@ class TestHelp:
             assert f'\n  {command} ' in result.output
         assert 'Exit codes:' in result.output
 
-    @pytest.mark.parametrize('command', COMMANDS[:-1])
+    @pytest.mark.parametrize('command', COMMANDS[:-2])
     def test_has_examples_that_parse(
             self, command, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -98,6 +98,7 @@ class TestHelp:
         ['convert', 'a', 'b', '--to', 'torch', '--rename', 'l1'],
         ['bake', 'a', 'b', '--rename', 'l=m', '--rename', 'l=n'],
         ['repair', 'a', 'b', '--rename', 'l=m'],
+        ['repair', 'a', 'b', '--fill'], ['bake', 'a', 'b', '--fill'],
         ['convert', 'a', 'b', '--to', 'biggan'],
         ['inspect', 'a', '--stride', 'W=a'], ['inspect', 'a', '--stride', ''],
         ['inspect', 'a', '--pad', '=1'], ['inspect', 'a', '--dilate', '1,'],
@@ -307,10 +308,10 @@ class TestOthers:
         plain = chainer.Chain(l1=L.Linear(5, 4), l2=L.Linear(4, 3))
         serializers.save_npz('plain.npz', plain)
         result = run('inspect', 'plain.npz')
-        assert result.exit_code == 1
-        assert '--add-u PATTERN' in result.output
-        result = run('repair', 'plain.npz', 'out.npz', '--add-u', 'l1/W',
-                     '--add-u', 'l2*')
+        assert result.exit_code == 3
+        assert '--add PATTERN' in result.output
+        result = run('repair', 'plain.npz', 'out.npz', '--add', 'l1/W',
+                     '--add', 'l2*')
         assert result.exit_code == 0
         assert result.output.count('it had no vector') == 2
         hook = SpectralNormalization()
@@ -321,10 +322,51 @@ class TestOthers:
             for link in hooked.children():
                 Y = hook.normalize_weight(link).array.astype('d')
                 assert np.linalg.norm(Y, 2) == pytest.approx(1, abs=1e-6)
-        result = run('repair', 'plain.npz', 'b.npz', '--add-u', 'conv*')
+        result = run('repair', 'plain.npz', 'b.npz', '--add', 'conv*')
         assert result.exit_code == 1
         assert "'conv*'" in result.output
         assert not os.path.exists('b.npz')
+
+    def test_weights_that_lack_a_vector(self, path):
+        with np.load(path) as file:
+            arrays = dict(file)
+        del arrays['l2/W_u']
+        np.savez('partial.npz', **arrays)
+        result = run('inspect', 'partial.npz')
+        assert result.exit_code == 0
+        assert '1 of 2 weights have no vector.' in result.output
+        before = sorted(os.listdir('.'))
+        result = run('convert', 'partial.npz', 'out.npz', '--to', 'torch')
+        assert result.exit_code == 1
+        assert len(result.output.splitlines()) == 1
+        assert "1 of its 2 weights have a vector, and 'l2/W' none" in (
+            result.output)
+        assert sorted(os.listdir('.')) == before
+        result = run('convert', 'partial.npz', 'out.npz', '--to', 'chainer',
+                     '--fill')
+        assert result.exit_code == 0
+        assert 'it had no vector' in result.output
+        with np.load('out.npz') as file:
+            assert {'l1/W_u', 'l2/W_u'} < set(file)
+        result = run('convert', 'partial.npz', 'out.npz', '--to', 'chainer',
+                     '--no-fill', '--overwrite')
+        assert result.exit_code == 0
+        with np.load('out.npz') as file:
+            assert set(file) == set(arrays)
+        result = run('bake', 'partial.npz', 'out.npz', '--overwrite')
+        row = next(line for line in result.output.splitlines()
+                   if 'l2/W' in line)
+        assert 'kept' in row
+        assert 'it has no vector' in row
+
+    def test_exit_code_without_any_vector(self, path):
+        assert run('bake', path, 'baked.npz').exit_code == 0
+        result = run('inspect', 'baked.npz', '--json')
+        assert result.exit_code == 3
+        assert {each['status'] for each in json.loads(result.output)} == {
+            'no vector'}
+        assert run('inspect', 'baked.npz', '--certify', '--time-limit', '1'
+                   ).exit_code == 0
 
     def test_layout_that_is_only_read(self, tmp_path):
         np.savez(tmp_path / 'a.npz', **{
@@ -340,6 +382,14 @@ class TestOthers:
         assert result.exit_code == 1
         assert result.output.startswith('Error: no.npz: ')
         assert len(result.output.splitlines()) == 1
+
+    def test_run(self, monkeypatch):
+        seen = []
+        monkeypatch.setattr(
+            _commands._run, 'main', lambda args: seen.append(args) or 7)
+        args = ['--hook', 'script.py', '--help', '-x', '--', '--hook']
+        assert run('run', *args).exit_code == 7
+        assert seen == [args]
 
     def test_doctor(self, monkeypatch):
         seen = []

@@ -17,7 +17,8 @@ TESTS = '\n'.join(path.read_text(encoding='utf-8') for path in
 @pytest.mark.parametrize('cls', CLASSES)
 def test_is_what_a_user_may_already_catch(cls):
     """Of the kinds that are raised elsewhere in Chainer and NumPy."""
-    assert issubclass(cls, (ValueError, TypeError, RuntimeError))
+    assert issubclass(cls, (
+        ValueError, TypeError, RuntimeError, KeyError))
 
 
 @pytest.mark.parametrize(

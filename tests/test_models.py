@@ -172,6 +172,103 @@ class TestFilters:
             _models.check_filter(filter)
 
 
+class Conditional(chainer.Chain):
+    """As a conditional batch normalization, which embeds its scales."""
+
+    def __init__(self):
+        super().__init__()
+        with self.init_scope():
+            self.gammas = L.EmbedID(5, 3)
+            self.betas = L.EmbedID(5, 3)
+
+
+class Block(chainer.Chain):
+
+    def __init__(self):
+        super().__init__()
+        with self.init_scope():
+            self.bn = Conditional()
+            self.conv = L.Convolution2D(3, 3, 3)
+
+
+class Generator(chainer.Chain):
+
+    def __init__(self):
+        super().__init__()
+        with self.init_scope():
+            self.embed = L.EmbedID(5, 4)
+            self.block1 = Block()
+            self.block2 = Block()
+
+
+def is_square(path, link):
+    return link.W.shape[0] == link.W.shape[1]
+
+
+IN_BLOCKS = ['/block1/conv', '/block2/conv']
+
+
+class TestExcluded:
+
+    @pytest.mark.parametrize(('exclude', 'kept'), [
+        (None, [
+            '/block1/bn/betas', '/block1/bn/gammas', '/block1/conv',
+            '/block2/bn/betas', '/block2/bn/gammas', '/block2/conv',
+            '/embed']),
+        ('*/bn/*', [*IN_BLOCKS, '/embed']),
+        ('*/bn', [*IN_BLOCKS, '/embed']),
+        (Conditional, [*IN_BLOCKS, '/embed']),
+        (L.EmbedID, IN_BLOCKS),
+        (['*/bn', '/block1/conv'], ['/block2/conv', '/embed']),
+        (['/block2', '*/betas'], [
+            '/block1/bn/gammas', '/block1/conv', '/embed']),
+        (is_square, [
+            '/block1/bn/betas', '/block1/bn/gammas', '/block2/bn/betas',
+            '/block2/bn/gammas', '/embed']),
+        ((is_square, Conditional), ['/embed']),
+        ([], None)])
+    def test_what_is_kept(self, exclude, kept):
+        model = Generator()
+        links = list(_models.supported_links(model))
+        excluded = _models.excluded(model, exclude, links)
+        if kept is None:
+            kept = [path for path, _ in links]
+        assert [path for path, link in links if id(link) not in excluded] == (
+            kept)
+        assert _models.excluded(model, exclude, links, False) == excluded
+
+    def test_the_model_itself_is_no_chain_in_it(self):
+        model = chainer.Sequential(chainer.Sequential(L.Linear(2, 2)),
+                                   L.Linear(2, 2))
+        links = list(_models.supported_links(model))
+        assert _models.excluded(model, chainer.Sequential, links) == {
+            id(model[0][0])}
+
+    def test_one_path_of_several(self):
+        model = chainer.ChainList(L.Linear(2, 2))
+        model.add_link(model[0])
+        links = list(_models.supported_links(model))
+        assert _models.excluded(model, '/0', links) == {id(model[0])}
+
+    @pytest.mark.parametrize(('exclude', 'match'), [
+        ('*/bn/gamas', r"^exclude='\*/bn/gamas' leaves out none of the links "
+                       r"of Generator .* are /block1/bn/betas \(EmbedID\), .*"
+                       r"Did you mean '/block./bn/gammas' or "),
+        ('/blok1', r"leaves out none.* Give"),
+        ('/blck1/conv', r"Did you mean '/block1/conv' or '/block2/conv'\?"),
+        ('block1', r"did you mean '/block1'\?"),
+        (L.Linear, '^exclude=Linear leaves out none'),
+        (['*/bn', L.Linear], '^exclude=Linear leaves out none'),
+        (lambda path, link: False, 'lambda> leaves out none'),
+        ('/', "'/' leaves out none")])
+    def test_what_takes_nothing(self, exclude, match):
+        model = Generator()
+        links = list(_models.supported_links(model))
+        with pytest.raises(errors.NothingExcludedError, match=match):
+            _models.excluded(model, exclude, links)
+        _models.excluded(model, exclude, links, is_strict=False)
+
+
 class TestModelsGiven:
     """Something else in the place of a model is refused by name."""
 

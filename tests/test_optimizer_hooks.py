@@ -209,10 +209,28 @@ class TestWhichWeights:
             model, SpectralNormPenalty(0.1, filter=filter))
         assert [path for path in paths if path != '/2/W'] == expected
 
+    @pytest.mark.parametrize('exclude', ['/0', L.EmbedID, ['/0', '/2']])
+    def test_exclude(self, exclude):
+        model = chainer.ChainList(
+            L.EmbedID(3, 3), L.Linear(3, 3), L.Linear(3, 3))
+        model[2].add_hook(sn_function.SpectralNormalization())
+        paths, _ = self.penalized(
+            model, SpectralNormPenalty(0.1, exclude=exclude))
+        assert paths == ['/1/W']
+
+    def test_exclude_nothing_or_all(self):
+        model = chainer.ChainList(L.EmbedID(3, 3))
+        with pytest.raises(errors.NothingExcludedError, match='/0'):
+            self.penalized(model, SpectralNormPenalty(0.1, exclude='/1'))
+        with pytest.raises(errors.NoPenaltyError):
+            self.penalized(model, SpectralNormPenalty(0.1, exclude='/0'))
+
     @pytest.mark.parametrize('filter', [3, [None]])
     def test_not_a_filter(self, filter):
         with pytest.raises(errors.FilterError, match='pattern'):
             SpectralNormPenalty(0.1, filter=filter)
+        with pytest.raises(errors.FilterError, match='pattern'):
+            SpectralNormPenalty(0.1, exclude=filter)
 
     def test_disabled_lazy_and_without_gradient(self):
         model = chainer.ChainList(L.Linear(3, 3), L.Linear(None, 3))
@@ -395,7 +413,9 @@ def test_bad_settings_of_the_projection():
     'SpectralNormPenalty(rate=0.01, n_power_iteration=1, filter=None)',
     "SpectralNormPenalty(rate=1, n_power_iteration=3, filter='/a*')",
     'SpectralNormProjection(c=1.0, n_power_iteration=5, filter=None)',
-    "SpectralNormProjection(c=2, n_power_iteration=1, filter=['/a', '/b'])"])
+    "SpectralNormProjection(c=2, n_power_iteration=1, filter=['/a', '/b'])",
+    "SpectralNormProjection(c=2, n_power_iteration=1, filter=None, "
+    "exclude='/a')"])
 def test_repr(text):
     assert repr(eval(text)) == text
 
@@ -573,6 +593,9 @@ class TestWhichWeightsAreProjected:
                 errors.NoProjectionError, match='nothing to project'):
             self.projected(
                 model, SpectralNormProjection(0.1, filter='/2'))
+        model[1].W.array *= 9
+        assert self.projected(
+            model, SpectralNormProjection(0.1, exclude='/0')) == {'/1/W'}
 
     def test_disabled_lazy_and_without_an_update_rule(self):
         model = chainer.ChainList(

@@ -123,7 +123,8 @@ class TestInspect:
         model = run(Model(make_hook))
         path = saved(files, model, name)
         reports = {each.key: each for each in snapshot.inspect(path)}
-        assert set(reports) == {f'{name}/W' for name in NAMES}
+        assert set(reports) == {f'{name}/W' for name in [*NAMES, 'plain']}
+        assert reports.pop('plain/W').status == 'no vector'
         for name, link in model.namedlinks():
             if not getattr(link, 'local_link_hooks', None):
                 continue
@@ -185,12 +186,12 @@ class TestInspect:
     def test_trainer_and_model(self, files):
         path = save_trainer(files, dis=run(Model()), gen=run(Model()))
         reports = snapshot.inspect(path)
-        assert len(reports) == 10
+        assert len(reports) == 12
         assert reports[0].key.startswith('updater/model:')
         for model in 'dis', 'updater/model:dis', 'updater/model:dis/':
             assert {each.key for each in snapshot.inspect(
                 path, model=model)} == {
-                f'updater/model:dis/{name}/W' for name in NAMES}
+                f'updater/model:dis/{name}/W' for name in [*NAMES, 'plain']}
         with pytest.raises(errors.SnapshotModelError, match='dis, gen'):
             snapshot.inspect(path, model='main')
 
@@ -311,7 +312,9 @@ class TestBake:
                 f'updater/optimizer:dis/{name}/gamma/{end}'
                 for name in NAMES for end in 'mtv'}
         assert before == after | gone
-        assert len(outcome.weights) == 5
+        assert {each.key.split('dis/')[1]: each.action
+                for each in outcome.weights} == {
+            **{f'{name}/W': 'baked' for name in NAMES}, 'plain/W': 'kept'}
         snapshot.bake(path, files('dis.npz'), model='dis', axes=axes)
         plain = without_hooks(Model())
         serializers.load_npz(files('dis.npz'), plain)
@@ -436,7 +439,7 @@ class TestConvert:
         path = saved(files, model)
         snapshot.convert(
             path, files('torch.npz'), layout, axes={'square/W': 1},
-            n_power_iteration=n_power_iteration)
+            fill=False, n_power_iteration=n_power_iteration)
         state = contents(files('torch.npz'))
         assert set(state) == set(contents(DATA / f'{layout}.npz'))
         for name, Y in model.normalized().items():
@@ -494,7 +497,7 @@ class TestConvert:
         path = saved(files, run(Model()))
         with pytest.raises(errors.SnapshotTargetError, match='no deconv'):
             snapshot.convert(path, files('out.npz'), 'sngan-projection',
-                             axes={'square/W': 1})
+                             axes={'square/W': 1}, fill=False)
         assert os.listdir(os.path.dirname(path)) == ['in.npz']
 
     def test_gamma_in_a_trainer(self, files):
@@ -520,28 +523,31 @@ class TestConvert:
         path = save_trainer(files, dis=run(Model()),
                             gen=run(without_hooks(Model())))
         axes = {'*/square/W': 1}
-        snapshot.convert(path, files('dis.npz'), 'torch', axes=axes)
+        snapshot.convert(
+            path, files('dis.npz'), 'torch', axes=axes, fill=False)
         assert set(contents(files('dis.npz'))) == set(
             contents(DATA / 'torch.npz'))
         path = save_trainer(files, dis=run(Model()), gen=run(Model()))
         with pytest.raises(errors.SnapshotModelError, match='several'):
             snapshot.convert(path, files('a.npz'), 'torch', axes=axes)
         snapshot.convert(path, files('a.npz'), 'torch', axes=axes,
-                         model='gen')
+                         model='gen', fill=False)
 
     def test_gamma_cannot_go_to_pytorch(self, files):
         path = saved(files, gammas())
         with pytest.raises(errors.SnapshotGammaError, match='has no gamma'):
             snapshot.convert(path, files('out.npz'), 'torch',
-                             axes={'square/W': 1})
+                             axes={'square/W': 1}, fill=False)
 
     def test_kinds_of_files(self, files):
         model = run(Model())
         path = saved(files, model)
         for name in 'a.h5', 'b.safetensors':
-            outcome = snapshot.convert(path, files(name), 'chainer')
+            outcome = snapshot.convert(
+                path, files(name), 'chainer', fill=False)
             assert {each.action for each in outcome.weights} == {'kept'}
-            snapshot.convert(files(name), files(f'{name}.npz'), 'chainer')
+            snapshot.convert(
+                files(name), files(f'{name}.npz'), 'chainer', fill=False)
             expected, back = contents(path), contents(files(f'{name}.npz'))
             assert set(back) == set(expected)
             for key in expected:
@@ -550,11 +556,12 @@ class TestConvert:
 
     def test_what_a_kind_cannot_hold_is_told(self, files):
         path = save_trainer(files, main=run(Model()))
-        outcome = snapshot.convert(path, files('out.h5'), 'chainer')
+        outcome = snapshot.convert(
+            path, files('out.h5'), 'chainer', fill=False)
         assert outcome.left_out == [
             'extensions/LogReport/_summary/_names',
             'extensions/LogReport/_log']
-        assert len(snapshot.inspect(files('out.h5'))) == 5
+        assert len(snapshot.inspect(files('out.h5'))) == 6
 
     def test_none_in_hdf5(self, files):
         chain = chainer.Chain(
@@ -794,7 +801,7 @@ class TestBadInput:
                      'directory')
 
     def test_no_normalized_weight(self, files):
-        path = saved(files, run(without_hooks(Model())))
+        path = saved(files, L.BatchNormalization(3))
         self.refused(path, files, errors.SnapshotLayoutError, 'weight_orig')
 
     @pytest.mark.parametrize('arrays', [
@@ -872,7 +879,7 @@ class TestBadInput:
         monkeypatch.setattr(builtins, '__import__', import_)
         with pytest.raises(errors.SnapshotPackageError,
                            match='pip install h5py'):
-            snapshot.convert(path, files('out.h5'), 'chainer')
+            snapshot.convert(path, files('out.h5'), 'chainer', fill=False)
         assert os.listdir(os.path.dirname(path)) == ['in.npz']
 
     def test_names_do_not_control_the_terminal(self, files):

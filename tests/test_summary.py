@@ -107,11 +107,38 @@ def test_what_a_run_shows():
         'normalized', 'SpectralNormalization; not called in this run')
 
 
+def penalized(model):
+    return F.sum(model(np.ones((1, 5), 'f'))) + F.sum(model[0].W ** 2)
+
+
 def test_a_weight_that_is_used_both_ways():
-    link = L.Linear(5, 5).add_hook(SpectralNormalization())
-    x = np.ones((1, 5), 'f')
-    assert rows(link, lambda link: F.linear(link(x), link.W))['/W'][0] == (
-        'never')
+    model = chainer.Sequential(*(
+        L.Linear(5, 5).add_hook(SpectralNormalization()) for _ in range(2)))
+    found = sn_function.summary(model, penalized)
+    assert {row.path: (row.status, row.note) for row in found.rows
+            if row.status != 'no matrix'} == {
+        '/0/W': ('partly', '_ ** 2 uses it without calling the link'),
+        '/1/W': ('normalized', 'SpectralNormalization')}
+    remark, = found.remarks
+    assert 'are used as well: /0/W. Within' in remark
+    assert 'sn_function.normalized(model)' in remark
+    assert str(found).endswith('1 of 2 weights are normalized\n' + remark)
+
+
+@pytest.mark.parametrize('settings', [{}, {'cap': 100.}])
+def test_a_penalty_on_the_normalized_weight(settings):
+    model = chainer.Sequential(
+        L.Linear(5, 5).add_hook(SpectralNormalization(**settings)))
+    for is_around in True, False:
+        def run(model, is_around=is_around):
+            y = model(np.ones((1, 5), 'f'))
+            with sn_function.normalized(model):
+                penalized(model) if is_around else F.sum(model[0].W ** 2)
+            return y
+
+        found = sn_function.summary(model, run)
+        assert found.rows[0][2:] == ('normalized', 'SpectralNormalization')
+        assert found.remarks == ()
 
 
 def test_a_call_within_a_call():

@@ -55,8 +55,10 @@ __device__ void product_by_columns(
   const int n = columns.n_out / V, lane = threadIdx.x % lanes;
   const int tiles = (n + lanes - 1) / lanes;
   const int chunk = (columns.n_in + parts - 1) / parts;
+  const int width = lanes * V, apart = max(lanes, 32);
   for (int job = blockIdx.x; job < tiles * parts; job += task.blocks) {
-    const int o = (job % tiles * lanes + lane) * V, p = job / tiles;
+    const int start = job % tiles * width, p = job / tiles;
+    const int o = start + lane * V;
     const int end = min(columns.n_in, (p + 1) * chunk);
     A sum[V] = {};
     if (o < columns.n_out) {
@@ -67,17 +69,26 @@ __device__ void product_by_columns(
           p * chunk + threadIdx.x / lanes, end, blockDim.x / lanes, sum,
           found);
     }
-    for (int v = 0; v < V; ++v) {
-      __syncthreads();
-      part[threadIdx.x] = sum[v];
-      for (int d = blockDim.x / 2; d >= lanes; d /= 2) {
-        __syncthreads();
-        if (threadIdx.x < d) part[threadIdx.x] += part[threadIdx.x + d];
-      }
-      if (threadIdx.x >= lanes || o >= columns.n_out) continue;
-      const A sum_of_all = part[threadIdx.x] * task.factor;
-      task.y[static_cast<Size>(p) * columns.n_out + o + v] = sum_of_all;
-      sums->add(sum_of_all, task.e, o + v);
+    // Of a warp first, then of all.
+    for (int d = 16; d >= lanes; d /= 2)
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        sum[v] += __shfl_xor_sync(0xffffffffu, sum[v], d);
+    __syncthreads();
+    if (threadIdx.x % apart < lanes)
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        part[threadIdx.x / apart * width + lane * V + v] = sum[v];
+    __syncthreads();
+    for (int i = threadIdx.x; i < min(width, columns.n_out - start);
+         i += blockDim.x) {
+      A y = 0;
+      for (int k = i; k < static_cast<int>(blockDim.x) / apart * width;
+           k += width)
+        y += part[k];
+      y *= task.factor;
+      task.y[static_cast<Size>(p) * columns.n_out + start + i] = y;
+      sums->add(y, task.e, start + i);
     }
   }
 }
@@ -113,14 +124,13 @@ __device__ void product_by_rows(
 template <bool has_gy, typename X>
 __device__ void product_of(
     const Task& task, const X* x, Sums* sums, Found* found) {
-  const int narrow = 4 / sizeof(T) > 1 ? 4 / sizeof(T) : 1;
   if (is_by_rows(task.W, task.is_transposed)) {
     if (task.is_wide)
       product_by_rows<WIDE, has_gy>(task, x, sums, found);
     else
       product_by_rows<1, has_gy>(task, x, sums, found);
-  } else if (narrow == 1 || task.is_wide) {
-    product_by_columns<narrow, has_gy>(task, x, sums, found);
+  } else if (task.is_wide) {
+    product_by_columns<(WIDE < 4 ? WIDE : 4), has_gy>(task, x, sums, found);
   } else {
     product_by_columns<1, has_gy>(task, x, sums, found);
   }

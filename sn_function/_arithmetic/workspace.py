@@ -11,11 +11,16 @@ import numpy
 
 from sn_function._arithmetic import kernels
 
-# 8 of 256 threads on each of the 132 multiprocessors of an H100, nearly: what
-# runs at the same time, and so few that each block can add up what all left.
-MAX_BLOCKS = 1024
+# Of an H100, and of an H200.
+MULTIPROCESSORS = 132
+# What runs at the same time, as the registers of the kernels allow.  One more
+# block would start when another has ended, and begin by adding up what all
+# have left.
+MAX_BLOCKS = 2 * MULTIPROCESSORS
 # With fewer, many multiprocessors have nothing to do.
-FEW_BLOCKS = 66
+FEW_BLOCKS = MULTIPROCESSORS // 2
+# A tile of columns has at least so many bytes next to each other.
+NARROWEST = 64
 # Bytes that a thread has on their way at once, in a product.
 BATCH = 64
 # For several vectors, by rows: what neighbouring threads have found is added
@@ -78,24 +83,31 @@ def product(
             n_in if rows is None or r == 1 else r, 16 // itemsize, is_aligned)
         batch = _batch(width, itemsize)
         n_in //= width
-        lanes = min(32, _power_of_two_from(n_in))
-        if rows is not None:
+        if rows is None:
+            lanes = _lanes_of_rows(n_out, n_in, batch, threads)
+        else:
             batch = max(1, batch // rows)
-            lanes = max(lanes, FEWEST_LANES)
-        while lanes < threads and n_in > lanes * batch:
-            lanes *= 2
+            lanes = max(FEWEST_LANES, min(32, _power_of_two_from(n_in)))
+            while lanes < threads and n_in > lanes * batch:
+                lanes *= 2
         tiles = -(-n_out // (rows or 1) * lanes // threads)
         batches = n_in // (lanes * batch)
     else:
         n_out, n_in = (l * r, m) if is_transposed else (m, l)
         width = _width(
-            r if is_transposed else m, max(1, 4 // itemsize), is_aligned)
+            r if is_transposed else m,
+            min(4, 16 // itemsize) if rows is None else max(1, 4 // itemsize),
+            is_aligned)
         batch = _batch(width, itemsize)
         n = n_out // width
-        lanes = min(32, _power_of_two_from(n))
-        while (lanes < threads and n_in * lanes < threads * batch
-               and n >= 4 * FEW_BLOCKS * lanes):
-            lanes *= 2
+        if rows is None:
+            lanes = _lanes_of_columns(
+                n, n_in, batch, threads, NARROWEST // (width * itemsize))
+        else:
+            lanes = min(32, _power_of_two_from(n))
+            while (lanes < threads and n_in * lanes < threads * batch
+                   and n >= 4 * FEW_BLOCKS * lanes):
+                lanes *= 2
         tiles, batches = -(-n // lanes), n_in * lanes // (threads * batch)
     parts = 1
     if tiles < FEW_BLOCKS and batches > LONG_SUM:
@@ -105,6 +117,30 @@ def product(
     n_sums, blocks = _int32(n_sums, blocks)
     return Product(n_out, False, parts > 1, n_sums, blocks,
                    _int32(lanes, parts, width > 1))
+
+
+def _lanes_of_rows(
+        n_out: int, n_in: int, batch: int, threads: int) -> int:
+    """How many threads share a row: more where there are few rows."""
+    lanes = min(32, _power_of_two_from(n_in))
+    while (lanes < threads and n_in > lanes * batch
+           and n_out * lanes < MULTIPROCESSORS * threads):
+        lanes *= 2
+    return lanes
+
+
+def _lanes_of_columns(
+        n: int, n_in: int, batch: int, threads: int, fewest: int) -> int:
+    """How many threads are next to each other in a tile: fewer where there
+    are few columns, and more where these are short."""
+    lanes = min(32, _power_of_two_from(n))
+    while (lanes > fewest and n < MULTIPROCESSORS * lanes
+           and n_in * lanes >= 2 * threads * batch):
+        lanes //= 2
+    while (lanes < threads and n_in * lanes < threads * batch
+           and n >= 4 * FEW_BLOCKS * lanes):
+        lanes *= 2
+    return lanes
 
 
 def _batch(width: int, itemsize: int) -> int:

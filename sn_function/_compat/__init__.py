@@ -16,17 +16,22 @@ of the hooks of this package is registered with :mod:`.guards`.
 This is the ground of the package: it imports nothing above it.  No other wing
 knows of NumPy, Chainer or Python versions.
 
+:mod:`.replacement` puts the hook of this package in the place of Chainer's,
+on request.
+
 `applied` names what was done.  On the stacks of Chainer's own time that is
 the repair of Deconvolution2D alone, which every stack needs.
 
 Import `sn_function` before `chainer`.  The other order works as well where
 Chainer can be imported by itself.  A worker process started by `spawn` or
 `forkserver` imports Chainer anew, but the script that started it first: so
-that script has to import `sn_function` before `chainer`, at its top level.
+that script has to import `sn_function` before `chainer`, at its top level, or
+:func:`sn_function.install` is called before the worker starts.
 """
 import contextlib
 import importlib
-from typing import ContextManager, Iterable, Iterator, Tuple
+import sys
+from typing import ContextManager, Iterable, Iterator, List, Tuple
 
 from sn_function._compat import finder
 
@@ -54,12 +59,14 @@ class _ChainerFinder(finder.Finder):
 
     def repair(self, name: str) -> None:
         # They need Chainer, which has been imported.
-        from sn_function._compat import loans, repairs, trials
+        from sn_function._compat import loans, repairs, replacement, trials
         _record(loans.lend_to_testing())
         _record(trials.repair(repairs.REPAIRS))
         # An attribute of chainer from now on.  Programs that import only
         # `sn_function` and `chainer` use it.
         importlib.import_module('chainer.link_hooks')
+        if replacement.is_wanted():
+            replacement.replace()
 
 
 class _ExporterFinder(finder.Finder):
@@ -99,6 +106,23 @@ def install() -> None:
     # Without mpi4py ChainerMN has no communicators.
     if finder.is_there('mpi4py'):
         _ChainerMNFinder.install()
+
+
+def replace_hook() -> List[str]:
+    """Puts the hook of this package in the place of an imported Chainer's.
+
+    In one that is imported later, `_ChainerFinder` does.
+
+    Returns:
+        The modules that have imported Chainer's.  If there are any, nothing
+        has been changed.
+
+    """
+    if sys.modules.get('chainer') is None:
+        return []
+    import_chainer()    # another thread may be at it
+    from sn_function._compat import replacement
+    return replacement.replace()
 
 
 def import_chainer() -> None:

@@ -14,9 +14,9 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import chainer
 import numpy
-from chainer import link_hooks
 
 from sn_function._compat import guards, trials
+from sn_function._compat.replacement import ChainersHook
 from sn_function._compat.trials import Repair, WrongResultError
 
 # Names of the repairs that were made in this process.
@@ -65,7 +65,7 @@ def _try_allreduce_persistent() -> None:
     link = chainer.Link()
     link.add_persistent('W_u', numpy.ones(1))
     # Adding it would draw random numbers.
-    hook = link_hooks.SpectralNormalization()
+    hook = ChainersHook()
     link._local_link_hooks = collections.OrderedDict({hook.name: hook})
     module = _module('extensions.allreduce_persistent')
     if list(module._namedpersistents(link)):

@@ -36,7 +36,8 @@ class Finder:
             find = getattr(finder, 'find_spec', None)
             spec = find and find(fullname, path, target)
             if spec is not None:
-                if spec.loader is not None:
+                # A finder in between may have asked this one again.
+                if not isinstance(spec.loader, (_Loader, type(None))):
                     spec.loader = _Loader(spec.loader, self)
                 return spec
         return None

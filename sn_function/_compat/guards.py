@@ -1,4 +1,4 @@
-"""What onnx_chainer and ChainerMN must know of the hooks of this package.
+"""What Chainer, onnx_chainer and ChainerMN must know of the hooks.
 
 The hooks lie above this wing, so they register what is asked of them:
 see `sn_function/_guards.py`.  It is looked up in each call, so the order of
@@ -19,6 +19,13 @@ class Guards:
     def vector_names(self, link: Any) -> Collection[str]:
         """Names of the persistent values that ranks must not average."""
         return ()
+
+    def hook(self) -> Any:
+        """The hook that takes the place of Chainer's."""
+        raise NotImplementedError
+
+    def check_hook(self, link: Any, hook: Any) -> None:
+        """Raises an error if another hook has the place of this one."""
 
 
 registered = Guards()

@@ -25,7 +25,9 @@ _REPLACEMENTS = '_sn_replacements'
 
 def original(link: chainer.Link, name: str) -> Any:
     """Returns the link's own weight, also while it is being called."""
-    W = getattr(link, name)
+    W = vars(link).get(name)
+    if W is None:
+        return getattr(link, name)
     if isinstance(W, chainer.Parameter):
         return W
     # As they are at one moment: another thread may be in a call.

@@ -22,7 +22,7 @@ from sn_function._links import scope as scopes
 from sn_function._links.bypass import bypasses_hooks
 from sn_function._links.local_hook import LocalHook
 
-_WEIGHTS = 'ws'
+WEIGHTS = 'ws'
 # What weight_name is where no name is given: here it stands for all weights.
 _ALL = 'W'
 
@@ -86,13 +86,13 @@ def is_of_layers(hook: Any, link: chainer.Link) -> bool:
 
 def is_in_use(link: chainer.Link) -> bool:
     """Whether an n-step RNN is being called, with other weights."""
-    return call.original(link, _WEIGHTS) is not getattr(link, _WEIGHTS)
+    return call.original(link, WEIGHTS) is not vars(link)[WEIGHTS]
 
 
 def collect_weights(link: chainer.Link) -> None:
     """Has an n-step RNN use the weights that its layers have now."""
-    setattr(link, _WEIGHTS, [
-        [getattr(layer, name) for name in weight_names(link)]
+    setattr(link, WEIGHTS, [
+        [vars(layer)[name] for name in weight_names(link)]
         for layer in link.children()])
 
 
@@ -153,14 +153,15 @@ class HookOfLayers(LocalHook):
         """Replaces the weights by the normalized ones until the call ends."""
         link = cb_args.link
         call.replace_weight(
-            cb_args, _WEIGHTS, lambda: self._normalized(link))
+            cb_args, WEIGHTS, lambda: self.normalized_weights(link))
 
     def forward_postprocess(self, cb_args: Any) -> None:
         """Ensures that the weights are the parameters again."""
-        call.restore_weight(cb_args.link, _WEIGHTS)
+        call.restore_weight(cb_args.link, WEIGHTS)
 
-    def _normalized(self, link: chainer.Link) -> list[list[Any]]:
-        weights = [list(of_layer) for of_layer in vars(link)[_WEIGHTS]]
+    def normalized_weights(self, link: chainer.Link) -> list[list[Any]]:
+        """Returns the list of weights with the normalized ones."""
+        weights = [list(of_layer) for of_layer in vars(link)[WEIGHTS]]
         # All weights in one node, unless an outer scope has them already.
         scope = scopes.Scope(link.children(), type(self.hook))
         scopes.begin(scope)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import chainer
 from chainer.functions.util.forget import Forget
@@ -20,6 +20,10 @@ from sn_function._links.state import LinkState
 
 _FIRST_RUN = Forget.forward.__code__
 _SECOND_RUN = Forget.backward.__code__
+
+# By the id of a node, until that is gone: what its first run has read as
+# normalized.
+_reads: dict[int, set[tuple[int, str]]] = {}
 
 
 def start_vector(link: chainer.Link, state: LinkState, u: Any) -> Any:
@@ -46,6 +50,39 @@ def record(link: chainer.Link, state: LinkState, start: Any) -> None:
     for node, run in _forget_nodes():
         if run is None:
             _starts(node, (id(link), state.weight_name)).append(start)
+
+
+def first_runs() -> list[Any]:
+    """Returns the ``Forget`` nodes that are being run for the first time."""
+    return [node for node, run in _forget_nodes() if run is None]
+
+
+def record_read(
+        link: chainer.Link, name: str, but_for: Sequence[Any]) -> None:
+    """Keeps that an attribute was read as normalized, for a second run.
+
+    Args:
+        link: The link.
+        name: The attribute.
+        but_for: Nodes whose functions open that scope, also when run again.
+
+    """
+    for node in first_runs():
+        if node not in but_for:
+            if id(node) not in _reads:
+                weakref.finalize(node, _reads.pop, id(node), None)
+            _reads.setdefault(id(node), set()).add((id(link), name))
+
+
+def have_reads() -> bool:
+    """Whether there may be second runs of calls that read it so."""
+    return bool(_reads)
+
+
+def was_read(link: chainer.Link, name: str) -> bool:
+    """Whether this is the second run of a call that read it so."""
+    return any((id(link), name) in _reads.get(id(node), ())
+               for node, run in _forget_nodes() if run is not None)
 
 
 def _forget_nodes() -> Iterator[tuple[Any, Any]]:

@@ -40,9 +40,19 @@ def end(scope: Scope) -> None:
         scope.opened.remove(scope)
 
 
+def are_open() -> bool:
+    """Whether this thread has open scopes."""
+    return bool(_scopes.opened)
+
+
+def opened() -> list[Scope]:
+    """Returns the open scopes of this thread, outer first."""
+    return _scopes.opened.copy()
+
+
 def covering(link: chainer.Link) -> Scope | None:
     """Returns the outermost open scope that has the link, or ``None``."""
-    for scope in _scopes.opened.copy():
+    for scope in opened():
         if id(link) in scope.links:
             return scope
     return None
@@ -70,6 +80,12 @@ class Scope:
         self._kind: type[Hook] = kind
         self._shared: dict[_Key, SharedWeight] = {}
 
+    def has_hooks(self) -> bool:
+        """Whether any of the links has a hook of that class."""
+        return any(isinstance(hook, self._kind)
+                   for link in self.links.values()
+                   for hook in link.local_link_hooks.values())
+
     def normalize(
             self, own: HookedWeight,
     ) -> tuple[chainer.Variable, Iterations, tuple[int, ...] | None]:
@@ -96,6 +112,13 @@ class Scope:
         if moves_on(own.hook, is_train):
             shared.store_u(own.link)
         return shared.Y, shared.iterations, shared.v_shape
+
+    def parameter_of(self, x: Any) -> Any:
+        """Returns the weight that was normalized to this, or this itself."""
+        for shared in self._shared.values():
+            if shared.Y is x:
+                return shared.W
+        return x
 
     def _has(self, key: _Key, hook: Hook, W: chainer.Variable) -> bool:
         shared = self._shared.get(key)

@@ -215,6 +215,16 @@ def is_in_call(thread: int, args: int) -> bool:
     return True  # as far as is known
 
 
+def is_calling(link: chainer.Link) -> bool:
+    """Whether this thread is in a call of the link."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals['self'] is link:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _has_call(frame: Any, args: int) -> bool:
     while frame is not None:
         if frame.f_code is _CALL and args in map(

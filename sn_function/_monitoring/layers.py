@@ -4,12 +4,12 @@ from __future__ import annotations
 from typing import Any, Iterable, NamedTuple
 
 import chainer
-from chainer import link_hooks
 
 from sn_function import _checks, errors
 from sn_function._arithmetic import quality
 from sn_function._arithmetic.interface import NEVER
 from sn_function._certify import Interval, certify
+from sn_function._compat.replacement import ChainersHook
 from sn_function._links import call, vector
 from sn_function._links.hooked_weight import renewal_of
 from sn_function._links.weight import axis_of, groups_of, output_axis
@@ -107,7 +107,7 @@ class MonitoredWeight:
 
 
 def _is_of_chainer(hook: Any) -> bool:
-    return isinstance(hook, link_hooks.SpectralNormalization)
+    return isinstance(hook, ChainersHook)
 
 
 def _factor_and_eps(hook: Any) -> tuple[float, float]:

@@ -5,7 +5,7 @@ of its outputs: :func:`_output_axis` finds out.
 """
 from __future__ import annotations
 
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy
 
@@ -280,20 +280,10 @@ def check_finite(reader: Reader, key: str, array: Any) -> None:
 
 def find(
         reader: Reader, prefix: str, given: Given,
-        without_u: Sequence[str] | None = (),
+        find: Callable[..., list[WeightKeys]] = finding.find, *args: Any,
 ) -> list[WeightKeys]:
-    """Returns the weights below a path; each pattern must fit one.
-
-    Those that have no vector are found by the patterns ``without_u``; all
-    are, if that is ``None``.
-    """
-    if without_u is None:
-        weights = finding.find_all(reader, prefix)
-    elif without_u:
-        weights = finding.with_plain(
-            reader, finding.find_any(reader, prefix), without_u)
-    else:
-        weights = finding.find(reader, prefix)
+    """Returns what ``find`` does below a path; each pattern must fit one."""
+    weights = find(reader, prefix, *args)
     given.check(reader.path, weights)
     return weights
 

@@ -1,7 +1,6 @@
 """Finds the weights of a snapshot, by the names and shapes of its entries."""
 from __future__ import annotations
 
-import fnmatch
 import re
 from typing import Iterator, Sequence
 
@@ -14,69 +13,43 @@ _TORCH = re.compile(r'((?:.*\.)?)([^.]+)_(?:orig|bar|u|v)')
 _PARAMETRIZED = re.compile(
     r'((?:.*\.)?)parametrizations\.([^.]+)\.(?:original|0\._u|0\._v)')
 _BIGGAN = re.compile(r'((?:.*\.)?)(?:u|sv)0')
-# Names of weights, where no vector tells them.
-_WEIGHTS = 'W', 'weight'
+# Names of weights, where no vector tells them; the last is of n-step RNNs.
+_WEIGHT = re.compile('W|weight|w[0-9]+')
 
 
 def find(reader: Reader, prefix: str) -> list[WeightKeys]:
-    """Returns the weights below ``prefix``, in the order of the file.
+    """Returns the weights below ``prefix`` that have a vector.
 
     Raises:
-        SnapshotLayoutError: There is none, or of two libraries, or a vector
-            without its weight.
+        SnapshotNoVectorError: There are only weights without one.
+        SnapshotLayoutError: There is no weight, or of two libraries, or a
+            vector without its weight.
         SnapshotGammaError: A gamma may belong to either of two weights.
 
     """
     found = find_any(reader, prefix)
-    if not found:
-        raise errors.SnapshotLayoutError(
-            reader.path, 'no weight with spectral normalization was found in '
-            'it', reader.keys)
-    return found
+    if found:
+        return found
+    plain = plain_keys(reader, prefix, found)
+    if plain:
+        raise errors.SnapshotNoVectorError(reader.path, plain)
+    raise errors.SnapshotLayoutError(
+        reader.path, 'no weight with spectral normalization was found in it',
+        reader.keys)
 
 
 def find_any(reader: Reader, prefix: str) -> list[WeightKeys]:
-    """The same, where there may be none."""
-    keys = _keys_below(reader, prefix)
+    """Returns the weights with a vector, where there may be none."""
+    keys = keys_below(reader, prefix)
     found = [*_find_chainer(reader, keys), *_find_torch(reader, keys)]
     if len({weight.is_torch for weight in found}) > 1:
         raise errors.SnapshotLayoutError(
             reader.path, 'it has weights both as Chainer and as PyTorch name '
             'them', [weight.W for weight in found])
     known = set(keys)
-    return _in_order(reader, [
+    return in_order([
         weight._replace(gamma=_gamma(reader, weight, found, known),
-                        us=_others(weight, known)) for weight in found])
-
-
-def with_plain(
-        reader: Reader, found: Sequence[WeightKeys], patterns: Sequence[str],
-) -> list[WeightKeys]:
-    """Returns the weights, and those without a vector that fit a pattern.
-
-    The vectors of these have names, and no entries yet.
-
-    Raises:
-        SnapshotPatternError: There is none that fits.
-
-    """
-    taken = {key for weight in found for key in weight.keys}
-    plain = [key for key in _keys_below(reader, '')
-             if key not in taken and _is_matrix(reader, key)]
-    new = []
-    for pattern in patterns:
-        fitting = [key for key in plain if key == pattern or (
-            layouts.split(key)[1] in _WEIGHTS
-            and fnmatch.fnmatchcase(key, pattern))]
-        if not fitting:
-            raise errors.SnapshotPatternError(
-                reader.path, pattern, 'no weight without a vector fits the '
-                'pattern', plain)
-        new += fitting
-    known = set(reader.keys)
-    return _in_order(reader, [*found, *[
-        weight._replace(us=_others(weight, known))
-        for weight in map(_plain_keys, dict.fromkeys(new))]])
+                        us=others_of(weight, known)) for weight in found])
 
 
 def prefix_for(reader: Reader, model: str | None, layout: str) -> str:
@@ -95,52 +68,43 @@ def prefix_for(reader: Reader, model: str | None, layout: str) -> str:
     return layouts.prefix_of(reader, with_weights[0])
 
 
-def _keys_below(reader: Reader, prefix: str) -> list[str]:
+def keys_below(reader: Reader, prefix: str) -> list[str]:
     return [key for key in reader.keys if key.startswith(prefix)
             and not key.startswith(layouts.OPTIMIZER)]
 
 
-def find_all(reader: Reader, prefix: str) -> list[WeightKeys]:
-    """Returns those with a vector and every other W and weight.
-
-    Raises:
-        SnapshotLayoutError: There is none.
-
-    """
-    found = find_any(reader, prefix)
-    taken = {key for weight in found for key in weight.keys}
-    found += [
-        WeightKeys(layouts.PLAIN, *layouts.split(key), key, f'{key}_u')
-        for key in _keys_below(reader, prefix) if key not in taken
-        and layouts.split(key)[1] in _WEIGHTS and _is_matrix(reader, key)]
-    if not found:
-        raise errors.SnapshotLayoutError(
-            reader.path, 'no weight was found in it', reader.keys)
-    return _in_order(reader, found)
+def in_order(weights: Sequence[WeightKeys]) -> list[WeightKeys]:
+    return sorted(weights, key=lambda weight: layouts.natural(weight.W))
 
 
-def _in_order(
-        reader: Reader, weights: Sequence[WeightKeys]) -> list[WeightKeys]:
-    order = {key: i for i, key in enumerate(reader.keys)}
-    return sorted(weights, key=lambda weight: order[weight.W])
+# Without a vector
+
+def plain_keys(
+        reader: Reader, prefix: str, found: Sequence[WeightKeys],
+) -> list[str]:
+    """Returns each W, or weight, that is none of those found."""
+    taken = taken_by(found)
+    return sorted((
+        key for key in keys_below(reader, prefix) if key not in taken
+        and is_weight_name(key) and is_matrix(reader, key)),
+        key=layouts.natural)
 
 
-# Without vectors
+def taken_by(found: Sequence[WeightKeys]) -> set[str]:
+    return {key for weight in found for key in weight.keys}
 
-def _is_matrix(reader: Reader, key: str) -> bool:
+
+def is_weight_name(key: str) -> bool:
+    return _WEIGHT.fullmatch(layouts.split(key)[1]) is not None
+
+
+def is_matrix(reader: Reader, key: str) -> bool:
     return len(reader.entry(key).shape or ()) >= 2
-
-
-def _plain_keys(key: str) -> WeightKeys:
-    path, name = layouts.split(key)
-    if path.endswith('.') or (not path and name == 'weight'):
-        return layouts.torch_keys(layouts.TORCH, path, name)._replace(W=key)
-    return WeightKeys(layouts.CHAINER, path, name, key, f'{key}_u')
 
 
 # Of Chainer
 
-def _others(weight: WeightKeys, known: set[str]) -> str | None:
+def others_of(weight: WeightKeys, known: set[str]) -> str | None:
     """Returns the entry of the vectors beside ``u``, if it has one."""
     us = f'{weight.u}s'
     return us if weight.layout == layouts.CHAINER and us in known else None

@@ -27,7 +27,7 @@ read, and not written.  A trainer's snapshot has the entries of a model below
 from __future__ import annotations
 
 import re
-from typing import Iterable, NamedTuple
+from typing import Any, Iterable, NamedTuple
 
 from sn_function import errors
 from sn_function._snapshots import readers
@@ -125,12 +125,26 @@ def split(key: str) -> tuple[str, str]:
     return key[:i], key[i:]
 
 
+def natural(key: str) -> tuple[tuple[Any, ...], ...]:
+    """Returns what sorts entries by their paths, numbers by their values."""
+    return tuple(
+        tuple(int(each) if i % 2 else each
+              for i, each in enumerate(re.split('([0-9]+)', part)))
+        for part in re.split('[./]', key))
+
+
 # Models of a trainer
 
 def models(keys: Iterable[str]) -> list[str]:
     """Returns the models of a trainer's snapshot, by name."""
     found = (match for match in map(_MODEL.match, keys) if match)
     return sorted({match[1] for match in found})
+
+
+def model_of(key: str) -> str:
+    """Returns what the entries of the same model begin with."""
+    match = _MODEL.match(key)
+    return '' if match is None else match[0]
 
 
 def prefix_of(reader: readers.Reader, model: str | None) -> str:

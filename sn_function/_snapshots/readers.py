@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import os
+import stat
 import zipfile
 from typing import Any, Callable, Iterator, NamedTuple
 
@@ -287,6 +288,10 @@ _READERS = {each.kind: each for each in (
 
 def _kind_of_content(path: str) -> str:
     """Returns the kind of a file, by its first bytes."""
+    if stat.S_ISFIFO(os.stat(path).st_mode):
+        raise errors.SnapshotFileError(
+            path, 'it is a pipe, which can be read once only',
+            'Give the path of a file.')
     with open(path, 'rb') as file:
         head = file.read(16)
     if not head:

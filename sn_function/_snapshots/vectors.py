@@ -218,6 +218,14 @@ def converted(
         u=u.astype(dtype), v=v.astype(dtype) if to_torch else None, us=us)
 
 
+def filled(arrays: WeightArrays, with_v: bool) -> WeightArrays:
+    """Returns a weight that has no vectors with converged ones."""
+    _, u, v, _ = converged(arrays)
+    dtype = arrays.W.dtype
+    return arrays._replace(
+        u=u.astype(dtype), v=v.astype(dtype) if with_v else None)
+
+
 def compare(
         arrays: WeightArrays, before: WeightArrays, n_power_iteration: int,
 ) -> tuple[float, float]:

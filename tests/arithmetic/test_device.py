@@ -732,7 +732,7 @@ def test_the_plan_cuts_long_sums_in_parts():
                         (128, 1024), (1000, 1536), (1, 8192)):
         assert parts(1, n_out, n_in, True) == 1
         assert parts(1, n_out, n_in, False) == 1
-    assert parts(1, 100000, 128, True) > 30
+    assert parts(1, 100000, 128, True) > 10
     assert parts(1, 10, 1000000, False) > 10
     assert parts(1, 100000, 128, False) == parts(1, 10, 1000000, True) == 1
 

@@ -234,8 +234,8 @@ WAYS = {
 PRODUCTS = [
     (2, 1, 1, 1, 0, 1),
     (6, 37, 8, 1, 0, 2),
-    (36, 64, 4, 1, 1, 3),
-    (12, 1000, 32, 3, 1, 5),
+    (40, 64, 4, 1, 1, 3),
+    (16, 1000, 32, 3, 1, 5),
     (12, 1000, 64, 2, 0, 4),
     (130, 9, 16, 1, 0, 20),
 ]
@@ -1026,7 +1026,7 @@ def test_blocks_of_the_size_that_is_used(name, types, monkeypatch):
 def test_product_of_many_threads_of_a_block(way, T, monkeypatch):
     size = BLOCK_SIZES['BLOCK_SIZE']
     monkeypatch.setattr(kernels, 'BLOCK_SIZE', size)
-    for sizes in ((4, 8000, size, 1, 1, 3), (1040, 16, size, 1, 1, 3),
+    for sizes in ((8, 8000, size, 1, 1, 3), (1040, 16, size, 1, 1, 3),
                   (8, 4000, size // 4, 1, 1, 2)):
         run(kernels.product, T, A_of(T), product_case(
             T, A_of(T), way, *sizes, 'with gY'))

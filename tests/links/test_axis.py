@@ -257,7 +257,7 @@ class TestOldCode:
         train(old, x_of(20, 8, 4))
         src, dst = tmp_path / 'old.npz', tmp_path / 'new.npz'
         serializers.save_npz(src, old)
-        snapshot.convert(src, dst, 'chainer', axes={'*': 0})
+        snapshot.convert(src, dst, 'chainer', axes={'*': 0}, fill=False)
         model = generator(L.Deconvolution2D, self.hook)
         serializers.load_npz(dst, model)
         xs = x_of(20, 8, 4)
@@ -383,6 +383,12 @@ class TestWholeModels:
             link(x_of(2, 6, 4, 4))
             Y = hook_of(link).normalize_weight(link).array
         assert reference.true_norm(Y) == pytest.approx(1, abs=1e-4)
+
+    def test_normalized(self):
+        link = deconvolution(axis=0, n_warmup=300)
+        with sn_function.normalized(link):
+            assert reference.true_norm(
+                link.W.array) == pytest.approx(1, abs=1e-4)
 
     @pytest.mark.parametrize('n_vectors', [1, 2])
     def test_refresh(self, n_vectors):

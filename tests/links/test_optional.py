@@ -1,5 +1,5 @@
 """Snapshots without the further vectors, loaded strictly."""
-import io
+import pickle
 
 import sn_function  # isort: skip  # before chainer, which it repairs
 import chainer
@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from chainer import link_hooks, serializers
 
-from sn_function import ChainSpectralNormalization, SpectralNormalization
+from sn_function import (
+    ChainSpectralNormalization,
+    SpectralNormalization,
+    errors,
+)
 
 assert sn_function  # it is imported for what it does
 
@@ -123,13 +127,97 @@ def test_of_another_number(save, load, n, tmp_path):
     assert link.W_us.shape == (2, 6)
 
 
-def test_what_else_lacks_is_an_error():
-    file = io.BytesIO()
-    serializers.save_npz(file, L.Linear(7, 6))
-    for n in (1, 3):
-        file.seek(0)
-        with pytest.raises(KeyError, match='W_u '):
-            serializers.load_npz(file, linear(n))
+class TestWithoutTheLeadingOne:
+    """The error names the command that makes it."""
+
+    def refused(self, load, path, link, match):
+        with pytest.raises(errors.MissingVectorError, match=match) as e:
+            load(path, chainer.Chain(block=chainer.Sequential(link)))
+        assert isinstance(e.value, KeyError)
+        assert str(e.value).startswith("'block/0/W_u' is not in the snapshot")
+        copy = pickle.loads(pickle.dumps(e.value))
+        assert str(copy) == str(e.value)
+
+    @FORMATS
+    @pytest.mark.parametrize('n', [1, 3])
+    @pytest.mark.parametrize('in_size', [7, None])
+    def test_of_a_model_without_hooks(self, save, load, n, in_size, tmp_path):
+        path = tmp_path / 'file.npz'
+        save(chainer.Chain(block=chainer.Sequential(L.Linear(7, 6))), path)
+        self.refused(load, path, linear(n, in_size),
+                     r"sn-function repair SNAPSHOT OUT --add '\*'")
+
+    @FORMATS
+    @pytest.mark.parametrize('use_gamma', [False, True])
+    def test_of_sngan_projection(self, save, load, use_gamma, tmp_path):
+        source = L.Linear(7, 6)
+        with source.init_scope():
+            source.gamma = chainer.Parameter(np.ones((1, 1), 'f'))
+        source.add_persistent('u', np.ones((1, 6), 'f'))
+        path = tmp_path / 'file.npz'
+        save(chainer.Chain(block=chainer.Sequential(source)), path)
+        self.refused(load, path, linear(1, use_gamma=use_gamma),
+                     'sn-function convert SNAPSHOT OUT --to chainer')
+
+    def test_of_a_gamma_that_does_not_fit(self):
+        """As on a device, where nothing is broadcast."""
+        class Strict(serializers.NpzDeserializer):
+
+            def __call__(self, key, value):
+                loaded = super().__call__(key, None)
+                if value is not None and loaded.shape != value.shape:
+                    raise ValueError('Shape mismatch')
+                return loaded
+
+        arrays = {'W': np.ones((6, 7), 'f'), 'b': np.ones(6, 'f'),
+                  'u': np.ones((1, 6), 'f'), 'gamma': np.ones((1, 1), 'f')}
+        with pytest.raises(errors.MissingVectorError, match='convert'):
+            Strict(arrays).load(linear(1, use_gamma=True))
+        del arrays['u']
+        with pytest.raises(ValueError, match='Shape mismatch'):
+            Strict(arrays).load(linear(1, use_gamma=True))
+
+    def test_below_a_path(self, tmp_path):
+        path = tmp_path / 'file.npz'
+        np.savez(path, **{
+            f'updater/model:dis/l/{name}': np.ones(shape, 'f')
+            for name, shape in (('W', (6, 7)), ('b', 6), ('u', (1, 6)))})
+        with pytest.raises(errors.MissingVectorError,
+                           match=r"^'updater/model:dis/l/W_u' is not .*conv"):
+            serializers.load_npz(
+                path, chainer.Chain(l=linear(1)), 'updater/model:dis/')
+
+    def test_of_a_link_that_has_an_array_u_itself(self, tmp_path):
+        path = tmp_path / 'file.npz'
+        source, link = L.Linear(7, 6), linear(1)
+        for each in source, link:
+            each.add_persistent('u', np.ones(3))
+        serializers.save_npz(path, source)
+        with pytest.raises(errors.MissingVectorError, match='repair'):
+            serializers.load_npz(path, link)
+
+    @FORMATS
+    def test_what_else_is_wrong_stays_as_it_was(self, save, load, tmp_path):
+        path = tmp_path / 'file.npz'
+        save(L.Linear(7, 5), path)
+        for link in linear(), chainer.Chain(l=linear()):
+            with pytest.raises(
+                    (KeyError, ValueError, TypeError), match=r'.') as e:
+                load(path, link)
+            assert not isinstance(e.value, errors.MissingVectorError)
+        save(L.Linear(7, 6, nobias=True).add_hook(
+            SpectralNormalization()), path)
+        with pytest.raises(KeyError, match='b') as e:
+            load(path, linear(1))
+        assert not isinstance(e.value, errors.MissingVectorError)
+
+    def test_chainers_hook_is_left_alone(self, tmp_path):
+        serializers.save_npz(tmp_path / 'file.npz', L.Linear(7, 6))
+        link = L.Linear(7, 6).add_hook(link_hooks.SpectralNormalization())
+        link(x_of())
+        with pytest.raises(KeyError, match='W_u is not a file') as e:
+            serializers.load_npz(tmp_path / 'file.npz', link)
+        assert type(e.value) is KeyError
 
 
 def test_a_model(tmp_path):

@@ -206,6 +206,17 @@ class TestScopes:
                 link(x_of(2, 5))
         assert_moved(link, u, 1)
 
+    @graphs
+    def test_normalized(self, graph):
+        """What is read and what is called is one weight."""
+        link = linear(n_warmup=0)
+        u = link.W_u.copy()
+        with in_test_mode(graph), sn_function.normalized(link):
+            Y = link.W
+            link(x_of(2, 5))
+            assert link.W is Y
+        assert_moved(link, u, 1)
+
     def test_a_link_of_the_scope_that_is_not_called(self):
         model = chainer.Sequential(linear(n_warmup=0), linear(n_warmup=0))
         u = model[1].W_u.copy()

@@ -206,3 +206,20 @@ def test_script_of_the_documentation(tmp_path):
     assert {path.name for path in (tmp_path / 'result').iterdir()} == {
         'snapshot_iter_10.0', 'snapshot_iter_10.1', 'snapshot_iter_20.0',
         'snapshot_iter_20.1'}
+
+
+def test_program_that_knows_nothing_of_this_package(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text('''
+import sys
+import chainermn
+from chainer.link_hooks import SpectralNormalization as Hook
+comm = chainermn.create_communicator('naive')
+applied = sys.modules['sn_function._compat.chainermn'].applied
+found = comm.gather_obj((Hook.__module__, 'allreduce_persistent' in applied))
+if comm.rank == 0:
+    print('found', found)
+''')
+    done = launch.run(2, '-m', 'sn_function', 'run', '--hook', script)
+    assert done.code == 0, done.text
+    assert f"found {[('sn_function.link_hooks', True)] * 2}" in done.text

@@ -146,6 +146,22 @@ def test_weight_of_another_name():
     assert 'l/x_u' not in contents()
 
 
+def test_n_step_link():
+    plain, hooked = (chainer.Chain(r=L.NStepLSTM(2, 4, 3, 0.))
+                     for _ in range(2))
+    hooked.r.add_hook(SpectralNormalization())
+    serializers.save_npz('in.npz', plain)
+    with pytest.raises(errors.MissingVectorError, match=r'w\d_u'):
+        serializers.load_npz('in.npz', hooked)
+    snapshot.repair('in.npz', 'out.npz', add_u=['*'])
+    serializers.load_npz('out.npz', hooked)
+    for child in hooked.r:
+        for k in range(8):
+            W, u = getattr(child, f'w{k}').array, getattr(child, f'w{k}_u')
+            first = np.linalg.svd(W.astype('d'))[0][:, 0]
+            assert abs(u @ first) == pytest.approx(1, abs=1e-6)
+
+
 def test_trainer():
     model = Model()
     optimizer = chainer.optimizers.Adam().setup(model)
@@ -221,4 +237,4 @@ class TestErrors:
 
     def test_says_how_where_it_is_missed(self):
         serializers.save_npz('in.npz', Model())
-        self.refused(errors.SnapshotLayoutError, '--add-u PATTERN')
+        self.refused(errors.SnapshotNoVectorError, "OUT --add '\\*'")

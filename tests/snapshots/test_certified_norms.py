@@ -115,15 +115,14 @@ def test_weights_without_vectors():
         assert report.healthy
         assert report.normalized is report.estimate is None
         assert report.sigma is not None
-    with pytest.raises(errors.SnapshotLayoutError):
-        snapshot.inspect('in.npz')
+    assert len(snapshot.inspect('in.npz')) == len(reports)
 
 
 def test_what_no_certificate_is_asked_for():
     serializers.save_npz('in.npz', model(SpectralNormalization))
     for report in snapshot.inspect('in.npz'):
         assert report.certified is report.normalized is None
-        assert report.key != 'plain/W'
+        assert (report.status == 'no vector') == (report.key == 'plain/W')
 
 
 def test_baked_with_a_certificate():

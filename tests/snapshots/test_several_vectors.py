@@ -79,7 +79,7 @@ def vectors_of(arrays, path='linear'):
 def test_inspect_uses_all_of_them():
     model = saved()
     reports = {report.key: report for report in snapshot.inspect('in.npz')}
-    assert set(reports) == {'deconv/W', 'linear/W', 'row/W'}
+    assert set(reports) == {'deconv/W', 'linear/W', 'plain/W', 'row/W'}
     arrays = contents('in.npz')
     report = reports['linear/W']
     assert report.note == '3 vectors'
@@ -140,7 +140,8 @@ def test_what_is_wrong_with_them(what):
             'linear/W']
     assert report.status == f'{what} in W_us'
     assert not report.healthy
-    for function in snapshot.bake, lambda *x: snapshot.convert(*x, 'torch'):
+    for function in snapshot.bake, lambda *x: snapshot.convert(
+            *x, 'torch', fill=False):
         with pytest.raises(errors.SnapshotVectorError) as caught:
             function('in.npz', 'out.npz')
         assert "'linear/W_us'" in str(caught.value)
@@ -208,7 +209,7 @@ def test_those_of_a_lazy_link_stay_none():
 def test_pytorch_gets_the_vectors_that_they_come_to(layout, K):
     model = saved(n_power_iteration=K)
     outcome = snapshot.convert(
-        'in.npz', 'out.npz', layout, n_power_iteration=K)
+        'in.npz', 'out.npz', layout, fill=False, n_power_iteration=K)
     notes = {each.key.split('.')[0]: each.note for each in outcome.weights}
     assert notes['linear'] == (
         f"'linear/W_us' is dropped, as {layout} has no place for it")
@@ -252,7 +253,8 @@ def test_another_layout_of_chainer_keeps_the_leading_one():
 @pytest.mark.parametrize('rename', [{}, {'linear': 'first'}])
 def test_chainer_keeps_them(rename):
     saved()
-    snapshot.convert('in.npz', 'out.npz', 'chainer', rename=rename)
+    snapshot.convert(
+        'in.npz', 'out.npz', 'chainer', fill=False, rename=rename)
     before, after = map(contents, ('in.npz', 'out.npz'))
     assert len(before) == len(after)
     for key, array in before.items():
@@ -263,7 +265,8 @@ def test_chainer_keeps_them(rename):
 
 def test_converge():
     saved()
-    snapshot.convert('in.npz', 'out.npz', 'chainer', converge=True)
+    snapshot.convert(
+        'in.npz', 'out.npz', 'chainer', converge=True, fill=False)
     arrays = contents('out.npz')
     first = np.linalg.svd(arrays['linear/W'].astype('d'))[0][:, :3].T
     np.testing.assert_allclose(abs(np.sum(
@@ -277,7 +280,7 @@ def test_a_trainer_s_snapshot():
     }, **{'updater/optimizer:dis/t': np.array(3)})
     reports = snapshot.inspect('trainer.npz', model='dis')
     assert sorted(report.note for report in reports) == [
-        '', '3 vectors', '3 vectors']
+        '', '', '3 vectors', '3 vectors']
     snapshot.bake('trainer.npz', 'out.npz', model='dis', n_warmup=0)
     expected = snapshot.bake('in.npz', 'plain.npz', n_warmup=0)
     assert expected.weights

@@ -36,6 +36,14 @@ from tests.state_machine.oracle import (
 assert sn_function  # it is imported for what it does
 
 
+def scope_of(mode):
+    """The scope that a call is in, if any."""
+    for scope in sn_function.cached, sn_function.normalized:
+        if scope.__name__ in mode:
+            return scope
+    return None
+
+
 class Calls(Base):
 
     @stateful.rule(
@@ -43,14 +51,16 @@ class Calls(Base):
             [0, 0, 1, 2]),
         mode=st.sampled_from(
             ['plain', 'keyword', 'no_backprop', 'timer', 'cached',
-             'cached, no_backprop']))
+             'cached, no_backprop', 'normalized',
+             'normalized, no_backprop']))
     def forward(self, i, train, seed, depth, mode):
         rec = self.pick(i)
         rng = np.random.RandomState(seed)
         if rec.standardized:
             depth = 0  # Chainer's hook holds one weight at a time
-            mode = 'plain' if mode == 'keyword' or 'cached' in mode else mode
-        if 'cached' in mode:
+            mode = 'plain' if mode == 'keyword' or scope_of(mode) else mode
+        scope = scope_of(mode)
+        if scope:
             depth = 0  # all depths would start from one u
         x, run = rec.x(rng), None
         if mode == 'keyword':
@@ -59,12 +69,12 @@ class Calls(Base):
         with contextlib.ExitStack() as stack:
             if mode == 'timer':
                 stack.enter_context(link_hooks.TimerHook())
-            if 'cached' in mode:
-                stack.enter_context(sn_function.cached(rec.link))
+            if scope:
+                stack.enter_context(scope(rec.link))
             with chainer.using_config(
                     'enable_backprop', 'no_backprop' not in mode):
                 y = self.call(rec, x, train, run, depth)
-            if 'cached' in mode:
+            if scope:
                 self.call_again(rec, x, train, y, mode)
         if 'no_backprop' not in mode:
             self.pending.append((rec, y, rec.dtype))
@@ -81,8 +91,13 @@ class Calls(Base):
         with chainer.using_config('train', train), self.maybe_not_ordinary(
                 rec):
             again = rec.link(x)
+            for name in names:
+                owner, attribute = place_of(rec.link, name)
+                assert getattr(owner, attribute) is (
+                    CALL.seen[-1][name] if 'normalized' in mode
+                    else owner.__dict__[attribute])
         CALL.reset()  # it keeps the weights that it has seen
-        if mode == 'cached':
+        if 'no_backprop' not in mode:
             np.testing.assert_array_equal(again.array, y.array)
         else:
             with np.errstate(all='ignore'):

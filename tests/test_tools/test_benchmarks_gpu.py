@@ -423,14 +423,22 @@ class TestContenders:
             models, 'MODELS', dict.fromkeys(models.MODELS, small))
 
     @pytest.mark.usefixtures('fake_run')
-    def test_a_run(self, tmp_path, capsys):
+    def test_a_run(self, tmp_path, capsys, monkeypatch):
         default = kernels.FUSED_SIZE
+        sizes, makers = [], gpu.makers
+
+        def watched(W, gY, fused_size=None):
+            if fused_size is None:
+                sizes.append(kernels.FUSED_SIZE)
+            return makers(W, gY, fused_size)
+
+        monkeypatch.setattr(gpu, 'makers', watched)
         out, markdown = tmp_path / 'a' / 'x.json', tmp_path / 'x.md'
         options = ['--out', str(out), '--markdown', str(markdown)]
         gpu.main(['goals', *options])
         # Another process adds to it.
         gpu.main(['sweep', 'float16', 'others', *options, '--command', 'it'])
-        assert default == kernels.FUSED_SIZE
+        assert {default, *sizes} == {kernels.FUSED_SIZE}
         found = json.loads(out.read_text())
         assert found['machine'] == {'device': 'Fake', 'command': 'it'}
         assert [(weight['shape'], weight['dtype'])

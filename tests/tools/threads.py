@@ -130,6 +130,12 @@ def call_in_scope(model, x):
         return [model(x), model(x)]
 
 
+@case('normalized', of_chain)
+def read_in_scope(model, x):
+    with sn_function.normalized(model):
+        return [*(link.W for link in model), model(x)]
+
+
 @case('a hook for the chain, gradients', of_chain, [True])
 @case('a hook on each link, gradients', hooked, [True])
 def differentiate(model, x):

@@ -28,7 +28,7 @@ BUNDLE = ROOT / 'gpu-bundle'
 # Of one folder; those of an earlier run go, and --only adds to them.
 RESULTS = SUMMARY, LOG, KERNELS, MARKDOWN, JSON = (
     'summary.md', 'log.txt', 'kernels.md', 'benchmark.md', 'benchmark.json')
-N_WORKERS = 8
+N_WORKERS = 14
 # The function, the kernels and the hook.
 FIRST = [f'tests/{name}' for name in (
     'test_gpu.py', 'arithmetic/test_kernels.py', 'arithmetic/test_device.py',
@@ -67,15 +67,14 @@ def make_steps(args: argparse.Namespace) -> list[Step]:
     """All steps, in their order; most end before their time is up."""
     python = [sys.executable, '-m']
 
-    def tests(mark: str, files: Sequence[str], is_parallel: bool) -> Any:
+    def tests(mark: str, files: Sequence[str]) -> Any:
         parallel = ['-p', 'xdist', '-n', str(args.workers)]
         return [
             *python, 'pytest', '-m', mark, '-q', '--tb=short', '-W', 'default',
             '-o', 'faulthandler_timeout=25', '--durations=5',
             '--continue-on-collection-errors',
             '-p', 'tests.tools.gpu.pytest_at_once',
-            *(parallel if is_parallel and importlib.util.find_spec('xdist')
-              else []),
+            *(parallel if importlib.util.find_spec('xdist') else []),
             *shlex.split(args.pytest), *files]
 
     def benchmark(name: str, *parts: str) -> Any:
@@ -93,17 +92,16 @@ def make_steps(args: argparse.Namespace) -> list[Step]:
     return [
         Step('device', 25, [*python, 'tests.tools.benchmarks.gpu', '--check'],
              is_needed=True),
-        Step('tests', 90, tests('gpu', FIRST, True), ONE_THREAD),
-        Step('kernels', 75, [*python, 'tests.tools.gpu.kernel_times',
+        Step('tests', 90, tests('gpu', FIRST), ONE_THREAD),
+        Step('kernels', 45, [*python, 'tests.tools.gpu.kernel_times',
                              str(args.out / KERNELS)]),
-        Step('weights', 60, benchmark('gpu', 'goals')),
-        Step('pytorch', 45, benchmark('gpu_torch', 'eager')),
+        Step('weights', 45, benchmark('gpu', 'goals')),
+        Step('pytorch', 30, benchmark('gpu_torch', 'eager')),
         Step('models', 60, benchmark('gpu', 'models')),
-        Step('cuda', 40, tests('cuda', marked(r'mark\.cuda'), False),
-             ONE_THREAD),
-        Step('memcheck', 45, sanitizer('memcheck'), ONE_THREAD),
-        Step('racecheck', 45, sanitizer('racecheck'), ONE_THREAD),
-        Step('rest', 90, tests('gpu', rest, True), ONE_THREAD),
+        Step('cuda', 75, tests('cuda', marked(r'mark\.cuda')), ONE_THREAD),
+        Step('memcheck', 30, sanitizer('memcheck'), ONE_THREAD),
+        Step('racecheck', 30, sanitizer('racecheck'), ONE_THREAD),
+        Step('rest', 90, tests('gpu', rest), ONE_THREAD),
         Step('sweep', 90, benchmark('gpu', 'sweep', 'float16', 'others')),
         Step('compile', 120, benchmark('gpu_torch', 'compile'))]
 

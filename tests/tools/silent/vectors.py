@@ -83,7 +83,7 @@ def refresh(make_hook: Hook) -> Outcome:
     return text_of_norms(used_norm(link), 1 - 1e-5, 1 + 1e-5)
 
 
-@case('`sn-function repair --add-u` of a snapshot without u')
+@case('`sn-function repair --add` of a snapshot without u')
 def add_u(make_hook: Hook) -> Outcome:
     from sn_function import snapshot
     link = called(make_hook)

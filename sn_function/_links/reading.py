@@ -1,0 +1,133 @@
+"""Attributes of links that read as the normalized weights, in a scope.
+
+``link.__dict__['W']`` stays the parameter.  So whatever goes by it, such as
+optimizers, snapshots, copies, ``params()`` and other threads, is as ever, and
+there is nothing to put back.  Only the attribute is different: the class of
+the link gets a descriptor of that name, which looks whether its thread is in
+such a scope.  It is never removed, as another thread may be in one.
+"""
+from __future__ import annotations
+
+import inspect
+from typing import Any, Iterable
+
+import chainer
+
+from sn_function._graph import node
+from sn_function._links import call, n_step, recompute, turn
+from sn_function._links import scope as scopes
+from sn_function._links.hooked_weight import Hook
+from sn_function._links.local_hook import LocalHook
+
+_NOTHING = object()
+
+
+class ReadingScope(scopes.Scope):
+    """A scope in which attributes read as the weights of its calls.
+
+    Attributes:
+        forgets (list): The nodes of :func:`chainer.functions.forget` whose
+            first run opened it.
+
+    """
+
+    def __init__(
+            self, models: Iterable[chainer.Link], kind: type[Hook]) -> None:
+        super().__init__(models, kind)
+        self.forgets = recompute.first_runs()
+        self._parameters: list[tuple[chainer.Link, str, Any]] = []
+        for link in self.links.values():
+            for hook in link.local_link_hooks.values():
+                name = _name_of(hook)
+                if name is None or name not in vars(link):
+                    continue
+                _install(type(link), name)
+                W = call.original(link, name)
+                if isinstance(W, chainer.Parameter):
+                    self._parameters.append((link, name, W))
+
+    def restore(self) -> None:
+        """Puts parameters back where the program has put anything else."""
+        for link, name, W in self._parameters:
+            if name in link._params and not isinstance(
+                    call.original(link, name), chainer.Parameter):
+                vars(link)[name] = W
+
+
+class _Attribute:
+    """Describes an attribute that may read as a normalized weight.
+
+    Args:
+        name: Its name.
+        inherited: What the class had there.
+
+    """
+
+    def __init__(self, name: str, inherited: Any) -> None:
+        self._name = name
+        self._inherited = inherited
+
+    def __get__(self, link: Any, cls: type) -> Any:
+        if link is None or self._name not in link.__dict__:
+            if self._inherited is _NOTHING:
+                raise AttributeError(
+                    f'{cls.__name__} has no attribute {self._name!r}')
+            return self._inherited
+        if scopes.are_open() or recompute.have_reads():
+            return _read(link, self._name)
+        return link.__dict__[self._name]
+
+    def __set__(self, link: Any, value: Any) -> None:
+        scope = scopes.covering(link)
+        if scope is not None:
+            # What was read is put back, after something else was there.
+            value = scope.parameter_of(value)
+        link.__dict__[self._name] = value
+
+    def __delete__(self, link: Any) -> None:
+        if self._name not in link.__dict__:
+            raise AttributeError(self._name)
+        del link.__dict__[self._name]
+
+
+def _install(cls: type, name: str) -> None:
+    inherited = inspect.getattr_static(cls, name, _NOTHING)
+    if not isinstance(inherited, _Attribute):
+        setattr(cls, name, _Attribute(name, inherited))
+
+
+def _name_of(hook: Any) -> str | None:
+    """Returns the name of what a hook replaces in a call, if one of ours."""
+    if isinstance(hook, n_step.HookOfLayers):
+        return n_step.WEIGHTS
+    if isinstance(hook, LocalHook):
+        return getattr(hook, 'weight_name', None)
+    return None
+
+
+def _read(link: chainer.Link, name: str) -> Any:
+    """Returns what the attribute is, in a scope or in a second run."""
+    scope = _covering(link)
+    if scope is None and not (
+            recompute.have_reads() and recompute.was_read(link, name)):
+        return link.__dict__[name]
+    hook = next((hook for hook in link.local_link_hooks.values()
+                 if _name_of(hook) == name), None)
+    # In a call it is what hooks have put there so far.
+    if hook is None or turn.is_calling(link):
+        return link.__dict__[name]
+    if node.config('_will_recompute')[0]:
+        recompute.record_read(link, name, scope.forgets if scope else ())
+    if isinstance(hook, n_step.HookOfLayers):
+        return hook.normalized_weights(link)
+    W = call.original(link, name)
+    if not isinstance(W, chainer.Parameter):
+        return W  # the program has put it there
+    return hook.normalize_weight(link)
+
+
+def _covering(link: chainer.Link) -> ReadingScope | None:
+    for scope in scopes.opened():
+        if isinstance(scope, ReadingScope) and id(link) in scope.links:
+            return scope
+    return None
