@@ -114,9 +114,9 @@ def protobuf() -> Found:
             f'chainer.links.caffe and chainer.exporters.caffe, with protobuf '
             f'{version}: {type(error).__name__}',
             'pip install "protobuf<8"'))
-    names = [name for name in _compat.applied if name == 'caffe']
-    return _found(
-        version, shims=[(name, *_compat.explain(name)) for name in names])
+    from sn_function._compat import caffe
+    return _found(version, shims=[
+        (name, *_compat.explain(name)) for name in caffe.applied])
 
 
 def _cupys() -> List[str]:

@@ -17,7 +17,7 @@ import numpy
 import pytest
 
 from sn_function import _compat, _probes, doctor
-from sn_function._compat import chainermn
+from sn_function._compat import caffe, chainermn
 from sn_function._compat import onnx_chainer as repaired
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -125,7 +125,7 @@ class TestHere:
         of_chainermn = {each.name for each in chainermn.REPAIRS}
         assert sorted(each['name'] for each in report['shims']
                       if each['name'] not in of_chainermn) == sorted(
-            [*_compat.applied, *repaired.applied])
+            [*_compat.applied, *caffe.applied, *repaired.applied])
         for each in report['shims']:
             assert (each['fault'], each['needed']) == _compat.explain(
                 each['name'])

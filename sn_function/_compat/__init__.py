@@ -80,8 +80,8 @@ class _CaffeFinder(finder.Finder):
         return caffe.reading_the_description()
 
     def repair(self, name: str) -> None:
-        from sn_function._compat import caffe, trials
-        _record(trials.repair(caffe.REPAIRS))
+        from sn_function._compat import caffe
+        caffe.repair()
 
 
 class _ExporterFinder(finder.Finder):
@@ -156,7 +156,8 @@ def import_chainer() -> None:
 def explain(name: str) -> Tuple[str, str]:
     """What is wrong without `name` of `applied`, and when it is needed.
 
-    It also knows the names of `onnx_chainer.applied` and `chainermn.applied`.
+    It also knows the names of `applied` of :mod:`.caffe`,
+    :mod:`.onnx_chainer` and :mod:`.chainermn`.
     """
     import_chainer()
     from sn_function._compat import (

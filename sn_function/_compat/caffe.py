@@ -10,11 +10,15 @@ Before a program imports one of the two, protobuf is not imported.
 """
 import contextlib
 import sys
-from typing import Iterator
+from typing import Iterator, List
 
+from sn_function._compat import trials
 from sn_function._compat.trials import Repair
 
 MODULE = 'chainer.links.caffe.protobuf3.caffe_pb2'
+
+# Names of the repairs that were made in this process.
+applied: List[str] = []
 
 
 @contextlib.contextmanager
@@ -46,3 +50,8 @@ REPAIRS = (
            'imported', 'with protobuf 4 or newer',
            _try_messages, KeyError, _repair_messages),
 )
+
+
+def repair() -> None:
+    """Repairs the messages, after :func:`reading_the_description`."""
+    applied.extend(trials.repair(REPAIRS))

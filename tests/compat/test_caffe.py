@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import sn_function
+from sn_function._compat import caffe
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = '''
@@ -68,8 +69,8 @@ def test_file_is_that_of_protobuf_in_python(exported, tmp_path):
     """That implementation reads the generated module as it is."""
     code = MODEL + '''
 export(sys.argv[1])
-from sn_function import _compat
-assert 'caffe' not in _compat.applied
+from sn_function._compat import caffe
+assert not caffe.applied
 '''
     subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', code, str(tmp_path)],
@@ -85,7 +86,6 @@ assert 'caffe' not in _compat.applied
 
 
 def test_other_errors_are_raised(monkeypatch):
-    from sn_function._compat import caffe
     monkeypatch.setitem(sys.modules, caffe.MODULE, sys)
     with pytest.raises(TypeError), caffe.reading_the_description():
         raise TypeError
@@ -104,7 +104,7 @@ def test_repair_is_explained():
     import chainer.links.caffe  # noqa: F401
     from google.protobuf.internal import api_implementation
     is_python = api_implementation.Type() == 'python'
-    assert ('caffe' in sn_function._compat.applied) != is_python
+    assert caffe.applied == ([] if is_python else ['caffe'])
     fault, needed = sn_function._compat.explain('caffe')
     assert 'caffe' in fault
     assert needed.startswith('with protobuf')
