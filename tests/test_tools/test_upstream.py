@@ -22,6 +22,7 @@ markers =
     slow: Tests thats takes time
 '''
 TESTS = '''\
+import contextlib
 import unittest
 import warnings
 
@@ -48,8 +49,9 @@ def test_trainer():
 
 
 def test_lent_to_the_tests_alone():
-    code = compile('numpy.int', 'elsewhere.py', 'eval')
-    with pytest.raises(AttributeError):
+    code = compile('numpy.complex_', 'elsewhere.py', 'eval')
+    has_it = 'complex_' in dir(numpy)
+    with contextlib.nullcontext() if has_it else pytest.raises(AttributeError):
         eval(code, {'numpy': numpy, '__file__': 'elsewhere.py'})
 
 
