@@ -40,8 +40,11 @@ def normalized(*models: chainer.Link) -> Iterator[None]:
       normalized weight, too.
     * What is written into ``link.W.array`` is written into the normalized
       weight.  Write weights outside of the scope, or by ``params()``.
+    * What other hooks make of the weight, such as
+      :class:`~chainer.link_hooks.WeightStandardization`, is in calls only.
     * Copies of links have no part in it, nor have links and hooks that are
-      added within the scope.
+      added within the scope, nor classes that make the attribute by a
+      property.
     * The weights of an n-step RNN are ``link.ws``, or ``link[0].w0`` and so
       on.
     * A function that :func:`chainer.functions.forget` runs a second time gets

@@ -128,6 +128,8 @@ class Scope:
         """What else lacks a normalized weight, and can get it now."""
         device = own.W.device
         for link in self.links.values():
+            if covering(link) not in (self, None):  # an outer one has it
+                continue
             for hook in link.local_link_hooks.values():
                 if not isinstance(hook, self._kind):
                     continue
