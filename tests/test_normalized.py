@@ -836,6 +836,46 @@ def test_the_weights_of_an_n_step_link_are_put_back(is_left):
     assert all(w is vars(link[0])[f'w{i}'] for i, w in enumerate(link.ws[0]))
 
 
+@pytest.mark.parametrize('reads_again', [True, False])
+def test_a_weight_is_put_back_after_a_call(reads_again, link):
+    """By then the scope has another one, also of the weight itself."""
+    own = link.W
+    with normalized(link):
+        with chainer.using_config('enable_backprop', not reads_again):
+            W = link.W
+        if reads_again:
+            assert link.W is not W
+        link.W = W * 2
+        link(X)
+        link.W = W
+        assert vars(link)['W'] is own
+        assert any(x is own for x in link.params())
+
+
+def test_forget_of_what_puts_the_weight_back(link):
+    """Also in the second run, after the scope."""
+    def function(x):
+        W = link.W
+        link.W = W * 2
+        y = F.linear(x, link.W)
+        link.W = W
+        return y
+
+    with normalized(link):
+        loss = F.sum(F.forget(function, chainer.Variable(X)))
+    loss.backward()
+    assert_outside(link)
+
+
+def test_a_weight_of_another_link(link):
+    """It is no weight of this one, and stays as it was given."""
+    other = make()
+    with normalized(link, other):
+        other.W = link.W
+        assert vars(other)['W'] is link.W
+    assert_outside(link, other)
+
+
 def test_a_weight_that_is_left_there(link):
     own = link.W
     with normalized(link):

@@ -19,6 +19,9 @@ from sn_function._links import scope as scopes
 from sn_function._links.hooked_weight import Hook
 from sn_function._links.local_hook import LocalHook
 
+# What a normalized weight was read of: the link, and its parameter.
+_PARAMETER = '_sn_parameter'
+
 
 class _Nothing:
     """Stands for no attribute; it is the same in a class that was pickled."""
@@ -90,11 +93,11 @@ class _Attribute:
         return inherited if bind is None else bind(inherited, link, cls)
 
     def __set__(self, link: Any, value: Any) -> None:
-        scope = scopes.covering(link)
-        # In a call that is what the call began with.
-        if scope is not None and not turn.is_calling(link):
-            # What was read is put back, after something else was there.
-            value = scope.parameter_of(value)
+        of, W = getattr(value, _PARAMETER, (None, None))
+        # What was read is put back, after something else was there.  In a
+        # call it is what the call began with.
+        if of is link and not turn.is_calling(link):
+            value = W
         link.__dict__[self._name] = value
 
     def __delete__(self, link: Any) -> None:
@@ -137,7 +140,9 @@ def _read(link: chainer.Link, name: str) -> Any:
     W = call.original(link, name)
     if not isinstance(W, chainer.Parameter):
         return W  # the program has put it there
-    return hook.normalize_weight(link)
+    Y = hook.normalize_weight(link)
+    setattr(Y, _PARAMETER, (link, W))
+    return Y
 
 
 def _covering(link: chainer.Link, second_run: Any) -> ReadingScope | None:
