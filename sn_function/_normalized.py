@@ -28,8 +28,9 @@ def normalized(*models: chainer.Link) -> Iterator[None]:
     * It is a scope like :func:`~sn_function.cached`: calls and attributes have
       one normalized weight, the same Variable, and ``u`` advances once in
       training mode, when a link is first called or its weight first read, and
-      not at all in test mode.  In a scope that was open before, :func:`cached`
-      or a call of a chain with a hook, it is the weight of that one.
+      in test mode with ``update_u='always'`` only.  In a scope that was open
+      before, :func:`cached` or a call of a chain with a hook, it is the weight
+      of that one.
     * Gradients are those of the parameter: ``link.W.grad`` after the scope.
     * Optimizers, ``params()``, ``cleargrads()``, snapshots, copies, pickles
       and other threads find the parameters, in the scope as outside of it.
