@@ -63,7 +63,8 @@ def normalized(*models: chainer.Link) -> Iterator[None]:
         ModelTypeError: There is none, or one is no link.
         ForeignHookError: A link has the hook of Chainer.
         UninitializedWeightError: When ``link.W`` is read, which no call has
-            initialized yet.
+            initialized yet; also by a chain that looks whether it has to, as
+            :class:`~chainer.links.LSTM` does without an input size.
         UnknownInputSizeError: Likewise, where its norm is that of a map of
             images, whose size no call has told yet.
 

@@ -95,8 +95,9 @@ class UninitializedWeightError(SpectralNormalizationError, ValueError):
         super().__init__(
             f'{owner}.{weight_name} has no array yet, so its spectral norm '
             f'is undefined. Initialize it first: give the input size when the '
-            f'link is made, call the link once without the hook, or call '
-            f'{weight_name}.initialize(shape).')
+            f'link is made, call the model once before (outside of '
+            f'sn_function.normalized, and without the hook if that raises '
+            f'this), or call {weight_name}.initialize(shape).')
 
 
 class WeightNotFoundError(SpectralNormalizationError, ValueError):

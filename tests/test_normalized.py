@@ -996,6 +996,22 @@ def test_a_lazy_link():
     assert_outside(link)
 
 
+def test_a_lazy_lstm():
+    """It would initialize weights in the place of normalized ones."""
+    model = chainer.Sequential(L.LSTM(None, 4)).add_hook(
+        ChainSpectralNormalization())
+    with pytest.raises(
+            errors.UninitializedWeightError, match='outside of sn_function'
+    ), normalized(model):
+        model(X)
+    model(X)
+    model[0].reset_state()
+    with normalized(model):
+        model(X)
+        assert not is_parameter(model[0].lateral.W)
+    assert_outside(model[0].upward, model[0].lateral)
+
+
 def test_a_map_of_unknown_size():
     link = L.Convolution2D(2, 3, 3).add_hook(
         SpectralNormalization(norm='operator'))
