@@ -21,7 +21,8 @@ knows of NumPy, Chainer or Python versions.
 on request.
 
 `applied` names what was done.  On the stacks of Chainer's own time that is
-the repair of Deconvolution2D alone, which every stack needs.
+the repair of Deconvolution2D and of MultiprocessIterator's pool, which every
+stack needs.
 
 Import `sn_function` before `chainer`.  The other order works as well where
 Chainer can be imported by itself.  A worker process started by `spawn` or

@@ -2,7 +2,7 @@
 
 `REPAIRS` says of each repair what is wrong without it, and when it is needed;
 :mod:`.trials` finds out whether it is.  An old stack stays as it is: only
-Deconvolution2D is broken everywhere.
+Deconvolution2D and the pool of MultiprocessIterator are broken everywhere.
 
 An import of Chainer ends with these repairs, and this module imports Chainer:
 so Chainer has to be imported before it.
@@ -27,7 +27,7 @@ from chainer.links.activation import maxout
 from chainer.serializers import hdf5, npz
 from chainer.training.extensions import micro_average
 
-from sn_function._compat import loans, nep50
+from sn_function._compat import loans, nep50, pool
 from sn_function._compat.trials import Repair, WrongResultError
 
 
@@ -429,6 +429,10 @@ REPAIRS = (
            'F.sparse_matmul of float16 fails',
            'with SciPy 1.15 or newer',
            _try_sparse_matmul, ValueError, _repair_sparse_matmul),
+    Repair('pool',
+           'MultiprocessIterator with maxtasksperchild may wait forever',
+           'with any Python',
+           pool.try_pool, ZeroDivisionError, pool.repair_pool),
     Repair('deconvolution_2d',
            'its backward fails where the input needs no gradient, as in a '
            'first layer (chainer#8624)', 'with Chainer 7.8.1',

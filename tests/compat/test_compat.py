@@ -143,6 +143,8 @@ class TestImport:
             multiprocess_iterator.threading = types.SimpleNamespace(
                 Thread=lambda: types.SimpleNamespace(
                     setDaemon=lambda value: None))
+            multiprocess_iterator.multiprocessing = types.SimpleNamespace(
+                Pool=type('Pool', (), {'map_async': lambda *args: None}))
             fix.fix = lambda x: x
             maxout.Maxout.__init__ = lambda *args, **kwargs: None
             hdf5._available = False
@@ -1018,6 +1020,18 @@ def test_fix(dtype):
     divisor = chainer.Variable(numpy.full(5, 2, dtype))
     gd, = chainer.grad([F.fmod(x, divisor)], [divisor])
     assert_array_equal(gd.array, [1, 0, 0, 0, -1])
+
+
+def test_pool_that_has_no_process_for_a_moment(monkeypatch):
+    made = chainer.iterators.multiprocess_iterator.multiprocessing.Pool
+    with made(processes=1) as pool:
+        processes = pool._pool
+        monkeypatch.setattr(pool, '_pool', [])
+        result = pool.map_async(abs, iter([-1, 2, -3]))
+        monkeypatch.setattr(pool, '_pool', processes)
+        assert result.get(60) == [1, 2, 3]
+        assert pool.map(abs, []) == []
+        assert pool.map_async(abs, [-4, 5], 1).get(60) == [4, 5]
 
 
 def test_multiprocess_iterator():
