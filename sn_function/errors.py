@@ -81,8 +81,9 @@ class MissingVectorError(SpectralNormalizationError, KeyError):
             what = (
                 'it is of a model without the hook, or by code that does not '
                 'save u. Make the vectors, and load the result: sn-function '
-                "repair SNAPSHOT OUT --add '*'. Or load the snapshot before "
-                'the hook is added, or with strict=False')
+                "repair SNAPSHOT OUT --add '*'; deconvolutions need --axis. "
+                'Or load the snapshot before the hook is added, or with '
+                'strict=False')
         super().__init__(printable(f'{key!r} is not in the snapshot: {what}.'))
 
     __str__ = Exception.__str__  # a KeyError shows the repr of its message

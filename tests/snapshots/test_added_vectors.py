@@ -233,7 +233,7 @@ class TestErrors:
         ids=str)
     def test_weight_that_has_no_norm(self, W, error, match):
         np.savez('in.npz', **{'a/W': np.eye(2), 'l/W': W})
-        self.refused(error, match, add_u=['*'])
+        self.refused(error, match, add_u=['l/W'])
 
     def test_says_how_where_it_is_missed(self):
         serializers.save_npz('in.npz', Model())
