@@ -81,6 +81,27 @@ def check_norm(
     return checked[0] if is_one else checked
 
 
+def check_axis(axis: Any, norm: str) -> int | None:
+    """Checks the axis of a hook, which may have been left out."""
+    if axis is None:
+        return None
+    if norm == 'operator':
+        raise errors.NormConflictError(norm, 'axis', axis)
+    try:
+        index = operator.index(axis)
+    except TypeError:
+        raise errors.AxisError(axis) from None
+    if isinstance(axis, bool):
+        raise errors.AxisError(axis)
+    return index
+
+
+def check_update(update_u: Any) -> None:
+    """Checks when a hook moves its vectors on."""
+    if not isinstance(update_u, str) or update_u not in ('train', 'always'):
+        raise errors.UpdateModeError(update_u)
+
+
 def as_insize(
         insize: int | Sequence[int], owner: str, ndim: int,
 ) -> tuple[int, ...]:

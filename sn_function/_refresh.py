@@ -13,7 +13,7 @@ from sn_function._arithmetic import singular
 from sn_function._arithmetic.convolution import Convolution
 from sn_function._links import call, vector
 from sn_function._links import gamma as _gamma
-from sn_function._links.weight import groups_of, output_axis
+from sn_function._links.weight import axis_of, groups_of
 
 
 def refresh(*models: chainer.Link, gamma: bool = False) -> None:
@@ -104,6 +104,7 @@ def _leading(
     """Returns the norm, and the ``n`` first vectors as the arithmetic does."""
     if convolution is not None:
         return singular.leading_of_map(W, convolution, n)
-    A = singular.matrices(W, output_axis(link), groups_of(link, hook))
+    A = singular.matrices(
+        W, axis_of(link, hook, W.ndim), groups_of(link, hook))
     sigmas, us = zip(*[singular.leading(x, n) for x in A])
     return max(sigmas), numpy.concatenate(us, axis=-1)

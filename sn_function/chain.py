@@ -32,8 +32,9 @@ def cached(*models: chainer.Link) -> Iterator[None]:
     one node of the graph.  The gradients of all calls are summed there, so one
     backward of the sum of the losses goes through the normalization once.
 
-    * ``u`` advances when a link is first called in training mode; a call in
-      test mode uses the same weight as the others.
+    * ``u`` advances when a link is first called in training mode, or with
+      ``update_u='always'`` in any; a call in test mode uses the same weight
+      as the others.
     * After an optimizer has updated a weight (or gamma), or its array was
       replaced, the next call normalizes it again.  Another change in place,
       such as ``link.W.array[...] = 0``, is not noticed before the scope ends.

@@ -144,11 +144,16 @@ class NStepWeightError(SpectralNormalizationError, ValueError):
 
 
 class AxisError(SpectralNormalizationError, ValueError, IndexError):
-    """The output axis is out of range."""
+    """The output axis is out of range, or no integer."""
 
-    def __init__(self, axis: Any, ndim: int) -> None:
+    def __init__(self, axis: Any, ndim: int | None = None,
+                 of: str = 'a weight') -> None:
         super().__init__(
-            f'axis {axis!r} is not an output axis of a weight with {ndim} '
+            f'axis, the output axis of weights, must be an integer, but is '
+            f'{axis!r}. Leave it out for that of each link: 1 for '
+            f'deconvolutions, else 0.'
+            if ndim is None else
+            f'axis {axis!r} is not an output axis of {of} with {ndim} '
             f'dimensions. Give an integer from {-ndim} to {ndim - 1}.')
 
 
@@ -272,6 +277,24 @@ class VectorCountError(SpectralNormalizationError, ValueError):
             f'most {most} for a weight. Leave the last ones out: u[:{most}].')
 
 
+class VectorAxisError(SpectralNormalizationError, ValueError):
+    """The vector in a snapshot is of another axis than that of the hook."""
+
+    def __init__(self, link: str, vector_name: str, length: int,
+                 W_shape: Sequence[int], axis: int, other: int) -> None:
+        super().__init__(
+            f'{vector_name} of {link} has length {length} in the snapshot, '
+            f'but the hook takes axis {axis} of the weight of shape '
+            f'{tuple(W_shape)}, so it needs length {W_shape[axis]}. '
+            f'{_other_axis(other)}')
+
+
+def _other_axis(axis: int) -> str:
+    return (f'The snapshot is of code that takes axis {axis}, as links of '
+            f'SN-GANs do for deconvolutions, too. To go on as that code did, '
+            f'give the hooks of its links axis={axis}.')
+
+
 class VectorUpdateError(SpectralNormalizationError, TypeError):
     """The start vector cannot be overwritten."""
 
@@ -378,12 +401,24 @@ class NormConflictError(SpectralNormalizationError, ValueError):
     """A norm is given with a setting that it has no use for."""
 
     def __init__(self, norm: str, name: str, value: Any) -> None:
-        why = ('the map of a convolution has its groups by itself'
-               if norm == 'operator' else
-               "only norm='operator' depends on the size of images")
+        why = {
+            'groups': 'the map of a convolution has its groups by itself',
+            'axis': 'the map of a convolution has no output axis to choose',
+            'insize': "only norm='operator' depends on the size of images",
+        }[name]
         super().__init__(
             f'norm={norm!r} and {name}={value!r} do not go together: {why}. '
             f'Leave {name} out, or choose the other norm.')
+
+
+class UpdateModeError(SpectralNormalizationError, ValueError):
+    """The hook is told something unknown about when u moves on."""
+
+    def __init__(self, update_u: Any) -> None:
+        super().__init__(
+            f"update_u must be 'train', where calls in training mode move u "
+            f"on, or 'always', where those in test mode do so, too, but is "
+            f"{update_u!r}.")
 
 
 class InsizeError(SpectralNormalizationError, ValueError):
@@ -861,6 +896,17 @@ class UntrainedGammaWarning(SpectralNormalizationWarning):
             f'for the others of {_some(links)} already. It does not know '
             f'gamma, which stays what it is. Call optimizer.setup(model) '
             f'after the hook is added, again if it was called before.')
+
+
+class VectorAxisWarning(SpectralNormalizationWarning):
+    """The vector in a snapshot seems to be of another axis than the hook's."""
+
+    def __init__(
+            self, link: str, vector_name: str, axis: int, other: int) -> None:
+        super().__init__(
+            f'{vector_name} of {link}, as it is in the snapshot, has settled '
+            f'along axis {other} of the weight, and not along axis {axis}, '
+            f'which the hook takes. {_other_axis(other)}')
 
 
 class ToleranceWarning(SpectralNormalizationWarning):

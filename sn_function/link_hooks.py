@@ -16,7 +16,7 @@ import chainer
 
 from sn_function import _checks, errors
 from sn_function._arithmetic import buffers
-from sn_function._arithmetic.matrix import as_matrix
+from sn_function._arithmetic.matrix import as_matrix, normalize_axis
 from sn_function._compat.replacement import ChainersHook
 from sn_function._graph import node
 from sn_function._links import (
@@ -31,10 +31,11 @@ from sn_function._links import (
 )
 from sn_function._links import scope as scopes
 from sn_function._links.bypass import bypasses_hooks
-from sn_function._links.hooked_weight import HookedWeight
+from sn_function._links.hooked_weight import HookedWeight, moves_on
 from sn_function._links.local_hook import LocalHook
 from sn_function._links.state import LinkState
 from sn_function._links.weight import (
+    axis_of,
     check_map,
     convolution_of,
     groups_of,
@@ -61,9 +62,10 @@ class SpectralNormalization(LocalHook):
     ``link.forward`` raises; in the scope of :func:`~sn_function.normalized` it
     is the normalized weight.  The estimate of sigma uses ``link.W_u``, which
     each call in training mode moves on by ``n_power_iteration`` iterations;
-    with ``chainer.config.train`` false it stays as it is.  Where it is found
-    to belong to another weight, it is brought to this one first.  Calls of one
-    link from several threads wait for each other.
+    with ``chainer.config.train`` false it stays as it is, unless ``update_u``
+    says otherwise.  Where it is found to belong to another weight, it is
+    brought to this one first.  Calls of one link from several threads wait
+    for each other.
 
     The hook serves :class:`~chainer.links.Linear`,
     :class:`~chainer.links.EmbedID`, the convolutions and deconvolutions of 1
@@ -144,6 +146,19 @@ class SpectralNormalization(LocalHook):
             of images whose norm is taken, one number for each axis or one for
             all.  ``None``: that of the link's first call.  A ``W_map`` that is
             loaded keeps its own size.
+        axis (int or None): Output axis of the weight, the one that is kept
+            where it is seen as a matrix; may be negative.  ``None``, as in
+            Chainer's hook: that of each link, 1 for deconvolutions, else 0.
+            Older code takes 0 for deconvolutions, too.  The norms along two
+            axes differ, and ``u`` has another length, so training goes on
+            with the same one only: see :doc:`migration`.  With
+            ``groups='each'`` it is that of each group.  It does not go
+            together with ``norm='operator'``.
+        update_u (str): When ``u`` moves on: ``'train'``, as in Chainer's
+            hook, in calls in training mode; ``'always'``, in test mode as
+            well, with a graph or without, as links of older code do.  The
+            output in test mode depends on the calls before then, and ranks
+            of ChainerMN need as many calls each.
 
     **The norm of a convolution.**  A convolution whose weight has the norm 1
     as a matrix may still magnify an image, a 3 x 3 kernel up to 3 times.  With
@@ -179,8 +194,9 @@ class SpectralNormalization(LocalHook):
             one, and the link keeps the others under the same name with an
             ``s``: ``link.W_us`` of shape ``(b - 1, m)``, which is persistent,
             too.  A snapshot without them loads; the next call draws them.
-        axis (int): Output axis of the weight of the link that the hook was
-            last added to: 1 for deconvolutions, else 0.
+        axis (int): Output axis as it was given; else that of the link that
+            the hook was last added to: 1 for deconvolutions, else 0.
+        update_u (str): As it was given; may be changed.
         name (str): Name of this hook.
 
     Raises:
@@ -224,6 +240,9 @@ class SpectralNormalization(LocalHook):
     max_iterations = 200
     norm = 'matrix'
     insize: int | tuple[int, ...] | None = None
+    # ``axis`` is that of a link where this is ``None``.
+    given_axis: int | None = None
+    update_u = 'train'
 
     def __init__(
             self,
@@ -243,6 +262,8 @@ class SpectralNormalization(LocalHook):
             max_iterations: int = 200,
             norm: str = 'matrix',
             insize: int | Sequence[int] | None = None,
+            axis: int | None = None,
+            update_u: str = 'train',
     ) -> None:
         _checks.check_settings(n_power_iteration, factor, eps, cap)
         if cap is not None and use_gamma:
@@ -254,13 +275,16 @@ class SpectralNormalization(LocalHook):
         _checks.check_count('n_vectors', n_vectors, 1)
         _checks.check_tolerance(rtol, max_iterations, n_power_iteration)
         insize = _checks.check_norm(norm, groups, insize)
+        axis = _checks.check_axis(axis, norm)
+        _checks.check_update(update_u)
         self.n_power_iteration = n_power_iteration
         self.eps = eps
         self.use_gamma = use_gamma
         self.factor = factor
         self.weight_name = weight_name
         self.vector_name = weight_name + '_u'
-        self.axis = 0
+        self.given_axis = axis
+        self.axis = 0 if axis is None else axis
         self.detach_uv = detach_uv
         self.n_warmup = n_warmup
         self.cap = cap
@@ -270,6 +294,7 @@ class SpectralNormalization(LocalHook):
         self.max_iterations = max_iterations
         self.norm = norm
         self.insize = insize
+        self.update_u = update_u
         if name is not None:
             self.name = name
 
@@ -302,7 +327,8 @@ class SpectralNormalization(LocalHook):
             # Link.add_hook has put the hook in before it calls this.
             link.local_link_hooks.popitem()
             raise
-        self.axis = output_axis(link)
+        if self.given_axis is None:
+            self.axis = output_axis(link)
         names = vector.names(self, link)
         self.vector_name = names[0]
         W = vars(link)[weight_name]
@@ -329,6 +355,7 @@ class SpectralNormalization(LocalHook):
                 raise errors.HookCollisionError(link, name, self.weight_name)
         if W.array is not None:
             _checks.check_weight(W.array)
+            axis_of(link, self, W.ndim)
             check_map(link, self, W)
         self._check_insize(link, W)
         if bypasses_hooks(link):
@@ -425,7 +452,8 @@ class SpectralNormalization(LocalHook):
                 Y, iterations, v_shape = scope.normalize(own)
             else:
                 Y, iterations = own.normalize(
-                    is_train and not is_second_run, is_second_run)
+                    moves_on(self, is_train) and not is_second_run,
+                    is_second_run)
                 v_shape = own.v_shape
         except errors.VectorValueError:
             own.discard_bad_vector()
@@ -448,7 +476,7 @@ class SpectralNormalization(LocalHook):
             The same in the shape ``(W.shape[axis], -1)``.
 
         """
-        return as_matrix(W, self.axis)
+        return as_matrix(W, normalize_axis(self.axis, W.ndim))
 
 
 # The hooks that normalize a weight of their link, ours and Chainer's.

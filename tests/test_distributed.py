@@ -105,6 +105,18 @@ class TestOptimizer:
         assert all(all_same(threads.run(2, train, models, 10)))
         assert models[0][1].W_map.shape == (1, 5)
 
+    def test_in_test_mode_along_another_axis(self):
+        models = make_models(2, axis=1, update_u='always')
+
+        def program(comm, model):
+            with chainer.using_config('train', False):
+                return train(comm, model, 10)
+
+        found = threads.run(2, program, models)
+        assert all(all_same(found))
+        assert models[0][0].W_u.shape == (5,)
+        assert (found[0][0]['/0/W_u'] != found[0][-1]['/0/W_u']).any()
+
     @pytest.mark.parametrize('insize', [None, 5])
     def test_a_map_of_a_later_call(self, insize):
         """It is one only if the hook has its size, or by a broadcast."""

@@ -26,7 +26,7 @@ LEAST = {
     'docs/mathematics.rst': 32,
     'docs/models.rst': 27,
     'docs/monitoring.rst': 60,
-    'docs/migration.rst': 28,
+    'docs/migration.rst': 38,
     'docs/performance.rst': 13,
     'docs/shipping.rst': 33,
     'docs/training.rst': 50,

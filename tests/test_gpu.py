@@ -451,11 +451,12 @@ class TestGraphs:
         replays.check([gpu.KERNEL, gpu.MEMCPY])
         replays.check_that_it_moves()
 
-    def test_of_test_mode(self, fused_size):
-        """The weight is normalized, and its vector stays."""
+    @pytest.mark.parametrize('update_u', ['train', 'always'])
+    def test_of_test_mode(self, update_u, fused_size):
+        """The weight is normalized, and its vector stays or moves on."""
         def make():
             np.random.seed(0)
-            model, step = make_model('chain')
+            model, step = make_model('chain', update_u=update_u)
 
             def in_test_mode():
                 with chainer.using_config('train', False):
@@ -466,7 +467,10 @@ class TestGraphs:
 
         replays = Replays(make)
         replays.check([gpu.KERNEL, gpu.MEMCPY])
-        assert_equal(replays.states[0], replays.states[-1])
+        if update_u == 'always':
+            replays.check_that_it_moves()
+        else:
+            assert_equal(replays.states[0], replays.states[-1])
 
     def test_a_step_that_waits_is_found(self):
         """The capture is able to fail, and leaves the stream usable."""

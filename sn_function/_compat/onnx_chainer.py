@@ -1,6 +1,7 @@
 """Repairs `onnx_chainer`, Chainer's exporter, when it is imported.
 
-It was written for onnx 1.6.  It is a package of its own, which needs onnx, so
+It was written for onnx 1.6, and some of its converters are wrong or missing:
+see :mod:`.onnx_converters`.  It is a package of its own, which needs onnx, so
 nothing is done or imported before a program imports it.  As in
 :mod:`.repairs`, what fails a trial run is repaired, and :data:`REPAIRS` says
 what is wrong without each repair, and when it is needed.
@@ -17,7 +18,7 @@ from typing import Any, Callable, List
 
 import numpy
 
-from sn_function._compat import guards, loans, trials
+from sn_function._compat import guards, loans, onnx_converters, trials
 from sn_function._compat.trials import Repair, WrongResultError
 
 # That of onnx 1.6.  Its opset, 11, is the last one that the exporter knows.
@@ -97,6 +98,47 @@ def _repair_ir_version() -> None:
     _module('export').onnx = _richer(IR_VERSION=IR_VERSION)
 
 
+# Converters.
+
+def _nodes(function: Callable, *shape: int) -> Any:
+    """What the exporter makes of a function, as nodes of ONNX."""
+    from chainer import Sequential
+    model = _module('export').export(
+        Sequential(function), numpy.zeros(shape, 'f'))
+    return model.graph.node
+
+
+def _try_unpooling() -> None:
+    from chainer import functions
+    _nodes(lambda x: functions.unpooling_2d(x, 2, outsize=(2, 2)), 1, 1, 1, 1)
+
+
+def _repair_unpooling() -> None:
+    _module('mapping').converters['Unpooling2D'] = onnx_converters.unpooling_2d
+
+
+def _try_mean_absolute_error() -> None:
+    _module('mapping').converters['MeanAbsoluteError']
+
+
+def _repair_mean_absolute_error() -> None:
+    _module('mapping').converters['MeanAbsoluteError'] = (
+        onnx_converters.mean_absolute_error)
+
+
+def _try_dilations() -> None:
+    from chainer import links
+    nodes = _nodes(links.Convolution1D(1, 1, 1, initialW=0), 1, 1, 1)
+    if not any(each.name == 'dilations' for each in nodes[0].attribute):
+        raise WrongResultError
+
+
+def _repair_dilations() -> None:
+    converters = _module('mapping').converters
+    for name in 'ConvolutionND', 'Deconvolution2DFunction', 'DeconvolutionND':
+        converters[name] = onnx_converters.with_dilations(converters[name])
+
+
 # Each goes with the support of Chainer 7.
 REPAIRS = (
     Repair('onnx.mapping', 'onnx_chainer cannot be used, or warns',
@@ -106,6 +148,18 @@ REPAIRS = (
            'files of onnx_chainer are refused by an onnxruntime older than '
            'onnx', 'with onnx 1.7 or newer',
            _try_ir_version, WrongResultError, _repair_ir_version),
+    Repair('convert_Unpooling2D',
+           'onnx_chainer exports F.unpooling_2d without outsize wrong, and '
+           'refuses it with one', 'with Chainer 7.8.1',
+           _try_unpooling, RuntimeError, _repair_unpooling),
+    Repair('convert_MeanAbsoluteError',
+           'onnx_chainer has no converter for F.mean_absolute_error',
+           'with Chainer 7.8.1', _try_mean_absolute_error, KeyError,
+           _repair_mean_absolute_error),
+    Repair('dilations',
+           'onnx_chainer exports convolutions of 1 or 3 dimensions, and '
+           'deconvolutions, without their dilation', 'with Chainer 7.8.1',
+           _try_dilations, WrongResultError, _repair_dilations),
 )
 
 

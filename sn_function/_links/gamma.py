@@ -16,7 +16,7 @@ from sn_function._arithmetic import singular
 from sn_function._arithmetic.choose import is_on_device
 from sn_function._arithmetic.convolution import Convolution
 from sn_function._arithmetic.groups import Groups
-from sn_function._arithmetic.matrix import accumulator_dtype
+from sn_function._arithmetic.matrix import accumulator_dtype, normalize_axis
 
 
 def free_name(link: chainer.Link, weight_name: str) -> str:
@@ -125,7 +125,7 @@ class LargestSingularValue:
 
     Args:
         W: The weight, which may be initialized later.
-        axis: Its output axis.
+        axis: Its output axis; may be negative.
         groups: Its groups, if the norm is that of the largest one.
         convolution: The map, if the norm is that of images.  While their size
             is not known, gamma is 1, as without a weight.
@@ -177,7 +177,8 @@ class LargestSingularValue:
             return
         with numpy.errstate(over='ignore'):
             array[...] = singular.norm(
-                W, self.axis, self.groups, convolution)
+                W, normalize_axis(self.axis, W.ndim), self.groups,
+                convolution)
         xp = chainer.backend.get_array_module(array)
         array[...] = xp.where((array > 0) & xp.isfinite(array), array, 1.)
         self.value = array.copy()

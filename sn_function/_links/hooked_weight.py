@@ -22,13 +22,13 @@ from sn_function._arithmetic.interface import (
 from sn_function._graph import node
 from sn_function._graph import normalize as _graph
 from sn_function._links import gamma as _gamma
-from sn_function._links import recompute, vector
+from sn_function._links import other_axis, recompute, vector
 from sn_function._links.state import LinkState
-from sn_function._links.weight import groups_of, output_axis
+from sn_function._links.weight import axis_of, groups_of, name_of
 
 # How much a vector turns in an iteration, at most, while its weight is trained
-# (measured: :doc:`accuracy`).  In test mode nothing moves it on, so there it
-# has to be settled.
+# (measured: :doc:`accuracy`).  Where a call does not move it on, as in test
+# mode, it has to be settled.
 TRAINED_LIMIT = 0.05
 
 
@@ -46,6 +46,13 @@ class Hook(Protocol):
     n_vectors: int
     rtol: float | None
     max_iterations: int
+    given_axis: int | None
+    update_u: str
+
+
+def moves_on(hook: Hook, is_train: bool) -> bool:
+    """Whether a call moves the vector on, in training mode or not."""
+    return is_train or hook.update_u == 'always'
 
 
 def renewal_of(
@@ -57,7 +64,8 @@ def renewal_of(
             hook.rtol, hook.max_iterations, hook.n_power_iteration)
     elif hook.n_warmup > 0:
         renewal = Renewal(
-            hook.n_warmup, TRAINED_LIMIT if is_train else SETTLED)
+            hook.n_warmup,
+            TRAINED_LIMIT if moves_on(hook, is_train) else SETTLED)
     else:
         return NEVER
     if gamma is None or hook.n_warmup == 0:
@@ -98,13 +106,13 @@ class HookedWeight:
     def settings(self) -> Settings:
         """The hook's settings, checked, and what the link adds to them."""
         hook, state = self.hook, self.state
-        given = (hook.n_power_iteration, hook.detach_uv, hook.factor,
+        axis = axis_of(self.link, hook, self.W.ndim)
+        given = (hook.n_power_iteration, axis, hook.detach_uv, hook.factor,
                  hook.eps, hook.cap, hook.groups)
         if state.settings[0] != given:
             state.settings = given, _graph.make_settings(
-                hook.n_power_iteration, output_axis(self.link),
-                hook.detach_uv, hook.factor, hook.eps, hook.cap,
-                groups_of(self.link, hook))
+                hook.n_power_iteration, axis, hook.detach_uv, hook.factor,
+                hook.eps, hook.cap, groups_of(self.link, hook))
         settings: Settings = state.settings[1]
         if self.convolution is None:
             return settings
@@ -144,10 +152,16 @@ class HookedWeight:
         if self.state.gamma_name is not None:
             gamma = getattr(link, self.state.gamma_name)
         misfits: list[Any] = []
+        remedy = ''
         for k, name in enumerate(vector.names(hook, link)):
             u = getattr(link, name, None)
             if u is not None and u.shape[k:] != shape:
                 misfits.append(name)
+                other = other_axis.by_length(link, hook, W.shape, u.shape[k:])
+                if other is not None:
+                    remedy = (f' The length was that of axis {other}: to go '
+                              f'on along that one, give the hook '
+                              f'axis={other}.')
         if misfits:
             self._discard(misfits)
         is_gamma_misfit = gamma is not None and not _gamma.fits(gamma, self.W)
@@ -157,7 +171,7 @@ class HookedWeight:
             *others, last = misfits
             names = f'{", ".join(others)} and {last}' if others else last
             self._warn(f'{names} belonged to a weight of another shape than '
-                       f'{W.shape}.', len(misfits) > 1)
+                       f'{W.shape}.', len(misfits) > 1, remedy)
         u = vector.find(link, hook, W, self.convolution)
         if gamma is not None:
             _gamma.initialize(
@@ -183,16 +197,12 @@ class HookedWeight:
             setattr(self.link, name, None)
         self.state.forget_start()
 
-    @property
-    def _where(self) -> str:
-        name = self.link.name  # its name in its chain
-        text = type(self.link).__name__
-        return text if name is None else f'{text} {name!r}'
-
-    def _warn(self, why: str, are_several: bool = False) -> None:
+    def _warn(
+            self, why: str, are_several: bool = False,
+            remedy: str = '') -> None:
         what = 'They were' if are_several else 'It was'
         warnings.warn(
-            f'{self._where}: {why} {what} made anew.',
+            f'{name_of(self.link)}: {why} {what} made anew.{remedy}',
             errors.SpectralNormalizationWarning, stacklevel=5)
 
     def for_node(
@@ -241,5 +251,6 @@ class HookedWeight:
         if not (weight.has_converged or self.state.has_warned):
             self.state.has_warned = True
             warnings.warn(errors.ToleranceWarning(
-                f'{self._where}, {self.hook.weight_name}', self.hook.rtol),
+                f'{name_of(self.link)}, {self.hook.weight_name}',
+                self.hook.rtol),
                 stacklevel=5)

@@ -1,4 +1,4 @@
-"""Snapshots that lack some vectors of a weight, loaded strictly.
+"""Vectors of a weight, loaded from snapshots: some lack them, or have others.
 
 ``W_u`` is in any snapshot of a link with a hook, Chainer's or ours; ``W_us``
 is in those of hooks with several vectors only, and ``W_map`` in those of hooks
@@ -6,7 +6,8 @@ that take the norm of a map.  Chainer's deserializers raise
 an error for what a file lacks, and links have no say in it.  So
 ``Link.serialize`` is replaced by one that gives such links a deserializer
 which returns ``None`` for these names: then the next call makes the vectors.
-Where ``W_u`` is missing, it says which command makes it.
+Where ``W_u`` is missing, it says which command makes it; where it is there,
+:mod:`.other_axis` looks at it.
 """
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from typing import Any
 import chainer
 
 from sn_function import errors
-from sn_function._links import vector
+from sn_function._links import call, other_axis, vector
 
 _serialize = chainer.Link.serialize
 
@@ -27,6 +28,7 @@ def serialize(link: chainer.Link, serializer: Any) -> None:
 
     Raises:
         MissingVectorError: A snapshot has no ``W_u`` for the link.
+        VectorAxisError: It has one of another output axis.
 
     """
     hooks = [hook for hook in link.local_link_hooks.values()
@@ -34,15 +36,12 @@ def serialize(link: chainer.Link, serializer: Any) -> None:
     if not hooks or isinstance(serializer, chainer.Serializer):
         _serialize(link, serializer)
         return
-    optional = {name for hook in hooks
-                for name in vector.optional_names(hook, link)}
     try:
-        _serialize(link, _WithOptional(serializer, optional)
-                   if optional else serializer)
+        _serialize(link, _OfHooks(serializer, link, hooks))
     except Exception as e:
         for hook in hooks:
             name = vector.names(hook, link)[0]
-            if name not in optional:
+            if name not in vector.optional_names(hook, link):
                 _explain(link, serializer, hook.weight_name, name, e)
         raise
 
@@ -83,18 +82,26 @@ def install() -> None:
     chainer.Link.serialize = serialize
 
 
-class _WithOptional(chainer.Deserializer):
+class _OfHooks(chainer.Deserializer):
     """A deserializer that may lack some names, and have other shapes there."""
 
-    def __init__(self, of_file: Any, names: set[str]) -> None:
+    def __init__(
+            self, of_file: Any, link: chainer.Link, hooks: list[Any]) -> None:
         self._of_file = of_file
-        self._names = names
+        self._link = link
+        self._names = {
+            name for hook in hooks
+            for name in vector.optional_names(hook, link)}
+        self._hooks = {vector.names(hook, link)[0]: hook for hook in hooks}
 
     def __getitem__(self, key: str) -> Any:
         return self._of_file[key]
 
     def __call__(self, key: str, value: Any) -> Any:
         if key not in self._names:
+            hook = self._hooks.get(key)
+            if hook is not None:
+                self._check(hook, key)
             return self._of_file(key, value)
         try:
             loaded = self._of_file(key, None)
@@ -106,3 +113,9 @@ class _WithOptional(chainer.Deserializer):
             return loaded
         chainer.backend.copyto(value, loaded.astype(value.dtype))
         return value
+
+    def _check(self, hook: Any, key: str) -> None:
+        u = self._of_file(key, None)
+        W = call.original(self._link, hook.weight_name).array
+        if u is not None and W is not None:
+            other_axis.check(self._link, hook, key, W, u)

@@ -21,8 +21,9 @@ def settings_text(hook: chainer.LinkHook) -> str:
     texts = []
     for i, (name, parameter) in enumerate(parameters.items()):
         default = type(hook).name if name == 'name' else parameter.default
-        # A hook from an old pickle may lack one.
-        value: Any = getattr(hook, name, default)
+        # A hook from an old pickle may lack one; hook.axis is that of a link.
+        value: Any = getattr(
+            hook, 'given_axis' if name == 'axis' else name, default)
         if i == 0 or repr(value) != repr(default):
             texts.append(f'{name}={value!r}')
     return ', '.join(texts)

@@ -9,7 +9,7 @@ import chainer
 from sn_function._arithmetic.interface import Iterations
 from sn_function._graph import node, normalize
 from sn_function._links import call, turn
-from sn_function._links.hooked_weight import Hook, HookedWeight
+from sn_function._links.hooked_weight import Hook, HookedWeight, moves_on
 from sn_function._links.shared import SharedWeight
 
 # The id of the link, and the name of the weight.
@@ -109,7 +109,7 @@ class Scope:
                 weight.check_convergence(of_node)
         shared = self._shared[key]
         is_train, = node.config('train')
-        if is_train:
+        if moves_on(own.hook, is_train):
             shared.store_u(own.link)
         return shared.Y, shared.iterations, shared.v_shape
 

@@ -23,11 +23,11 @@ from sn_function._arithmetic.convolution import Convolution
 from sn_function._arithmetic.groups import length_of_u, most_vectors
 from sn_function._arithmetic.interface import Array
 from sn_function._links.weight import (
+    axis_of,
     check_map,
     convolution_of,
     groups_of,
     is_map,
-    output_axis,
 )
 
 
@@ -91,7 +91,8 @@ def shape_of(
 
     """
     if convolution is None:
-        return length_of_u(shape, output_axis(link), groups_of(link, hook)),
+        return length_of_u(
+            shape, axis_of(link, hook, len(shape)), groups_of(link, hook)),
     return convolution.insize and convolution.in_shape(shape)
 
 
@@ -106,7 +107,7 @@ def count(
         return min(n, convolution.most_vectors(
             shape, groups_of(link, hook)))
     return min(n, most_vectors(
-        shape, output_axis(link), groups_of(link, hook)))
+        shape, axis_of(link, hook, len(shape)), groups_of(link, hook)))
 
 
 def find(
@@ -316,5 +317,5 @@ def warm_up(
     if hook.n_warmup > 0:
         with chainer.using_device(link.device):
             arithmetic_of(W).warm_up(
-                W, u, output_axis(link), hook.n_warmup, groups_of(link, hook),
-                hook.rtol, convolution)
+                W, u, axis_of(link, hook, W.ndim), hook.n_warmup,
+                groups_of(link, hook), hook.rtol, convolution)

@@ -25,6 +25,34 @@ def output_axis(link: chainer.Link) -> int:
     return int(isinstance(link, DECONVOLUTIONS))
 
 
+def axis_of(link: chainer.Link, hook: Any, ndim: int) -> int:
+    """Returns the output axis that a hook, ours or Chainer's, takes.
+
+    Args:
+        link: The link.
+        hook: The hook.
+        ndim: Number of dimensions of the weight.
+
+    Raises:
+        AxisError: The hook has one that the weight lacks.
+
+    """
+    axis: int | None = getattr(hook, 'given_axis', None)
+    if axis is None:
+        return output_axis(link)
+    if not -ndim <= axis < ndim:
+        raise errors.AxisError(
+            axis, ndim, f'the weight {hook.weight_name} of {name_of(link)},')
+    return axis % ndim
+
+
+def name_of(link: chainer.Link) -> str:
+    """Returns how messages name a link: its class, and its name in a chain.
+    """
+    text = type(link).__name__
+    return text if link.name is None else f'{text} {link.name!r}'
+
+
 def groups_of(link: chainer.Link, hook: Any) -> Groups | None:
     """Returns the groups that a hook sees in its weight, if several.
 
@@ -35,6 +63,11 @@ def groups_of(link: chainer.Link, hook: Any) -> Groups | None:
     if hook.weight_name != 'W' or (
             getattr(hook, 'groups', None) is None and not is_map(link, hook)):
         return None
+    return groups_in(link)
+
+
+def groups_in(link: chainer.Link) -> Groups | None:
+    """Returns the groups of a convolution's ``W``, if there are several."""
     if isinstance(link, L.DepthwiseConvolution2D):
         return Groups(None, axis=1)  # one for each channel of the input
     if not isinstance(link, GROUPED):

@@ -12,9 +12,8 @@ from sn_function._certify import Interval, certify
 from sn_function._compat.replacement import ChainersHook
 from sn_function._links import call, vector
 from sn_function._links.hooked_weight import renewal_of
-from sn_function._links.weight import groups_of
+from sn_function._links.weight import axis_of, groups_of, output_axis
 from sn_function._models import LinkWeight, gamma_of
-from sn_function.link_hooks import output_axis
 
 
 class Layer(NamedTuple):
@@ -86,7 +85,7 @@ class MonitoredWeight:
         renewal = NEVER if is_of_chainer else renewal_of(
             hook, False, gamma, call.original(link, hook.weight_name))
         return quality.measure(
-            W, u, hook.axis if is_of_chainer else output_axis(link),
+            W, u, hook.axis if is_of_chainer else axis_of(link, hook, W.ndim),
             hook.n_power_iteration, true_sigma, renewal,
             groups_of(link, hook), None if gamma is None else gamma.array,
             convolution)

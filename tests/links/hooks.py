@@ -24,6 +24,8 @@ class Hook(chainer.LinkHook):
     n_vectors: int = 1
     rtol: Optional[float] = None
     max_iterations: int = 200
+    given_axis: Optional[int] = None
+    update_u: str = 'train'
 
     def added(self, link):
         LinkState(self.weight_name, None).put(link)

@@ -38,8 +38,8 @@ COUNTS: collections.Counter = collections.Counter()
 
 
 def without_conflict(settings):
-    if settings['norm'] == 'matrix':
-        settings = dict(settings, insize=None)
+    settings = dict(settings, **{
+        'insize' if settings['norm'] == 'matrix' else 'axis': None})
     if settings['rtol'] is not None:
         settings = dict(settings, n_power_iteration=1, max_iterations=10000)
     if settings['n_vectors'] > 1:  # gamma is followed with one vector only
@@ -60,6 +60,8 @@ SETTINGS = st.fixed_dictionaries({
     'rtol': st.sampled_from([None, None, None, 0.1]),
     'norm': st.sampled_from(['matrix', 'operator']),
     'insize': st.sampled_from([None, None, 3]),
+    'axis': st.sampled_from([None, None, None, 0, 1, -1]),
+    'update_u': st.sampled_from(['train', 'train', 'always']),
 }).map(without_conflict)
 INDEX = st.integers(0, MAX_LINKS - 1)
 SEED = st.integers(0, 9)
@@ -145,7 +147,8 @@ class Base(stateful.RuleBasedStateMachine):
             hook.weight_name, hook.name, detach_uv=hook.detach_uv,
             n_warmup=hook.n_warmup, cap=hook.cap, n_vectors=hook.n_vectors,
             rtol=hook.rtol, max_iterations=hook.max_iterations,
-            norm=hook.norm, insize=hook.insize)
+            norm=hook.norm, insize=hook.insize, axis=hook.given_axis,
+            update_u=hook.update_u)
 
     def twin(self, rec, lazy):
         """A new link of the same kind with the same hooks and dtype."""

@@ -18,6 +18,7 @@ from tests.state_machine.links import (
     KINDS,
     hooked,
     hooks_of,
+    moves,
     others_of,
     vector_of,
 )
@@ -150,11 +151,12 @@ def check_call(rec, before, seen, n_calls, train, on_device, sizes):
         assert not sizes[name] or u.shape[1:] == sizes[name]
         assert np.isfinite(u).all()
         assert u.any()
+        is_moved = moves(rec.link, name, train)
         if rec.is_followed(name):
             check_weight(
-                rec, name, before[name], seen, n_calls, train, on_device)
+                rec, name, before[name], seen, n_calls, is_moved, on_device)
         else:
-            check_several(rec, name, before[name], seen, train)
+            check_several(rec, name, before[name], seen, is_moved)
         rec.u[name] = u.copy()
         rec.others[name] = copy_of(others_of(rec.link, name))
         gamma_name = rec.gamma_of(name)
@@ -167,7 +169,7 @@ def check_call(rec, before, seen, n_calls, train, on_device, sizes):
                 rec.is_unsure.discard(name)
 
 
-def check_several(rec, name, before, seen, train):
+def check_several(rec, name, before, seen, is_moved):
     """Checks a weight with several vectors, as far as those are known.
 
     Or one whose u moves on until a tolerance is reached, or for each group.
@@ -197,7 +199,7 @@ def check_several(rec, name, before, seen, train):
     if before.u is None or (old is None) != (others is None) or (
             old is not None and old.shape != others.shape):
         return
-    if not (train and np.isfinite(W).all() and W.any()):
+    if not (is_moved and np.isfinite(W).all() and W.any()):
         assert same_bits(u, before.u.astype(W.dtype))
         assert others is None or same_bits(others, old.astype(W.dtype))
     if rec.is_ordinary and seen and hook.n_power_iteration == 1 and (
@@ -213,7 +215,7 @@ def check_several(rec, name, before, seen, train):
                     sigma, floor), 10 * TOLERANCES[W.dtype.char])
 
 
-def check_weight(rec, name, before, seen, n_calls, train, on_device):
+def check_weight(rec, name, before, seen, n_calls, is_moved, on_device):
     """Checks what the calls saw of one weight, and its u and gamma."""
     W, gamma = rec.params[name].array, before.gamma
     form = rec.form(name)
@@ -228,14 +230,18 @@ def check_weight(rec, name, before, seen, n_calls, train, on_device):
             gamma = norm_for_gamma(W, form, gamma_now.dtype)
             # Chainer's other hook makes another W in each call.
             initial = None if standardization == 'first' else gamma
-    rule = Rule(W_used, W.dtype, form, hooks_of(rec.link)[name], train,
+    rule = Rule(W_used, W.dtype, form, hooks_of(rec.link)[name], is_moved,
                 roughness(W, standardization), on_device)
     start = before.u
     if standardization and (not rec.is_ordinary or W.dtype == np.float16):
         return
-    if start is None and train:
+    if start is None and is_moved:
         # The start is not known, but the norm can be told.
-        if gamma_now is not None and not same_bits(gamma, gamma_now):
+        is_new = before.gamma is None and initial is None
+        if gamma_now is not None and is_new:
+            # Made in this call of the raw weight, by another SVD.
+            np.testing.assert_allclose(gamma_now, gamma, rtol=1e-5)
+        elif gamma_now is not None and not same_bits(gamma, gamma_now):
             assert initial is not None
             norm = norm_for_gamma(W_used, form, gamma_now.dtype)
             assert norm / 3 <= gamma_now <= norm * (1 + 1e-3)

@@ -144,7 +144,7 @@ class Copies(Base):
         if rec.W is None or len(hooks) != 1 or hooks[0].weight_name != 'W':
             return
         if rec.gamma_of('W') not in (None, 'gamma') or rec.standardized or (
-                rec.is_map('W')):
+                rec.is_map('W') or hooks[0].given_axis is not None):
             return
         if rec.u['W'] is None or rec.u['W'].dtype != rec.dtype:
             return

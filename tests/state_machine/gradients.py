@@ -5,7 +5,7 @@ import numpy as np
 
 from tests import reference
 from tests.state_machine.checks import plain
-from tests.state_machine.links import hooked, hooks_of
+from tests.state_machine.links import hooked, hooks_of, moves
 from tests.state_machine.oracle import factor_and_floor, predict
 from tests.state_machine.states import Rule
 
@@ -49,7 +49,8 @@ def chain_of(rec, name, W, u, train, n_calls):
     ``None`` where rounding decides.
     """
     form, hook = rec.form(name), hooks_of(rec.link)[name]
-    rule = Rule(W, rec.params[name].dtype, form, hook, train)
+    is_moved = moves(rec.link, name, train)
+    rule = Rule(W, rec.params[name].dtype, form, hook, is_moved)
     chain = []
     for _ in range(n_calls):
         (start, condition), *others = rule.starts(u)
@@ -62,7 +63,7 @@ def chain_of(rec, name, W, u, train, n_calls):
                 form.matrix(W), start.astype('d'),
                 hook.n_power_iteration)[:2]
         chain.append((start, uv))
-        if train and p.u is not None:
+        if is_moved and p.u is not None:
             u = p.u
     return chain
 

@@ -207,10 +207,6 @@ class FailingNode(chainer.FunctionNode):
         raise ZeroDivisionError('backward')
 
 
-def axis_of(link):
-    return int('Deconvolution' in type(link).__name__)
-
-
 # Names of parameters are those in the link, or paths such as '0/w1'.
 
 def place_of(link, name):
@@ -239,6 +235,17 @@ def our_hooks(link):
 def hooked(link):
     """Names of the weights that have a hook of ours."""
     return list(hooks_of(link))
+
+
+def axis_of(link, name):
+    axis = hooks_of(link)[name].given_axis
+    return int('Deconvolution' in type(link).__name__) if axis is None else (
+        axis)
+
+
+def moves(link, name, train):
+    """Whether calls move u on."""
+    return train or hooks_of(link)[name].update_u == 'always'
 
 
 def is_map(link, name):

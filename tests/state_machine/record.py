@@ -107,13 +107,13 @@ class Record:
         if self.is_map(name):
             u = vector_of(self.link, name)
             return KINDS[self.kind].x_shape[1], *u.shape[1:]
-        return self.params[name].shape[axis_of(self.link)],
+        return self.params[name].shape[axis_of(self.link, name)],
 
     def form(self, name):
         """How the weight is a matrix, whose norm the hook takes."""
         if self.is_map(name):
             return OfMap(KINDS[self.kind].map(), self.shape_of_u(name))
-        return OfMatrix(axis_of(self.link))
+        return OfMatrix(axis_of(self.link, name))
 
     def is_followed(self, name):
         """Whether it is known how far each call moves u, which is one."""

@@ -52,7 +52,7 @@ class Rule(NamedTuple):
         dtype: That of the link's weight.
         form: How it is a matrix.
         hook: The hook.
-        train: Training mode.
+        is_moved: Whether calls move u on.
         roughness: How much larger rounding errors are than usual.
         on_device: Whether a device computes.
 
@@ -62,7 +62,7 @@ class Rule(NamedTuple):
     dtype: Any
     form: Any
     hook: Any
-    train: bool
+    is_moved: bool
     roughness: float = 1.0
     on_device: bool = False
 
@@ -83,7 +83,7 @@ class Rule(NamedTuple):
                     self.W, start, self.form, self.hook,
                     1.0 if gamma is None else gamma)
                 u = state.u
-                if self.train and p.u is not None:
+                if self.is_moved and p.u is not None:
                     u = p.u.astype(self.dtype)
                 found.append(Outcome(p.Y, State(
                     u, gamma, gamma if is_new else state.initial),
@@ -110,7 +110,7 @@ class Rule(NamedTuple):
         if self.hook.n_warmup == 0:
             return [(u, condition)]
         K = self.hook.n_power_iteration
-        limit = LIMIT_IN_TRAINING if self.train else LIMIT
+        limit = LIMIT_IN_TRAINING if self.is_moved else LIMIT
         found = []
         for _ in range(-(-self.hook.n_warmup // K)):
             turn = turn_of(A, u)

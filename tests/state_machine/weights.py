@@ -65,7 +65,7 @@ def is_nearly_subnormal(W):
 
 def first_rows(rec, name):
     """What the first row of the matrix is made of, and perhaps others."""
-    W, axis = rec.params[name].array, axis_of(rec.link)
+    W, axis = rec.params[name].array, axis_of(rec.link, name)
     if not rec.is_map(name):
         return np.moveaxis(W, axis, 0)[0]
     # A row is an entry of an input, of the first channel of its group.

@@ -85,10 +85,10 @@ def session_of(exported: Any) -> Any:
         providers=['CPUExecutionProvider'])
 
 
-def export(model: chainer.Link, inputs: Sequence[Any]) -> Any:
+def export(model: chainer.Link, inputs: Any, **kwargs: Any) -> Any:
     """The model as ONNX, for a batch of this size, its weights constant."""
     import onnx_chainer
-    exported = onnx_chainer.export(model, list(inputs))
+    exported = onnx_chainer.export(model, inputs, **kwargs)
     weights = {each.name for each in exported.graph.initializer}
     for each in [each for each in exported.graph.input
                  if each.name in weights]:
@@ -104,7 +104,7 @@ def rows_of(network: Network, n_rounds: int) -> list[tuple[str, ...]]:
     differences, times = [], []
     for n in 1, 64:
         inputs = network.make_inputs(n)
-        exported = export(baked, inputs)
+        exported = export(baked, list(inputs))
         sizes[2] = len(exported.SerializeToString())
         session = session_of(exported)
         feed = {f'Input_{i}': x for i, x in enumerate(inputs)}
