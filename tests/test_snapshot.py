@@ -865,21 +865,15 @@ class TestBadInput:
             archive.writestr('W_u.npy', file.getvalue())
         self.refused(path, files, errors.SnapshotEntryError, 'header')
 
-    def test_missing_package(self, files, monkeypatch):
-        import builtins
-        original = builtins.__import__
-
-        def import_(name, *args, **kwargs):
-            if name.split('.')[0] == 'h5py':
-                raise ImportError(name)
-            return original(name, *args, **kwargs)
-
+    @pytest.mark.parametrize(('name', 'package'), [
+        ('out.h5', 'h5py'), ('out.safetensors', 'safetensors'),
+        ('out.pt', 'torch')])
+    def test_missing_package(self, files, monkeypatch, name, package):
         path = saved(files, run(Model()))
-        monkeypatch.setitem(__import__('sys').modules, 'h5py', None)
-        monkeypatch.setattr(builtins, '__import__', import_)
+        monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(errors.SnapshotPackageError,
-                           match='pip install h5py'):
-            snapshot.convert(path, files('out.h5'), 'chainer', fill=False)
+                           match=f'/{name}: .* pip install {package}'):
+            snapshot.convert(path, files(name), 'chainer', fill=False)
         assert os.listdir(os.path.dirname(path)) == ['in.npz']
 
     def test_names_do_not_control_the_terminal(self, files):
