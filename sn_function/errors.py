@@ -550,6 +550,17 @@ class BothHooksError(SpectralNormalizationError, ValueError):
             f'both, remove one, or run it without --hook.')
 
 
+class PickledHookError(SpectralNormalizationError, TypeError):
+    """A pickle of Chainer's hook is loaded where this one has its place."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This is a pickle of a model with Chainer's hook. Load it in a "
+            'program that runs without --hook, and without '
+            'install(hook=True), and save its snapshot by save_npz there: '
+            'that loads into models with either hook.')
+
+
 class HookInUseError(SpectralNormalizationError, RuntimeError):
     """It is too late to take the place of Chainer's hook."""
 

@@ -398,6 +398,34 @@ class TestHook:
         assert out.count('Linear already has a hook that normalizes') == 2
         assert 'run it without --hook' in out
 
+    def test_pickles(self, tmp_path):
+        write(tmp_path / 'program.py', '''
+            import pickle, sys
+            import chainer.links as L
+            from chainer.link_hooks import SpectralNormalization
+            if sys.argv[1] == 'save':
+                layer = L.Linear(4, 3).add_hook(SpectralNormalization())
+                with open('model', 'wb') as file:
+                    pickle.dump(layer, file)
+            else:
+                with open('model', 'rb') as file:
+                    hook, = pickle.load(file).local_link_hooks.values()
+                print(type(hook).__module__)
+        ''')
+        for saving, loading, expected in (
+                ([], ['--hook'], None), (['--hook'], [], 'sn_function'),
+                (['--hook'], ['--hook'], 'sn_function')):
+            assert python(*RUN, *saving, 'program.py', 'save',
+                          cwd=tmp_path) == (0, '', '')
+            code, out, err = python(
+                *RUN, *loading, 'program.py', 'load', cwd=tmp_path)
+            if expected is None:
+                assert code == 1
+                assert 'errors.PickledHookError: ' in err
+            else:
+                assert (code, err) == (0, '')
+                assert out.startswith(expected)
+
     def test_installed_after_chainer(self, tmp_path):
         write(tmp_path / 'program.py', '''
             import sn_function, chainer, threading
