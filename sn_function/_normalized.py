@@ -28,8 +28,9 @@ def normalized(*models: chainer.Link) -> Iterator[None]:
     * It is a scope like :func:`~sn_function.cached`: calls and attributes have
       one normalized weight, the same Variable, and ``u`` advances once in
       training mode, when a link is first called or its weight first read, and
-      not at all in test mode.  In a scope that was open before, :func:`cached`
-      or a call of a chain with a hook, it is the weight of that one.
+      in test mode with ``update_u='always'`` only.  In a scope that was open
+      before, :func:`cached` or a call of a chain with a hook, it is the weight
+      of that one.
     * Gradients are those of the parameter: ``link.W.grad`` after the scope.
     * Optimizers, ``params()``, ``cleargrads()``, snapshots, copies, pickles
       and other threads find the parameters, in the scope as outside of it.
@@ -40,8 +41,11 @@ def normalized(*models: chainer.Link) -> Iterator[None]:
       normalized weight, too.
     * What is written into ``link.W.array`` is written into the normalized
       weight.  Write weights outside of the scope, or by ``params()``.
+    * What other hooks make of the weight, such as
+      :class:`~chainer.link_hooks.WeightStandardization`, is in calls only.
     * Copies of links have no part in it, nor have links and hooks that are
-      added within the scope.
+      added within the scope, nor classes that make the attribute by a
+      property.
     * The weights of an n-step RNN are ``link.ws``, or ``link[0].w0`` and so
       on.
     * A function that :func:`chainer.functions.forget` runs a second time gets
@@ -59,7 +63,8 @@ def normalized(*models: chainer.Link) -> Iterator[None]:
         ModelTypeError: There is none, or one is no link.
         ForeignHookError: A link has the hook of Chainer.
         UninitializedWeightError: When ``link.W`` is read, which no call has
-            initialized yet.
+            initialized yet; also by a chain that looks whether it has to, as
+            :class:`~chainer.links.LSTM` does without an input size.
         UnknownInputSizeError: Likewise, where its norm is that of a map of
             images, whose size no call has told yet.
 

@@ -13,10 +13,10 @@ import chainer
 import numpy
 from chainer.backends import cuda
 
-from sn_function import errors
+from sn_function import _models, errors
 from sn_function._compat.replacement import ChainersHook
 from sn_function._graph import normalize
-from sn_function._links import call, n_step
+from sn_function._links import call, n_step, turn
 
 
 class Usage:
@@ -155,7 +155,7 @@ class _FunctionRecorder(chainer.FunctionHook):
         self.usage = usage
         self.model = model
 
-    def _arrays(self) -> Iterator[tuple[str, Any]]:
+    def _arrays(self) -> Iterator[tuple[str, chainer.Link, str, Any]]:
         # Listed in each call, as the run initializes some.
         for path, link in self.model.namedlinks():
             # Chainer's hook passes the weight itself to functions.
@@ -166,11 +166,18 @@ class _FunctionRecorder(chainer.FunctionHook):
                 # Not link.W, which is the normalized weight during a call.
                 array = call.original(link, name).array
                 if array is not None:
-                    yield f'{path.rstrip("/")}/{name}', array
+                    yield f'{path.rstrip("/")}/{name}', link, name, array
 
     def forward_preprocess(self, function: Any, in_data: Any) -> None:
         if isinstance(function, normalize.SpectralNormalize):
             return
-        for path, array in self._arrays():
-            if any(x is array for x in in_data):
+        for path, link, name, array in self._arrays():
+            if any(x is array for x in in_data) and not _is_by_hook(
+                    link, name):
                 self.usage.raw.setdefault(path, function.label)
+
+
+def _is_by_hook(link: chainer.Link, name: str) -> bool:
+    """Whether it is a hook that uses the weight now, before ours in a call."""
+    return isinstance(vars(link)[name], chainer.Parameter) and (
+        _models.is_hooked(link, name) and turn.is_calling(link))

@@ -96,8 +96,9 @@ class UninitializedWeightError(SpectralNormalizationError, ValueError):
         super().__init__(
             f'{owner}.{weight_name} has no array yet, so its spectral norm '
             f'is undefined. Initialize it first: give the input size when the '
-            f'link is made, call the link once without the hook, or call '
-            f'{weight_name}.initialize(shape).')
+            f'link is made, call the model once before (outside of '
+            f'sn_function.normalized, and without the hook if that raises '
+            f'this), or call {weight_name}.initialize(shape).')
 
 
 class WeightNotFoundError(SpectralNormalizationError, ValueError):
@@ -839,10 +840,10 @@ class NoWeightError(SpectralNormalizationError, ValueError):
         super().__init__(
             f'{type(target).__name__} has no link that is a Linear, an '
             f'EmbedID, a convolution or a deconvolution, has no spectral '
-            f'normalization, and passes the filter, so there is nothing to '
-            f'{verb}. Its links: {_links(target)}. Look at '
-            f'target.namedlinks() for the paths that the filter is called '
-            f'with, or remove the hook from the optimizer.')
+            f'normalization, and passes the filter and exclude=, so there is '
+            f'nothing to {verb}. Its links: {_links(target)}. Look at '
+            f'target.namedlinks() for the paths that these are called with, '
+            f'or remove the hook from the optimizer.')
 
 
 class NoPenaltyError(NoWeightError):

@@ -27,6 +27,7 @@ LEAST = {
     'docs/models.rst': 27,
     'docs/monitoring.rst': 60,
     'docs/migration.rst': 38,
+    'docs/old_code.rst': 4,
     'docs/performance.rst': 13,
     'docs/shipping.rst': 33,
     'docs/training.rst': 50,

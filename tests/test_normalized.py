@@ -242,6 +242,57 @@ def test_a_class_with_a_default():
         assert Own().W == Own.W == 'nothing'
 
 
+def test_a_class_with_a_method():
+    class Own(chainer.Link):
+
+        def __init__(self, *args):
+            super().__init__()
+            with self.init_scope():
+                if args:
+                    self.W = chainer.Parameter(*args)
+
+        def W(self):
+            return self
+
+    link, other = Own(np.eye(2)).add_hook(SpectralNormalization()), Own()
+    with normalized(link):
+        assert not is_parameter(link.W)
+        assert other.W() is other
+        assert Own.W(other) is other
+
+
+def test_a_class_with_a_property():
+    """It makes the attribute itself, before, within and after a scope."""
+    class Masked(L.Linear):
+
+        @property
+        def W(self):
+            W = vars(self)['W']
+            return W if W.array is None else W * mask
+
+        @W.setter
+        def W(self, value):
+            vars(self)['W'] = value
+
+    mask = np.eye(4, 3, dtype='f')
+    link = Masked(3, 4).add_hook(SpectralNormalization())
+    with normalized(link):
+        np.testing.assert_array_equal(
+            link.W.array, vars(link)['W'].array * mask)
+    W = vars(link)['W'].array
+    np.testing.assert_allclose(
+        link(X).array, X @ (W * mask).T / np.linalg.norm(W, 2), rtol=1e-2)
+
+
+def test_a_class_that_was_pickled(link):
+    """By its contents, as cloudpickle does with those of a program."""
+    with normalized(link):
+        pass
+    attribute = pickle.loads(pickle.dumps(vars(L.Linear)['W']))
+    own = type('Own', (chainer.Link,), {'W': attribute})
+    assert not hasattr(own(), 'W')
+
+
 # Gradients
 
 def penalty(W):
@@ -387,6 +438,14 @@ def test_in_a_call_of_a_chain():
     model(X)
     assert seen[0].node is seen[1]
     assert_outside(*model.children())
+
+
+@pytest.mark.parametrize('scope', [cached, normalized])
+def test_what_an_outer_scope_has(scope, model):
+    """The inner one does not normalize it again."""
+    with scope(model.one), normalized(model):
+        W, = model.two.W.creator_node.inputs
+        assert W is vars(model.two)['W'].node
 
 
 def test_in_a_call_of_the_link():
@@ -730,6 +789,93 @@ def test_a_weight_is_put_back(link):
     assert link.W is own
 
 
+class Masked(L.Linear):
+    """Replaces its weight for a while, and does so twice in a call."""
+
+    def apply(self, x, mask):
+        W = self.W
+        self.W = W * mask
+        try:
+            return super().forward(x)
+        finally:
+            self.W = W
+
+    def forward(self, x):
+        return self.apply(x, 1) + self.apply(x, 2)
+
+
+@pytest.mark.parametrize('scope', [
+    normalized, cached, lambda _: contextlib.nullcontext()])
+def test_a_forward_that_puts_the_weight_back(scope):
+    """In a call it puts back what the call began with."""
+    np.random.seed(0)
+    link = Masked(3, 4, nobias=True)
+    W = link.W.array / np.linalg.norm(link.W.array, 2)
+    model = chainer.Sequential(link).add_hook(
+        ChainSpectralNormalization(n_warmup=200))
+    with normalized(model):
+        pass  # from now on the class has the attribute
+    with scope(model):
+        ys = [model(X)]
+        if scope is normalized:
+            ys.append(link.forward(X))
+    for y in ys:
+        np.testing.assert_allclose(
+            y.array, 3 * X @ W.T, rtol=1e-4, atol=1e-6)
+    assert_outside(link)
+
+
+@pytest.mark.parametrize('is_left', [True, False])
+def test_the_weights_of_an_n_step_link_are_put_back(is_left):
+    link = L.NStepLSTM(1, 3, 4, 0.).add_hook(SpectralNormalization())
+    with normalized(link):
+        ws = link.ws
+        link.ws = [[F.dropout(w) for w in ws[0]]]
+        if not is_left:
+            link.ws = ws
+    assert all(w is vars(link[0])[f'w{i}'] for i, w in enumerate(link.ws[0]))
+
+
+@pytest.mark.parametrize('reads_again', [True, False])
+def test_a_weight_is_put_back_after_a_call(reads_again, link):
+    """By then the scope has another one, also of the weight itself."""
+    own = link.W
+    with normalized(link):
+        with chainer.using_config('enable_backprop', not reads_again):
+            W = link.W
+        if reads_again:
+            assert link.W is not W
+        link.W = W * 2
+        link(X)
+        link.W = W
+        assert vars(link)['W'] is own
+        assert any(x is own for x in link.params())
+
+
+def test_forget_of_what_puts_the_weight_back(link):
+    """Also in the second run, after the scope."""
+    def function(x):
+        W = link.W
+        link.W = W * 2
+        y = F.linear(x, link.W)
+        link.W = W
+        return y
+
+    with normalized(link):
+        loss = F.sum(F.forget(function, chainer.Variable(X)))
+    loss.backward()
+    assert_outside(link)
+
+
+def test_a_weight_of_another_link(link):
+    """It is no weight of this one, and stays as it was given."""
+    other = make()
+    with normalized(link, other):
+        other.W = link.W
+        assert vars(other)['W'] is link.W
+    assert_outside(link, other)
+
+
 def test_a_weight_that_is_left_there(link):
     own = link.W
     with normalized(link):
@@ -811,6 +957,30 @@ def test_forget_of_what_reads_the_parameter_as_well(link):
     np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize('opens', [True, False])
+@pytest.mark.parametrize('run_of', [
+    lambda f: lambda x: F.forget(f, x),
+    lambda f: lambda x: F.forget(lambda x: F.forget(f, x), x)])
+def test_forget_before_the_scope(opens, run_of):
+    """The second run, in a scope, gets the parameter as the first one did."""
+    def function(x):
+        y = F.linear(x, link.W)
+        with normalized(link) if opens else contextlib.nullcontext():
+            return y * F.linear(F.tanh(x), link.W)
+
+    link = make()
+    results = []
+    for run in function, run_of(function):
+        link.cleargrads()
+        with chainer.using_config('train', False):
+            loss = F.sum(run(chainer.Variable(X)) ** 2)
+            with normalized(link):
+                assert not is_parameter(link.W)
+                loss.backward()
+        results.append(link.W.grad)
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
+
+
 # Mistakes
 
 def test_a_lazy_link():
@@ -824,6 +994,22 @@ def test_a_lazy_link():
         np.testing.assert_array_equal(
             F.linear(X, link.W, link.b).array, y.array)
     assert_outside(link)
+
+
+def test_a_lazy_lstm():
+    """It would initialize weights in the place of normalized ones."""
+    model = chainer.Sequential(L.LSTM(None, 4)).add_hook(
+        ChainSpectralNormalization())
+    with pytest.raises(
+            errors.UninitializedWeightError, match='outside of sn_function'
+    ), normalized(model):
+        model(X)
+    model(X)
+    model[0].reset_state()
+    with normalized(model):
+        model(X)
+        assert not is_parameter(model[0].lateral.W)
+    assert_outside(model[0].upward, model[0].lateral)
 
 
 def test_a_map_of_unknown_size():

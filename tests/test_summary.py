@@ -125,6 +125,18 @@ def test_a_weight_that_is_used_both_ways():
     assert str(found).endswith('1 of 2 weights are normalized\n' + remark)
 
 
+def test_a_hook_before_ours_uses_the_weight():
+    """That is in a call of the link, so its weight is not used raw."""
+    model = chainer.Sequential(L.Linear(5, 5))
+    for hook in link_hooks.WeightStandardization(), SpectralNormalization():
+        model[0].add_hook(hook)
+    x = np.ones((1, 5), 'f')
+    assert rows(model, lambda model: model(x))['/0/W'] == (
+        'normalized', 'SpectralNormalization')
+    assert rows(model, penalized)['/0/W'] == (
+        'partly', '_ ** 2 uses it without calling the link')
+
+
 @pytest.mark.parametrize('settings', [{}, {'cap': 100.}])
 def test_a_penalty_on_the_normalized_weight(settings):
     model = chainer.Sequential(

@@ -96,6 +96,14 @@ def collect_weights(link: chainer.Link) -> None:
         for layer in link.children()])
 
 
+def put_back_weights(link: chainer.Link) -> None:
+    """Has it use them again where, outside of a call, it has others."""
+    ws = vars(link)[WEIGHTS]
+    if call.original(link, WEIGHTS) is ws and not all(
+            isinstance(w, chainer.Parameter) for layer in ws for w in layer):
+        collect_weights(link)
+
+
 class HookOfLayers(LocalHook):
     """Normalizes all weights of an n-step RNN in each call of it.
 

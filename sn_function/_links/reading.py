@@ -19,7 +19,12 @@ from sn_function._links import scope as scopes
 from sn_function._links.hooked_weight import Hook
 from sn_function._links.local_hook import LocalHook
 
-_NOTHING = object()
+# What a normalized weight was read of: the link, and its parameter.
+_PARAMETER = '_sn_parameter'
+
+
+class _Nothing:
+    """Stands for no attribute; it is the same in a class that was pickled."""
 
 
 class ReadingScope(scopes.Scope):
@@ -28,6 +33,7 @@ class ReadingScope(scopes.Scope):
     Attributes:
         forgets (list): The nodes of :func:`chainer.functions.forget` whose
             first run opened it.
+        second_run: The node whose second run opened it, or ``None``.
 
     """
 
@@ -35,6 +41,7 @@ class ReadingScope(scopes.Scope):
             self, models: Iterable[chainer.Link], kind: type[Hook]) -> None:
         super().__init__(models, kind)
         self.forgets = recompute.first_runs()
+        self.second_run = recompute.second_run()
         self._parameters: list[tuple[chainer.Link, str, Any]] = []
         for link in self.links.values():
             for hook in link.local_link_hooks.values():
@@ -52,6 +59,9 @@ class ReadingScope(scopes.Scope):
             if name in link._params and not isinstance(
                     call.original(link, name), chainer.Parameter):
                 vars(link)[name] = W
+        for link in self.links.values():
+            if n_step.is_hooked(link):
+                n_step.put_back_weights(link)
 
 
 class _Attribute:
@@ -69,19 +79,25 @@ class _Attribute:
 
     def __get__(self, link: Any, cls: type) -> Any:
         if link is None or self._name not in link.__dict__:
-            if self._inherited is _NOTHING:
-                raise AttributeError(
-                    f'{cls.__name__} has no attribute {self._name!r}')
-            return self._inherited
+            return self._get_inherited(link, cls)
         if scopes.are_open() or recompute.have_reads():
             return _read(link, self._name)
         return link.__dict__[self._name]
 
+    def _get_inherited(self, link: Any, cls: type) -> Any:
+        inherited = self._inherited
+        if inherited is _Nothing:
+            raise AttributeError(
+                f'{cls.__name__} has no attribute {self._name!r}')
+        bind = getattr(type(inherited), '__get__', None)
+        return inherited if bind is None else bind(inherited, link, cls)
+
     def __set__(self, link: Any, value: Any) -> None:
-        scope = scopes.covering(link)
-        if scope is not None:
-            # What was read is put back, after something else was there.
-            value = scope.parameter_of(value)
+        of, W = getattr(value, _PARAMETER, (None, None))
+        # What was read is put back, after something else was there.  In a
+        # call it is what the call began with.
+        if of is link and not turn.is_calling(link):
+            value = W
         link.__dict__[self._name] = value
 
     def __delete__(self, link: Any) -> None:
@@ -91,8 +107,9 @@ class _Attribute:
 
 
 def _install(cls: type, name: str) -> None:
-    inherited = inspect.getattr_static(cls, name, _NOTHING)
-    if not isinstance(inherited, _Attribute):
+    inherited = inspect.getattr_static(cls, name, _Nothing)
+    # A property makes the attribute itself.
+    if not inspect.isdatadescriptor(inherited):
         setattr(cls, name, _Attribute(name, inherited))
 
 
@@ -107,7 +124,7 @@ def _name_of(hook: Any) -> str | None:
 
 def _read(link: chainer.Link, name: str) -> Any:
     """Returns what the attribute is, in a scope or in a second run."""
-    scope = _covering(link)
+    scope = _covering(link, recompute.second_run())
     if scope is None and not (
             recompute.have_reads() and recompute.was_read(link, name)):
         return link.__dict__[name]
@@ -123,11 +140,19 @@ def _read(link: chainer.Link, name: str) -> Any:
     W = call.original(link, name)
     if not isinstance(W, chainer.Parameter):
         return W  # the program has put it there
-    return hook.normalize_weight(link)
+    Y = hook.normalize_weight(link)
+    setattr(Y, _PARAMETER, (link, W))
+    return Y
 
 
-def _covering(link: chainer.Link) -> ReadingScope | None:
+def _covering(link: chainer.Link, second_run: Any) -> ReadingScope | None:
+    """Returns the outermost scope in which it reads as normalized.
+
+    In a second run that is one which the function itself has opened.  Others
+    may have been opened after the first run.
+    """
     for scope in scopes.opened():
-        if isinstance(scope, ReadingScope) and id(link) in scope.links:
+        if isinstance(scope, ReadingScope) and id(link) in scope.links and (
+                scope.second_run is second_run):
             return scope
     return None

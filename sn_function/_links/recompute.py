@@ -57,6 +57,14 @@ def first_runs() -> list[Any]:
     return [node for node, run in _forget_nodes() if run is None]
 
 
+def second_run() -> Any:
+    """Returns the ``Forget`` node that is being run again, or ``None``."""
+    if not chainer.config.in_recomputing:
+        return None
+    return next(
+        (node for node, run in _forget_nodes() if run is not None), None)
+
+
 def record_read(
         link: chainer.Link, name: str, but_for: Sequence[Any]) -> None:
     """Keeps that an attribute was read as normalized, for a second run.

@@ -113,13 +113,6 @@ class Scope:
             shared.store_u(own.link)
         return shared.Y, shared.iterations, shared.v_shape
 
-    def parameter_of(self, x: Any) -> Any:
-        """Returns the weight that was normalized to this, or this itself."""
-        for shared in self._shared.values():
-            if shared.Y is x:
-                return shared.W
-        return x
-
     def _has(self, key: _Key, hook: Hook, W: chainer.Variable) -> bool:
         shared = self._shared.get(key)
         return shared is not None and shared.is_usable(hook, W)
@@ -128,6 +121,8 @@ class Scope:
         """What else lacks a normalized weight, and can get it now."""
         device = own.W.device
         for link in self.links.values():
+            if covering(link) not in (self, None):  # an outer one has it
+                continue
             for hook in link.local_link_hooks.values():
                 if not isinstance(hook, self._kind):
                     continue
