@@ -287,13 +287,15 @@ class VectorAxisError(SpectralNormalizationError, ValueError):
             f'{vector_name} of {link} has length {length} in the snapshot, '
             f'but the hook takes axis {axis} of the weight of shape '
             f'{tuple(W_shape)}, so it needs length {W_shape[axis]}. '
-            f'{_other_axis(other)}')
+            f'{_other_axis(axis, other)}')
 
 
-def _other_axis(axis: int) -> str:
-    return (f'The snapshot is of code that takes axis {axis}, as links of '
+def _other_axis(axis: int, other: int) -> str:
+    return (f'The snapshot is of code that takes axis {other}, as links of '
             f'SN-GANs do for deconvolutions, too. To go on as that code did, '
-            f'give the hooks of its links axis={axis}.')
+            f'give the hooks of its links axis={other}. Or it is of '
+            f'sn-function repair --add: then repeat that with '
+            f'--axis PATTERN={axis} for this weight.')
 
 
 class VectorUpdateError(SpectralNormalizationError, TypeError):
@@ -918,7 +920,7 @@ class VectorAxisWarning(SpectralNormalizationWarning):
         super().__init__(
             f'{vector_name} of {link}, as it is in the snapshot, has settled '
             f'along axis {other} of the weight, and not along axis {axis}, '
-            f'which the hook takes. {_other_axis(other)}')
+            f'which the hook takes. {_other_axis(axis, other)}')
 
 
 class ToleranceWarning(SpectralNormalizationWarning):
