@@ -80,8 +80,8 @@ def find_added(
         if not fitting:
             raise errors.SnapshotPatternError(
                 reader.path, pattern, 'no weight without a vector fits the '
-                'pattern' + ('' if named else ', and one that is not called '
-                             'W, w0 or weight is given in full'),
+                'pattern' + ('' if named or not plain else ', and one that '
+                             'is not called W, w0 or weight is given in full'),
                 [key for key in plain if key in named] or plain)
         new += fitting
     return _with_new(reader, found, list(dict.fromkeys(new)))

@@ -377,6 +377,9 @@ class TestRepair:
             snapshot.repair('in.npz', 'out.npz', add_u=['*'])
         snapshot.repair('in.npz', 'out.npz', add_u=['l/kernel'])
         assert snapshot.inspect('out.npz')[0].status == 'ok'
+        with pytest.raises(errors.SnapshotPatternError,
+                           match=r"fits the pattern: '\*'. The file has none"):
+            snapshot.repair('out.npz', 'more.npz', add_u=['*'])
 
 
 class TestOrder:
