@@ -140,6 +140,11 @@ def _trouble(args: list[str]) -> str | None:
 def _execute(args: list[str], environment: dict[str, str]) -> int:
     import subprocess
     flags = subprocess._args_from_interpreter_flags()  # type: ignore
+    # It is for workers, and leaves out these.
+    flags += [f'-X{name}' if value is True else f'-X{name}={value}'
+              for name, value in sys._xoptions.items()]
+    if sys.flags.interactive:
+        flags.append('-i')
     if getattr(sys.stdout, 'write_through', False):
         flags.append('-u')
     command = [sys.executable, *flags, *args]

@@ -81,8 +81,9 @@ class MissingVectorError(SpectralNormalizationError, KeyError):
             what = (
                 'it is of a model without the hook, or by code that does not '
                 'save u. Make the vectors, and load the result: sn-function '
-                "repair SNAPSHOT OUT --add '*'. Or load the snapshot before "
-                'the hook is added, or with strict=False')
+                "repair SNAPSHOT OUT --add '*'; deconvolutions need --axis. "
+                'Or load the snapshot before the hook is added, or with '
+                'strict=False')
         super().__init__(printable(f'{key!r} is not in the snapshot: {what}.'))
 
     __str__ = Exception.__str__  # a KeyError shows the repr of its message
@@ -286,13 +287,15 @@ class VectorAxisError(SpectralNormalizationError, ValueError):
             f'{vector_name} of {link} has length {length} in the snapshot, '
             f'but the hook takes axis {axis} of the weight of shape '
             f'{tuple(W_shape)}, so it needs length {W_shape[axis]}. '
-            f'{_other_axis(other)}')
+            f'{_other_axis(axis, other)}')
 
 
-def _other_axis(axis: int) -> str:
-    return (f'The snapshot is of code that takes axis {axis}, as links of '
+def _other_axis(axis: int, other: int) -> str:
+    return (f'The snapshot is of code that takes axis {other}, as links of '
             f'SN-GANs do for deconvolutions, too. To go on as that code did, '
-            f'give the hooks of its links axis={axis}.')
+            f'give the hooks of its links axis={other}. Or it is of '
+            f'sn-function repair --add: then repeat that with '
+            f'--axis PATTERN={axis} for this weight.')
 
 
 class VectorUpdateError(SpectralNormalizationError, TypeError):
@@ -548,6 +551,17 @@ class BothHooksError(SpectralNormalizationError, ValueError):
             f'install(hook=True), the SpectralNormalization of '
             f'chainer.link_hooks is that of sn_function. Where a program adds '
             f'both, remove one, or run it without --hook.')
+
+
+class PickledHookError(SpectralNormalizationError, TypeError):
+    """A pickle of Chainer's hook is loaded where this one has its place."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This is a pickle of a model with Chainer's hook. Load it in a "
+            'program that runs without --hook, and without '
+            'install(hook=True), and save its snapshot by save_npz there: '
+            'that loads into models with either hook.')
 
 
 class HookInUseError(SpectralNormalizationError, RuntimeError):
@@ -906,7 +920,7 @@ class VectorAxisWarning(SpectralNormalizationWarning):
         super().__init__(
             f'{vector_name} of {link}, as it is in the snapshot, has settled '
             f'along axis {other} of the weight, and not along axis {axis}, '
-            f'which the hook takes. {_other_axis(other)}')
+            f'which the hook takes. {_other_axis(axis, other)}')
 
 
 class ToleranceWarning(SpectralNormalizationWarning):

@@ -298,6 +298,11 @@ class SpectralNormalization(LocalHook):
         if name is not None:
             self.name = name
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if '_initialized' in state:     # of Chainer's alone
+            raise errors.PickledHookError
+        self.__dict__.update(state)
+
     @property
     def v(self) -> Any:
         """The right vector of the latest call, shape ``(n,)``, or ``None``.

@@ -73,10 +73,11 @@ class TestLikePlainPython:
 
     @pytest.mark.parametrize('flags', [
         ['-O'], ['-OO', '-B', '-s'], ['-u'], ['-W', 'error::UserWarning'],
-        ['-X', 'dev'], ['-X', 'utf8', '-b']], ids=' '.join)
+        ['-X', 'dev'], ['-X', 'utf8', '-b'], ['-i'],
+        ['-X', 'of_the_user=1', '-X', 'no_debug_ranges']], ids=' '.join)
     def test_options_of_the_interpreter(self, compare, tmp_path, flags):
         write(tmp_path / 'show.py', SHOW)
-        assert compare('show.py', flags=flags)[0] == 0
+        assert compare('show.py', flags=flags, input='')[0] == 0
 
     @pytest.mark.parametrize(('code', 'source'), [
         (3, 'import sys; sys.exit(3)'),
@@ -364,6 +365,8 @@ class TestHook:
                     is chainer.link_hooks.spectral_normalization
                     .SpectralNormalization)
             assert TimerHook is link_hooks.TimerHook
+            assert {'SpectralNormalization', 'TimerHook', '__name__'} <= set(
+                dir(link_hooks))
             for module in link_hooks, link_hooks.spectral_normalization:
                 try:
                     module.none
@@ -395,6 +398,34 @@ class TestHook:
         assert out.count('Linear already has a hook that normalizes') == 2
         assert 'run it without --hook' in out
 
+    def test_pickles(self, tmp_path):
+        write(tmp_path / 'program.py', '''
+            import pickle, sys
+            import chainer.links as L
+            from chainer.link_hooks import SpectralNormalization
+            if sys.argv[1] == 'save':
+                layer = L.Linear(4, 3).add_hook(SpectralNormalization())
+                with open('model', 'wb') as file:
+                    pickle.dump(layer, file)
+            else:
+                with open('model', 'rb') as file:
+                    hook, = pickle.load(file).local_link_hooks.values()
+                print(type(hook).__module__)
+        ''')
+        for saving, loading, expected in (
+                ([], ['--hook'], None), (['--hook'], [], 'sn_function'),
+                (['--hook'], ['--hook'], 'sn_function')):
+            assert python(*RUN, *saving, 'program.py', 'save',
+                          cwd=tmp_path) == (0, '', '')
+            code, out, err = python(
+                *RUN, *loading, 'program.py', 'load', cwd=tmp_path)
+            if expected is None:
+                assert code == 1
+                assert 'errors.PickledHookError: ' in err
+            else:
+                assert (code, err) == (0, '')
+                assert out.startswith(expected)
+
     def test_installed_after_chainer(self, tmp_path):
         write(tmp_path / 'program.py', '''
             import sn_function, chainer, threading
@@ -408,6 +439,46 @@ class TestHook:
             import os
             assert os.environ['SN_FUNCTION_HOOK'] == '1'
             assert os.environ['PYTHONPATH'].count('_children') == 1
+        ''')
+        assert python('program.py', cwd=tmp_path) == (0, '', '')
+
+    def test_installed_by_many_threads(self, tmp_path):
+        write(tmp_path / 'program.py', '''
+            import sn_function, chainer, threading, time
+            from sn_function._compat import replacement
+            refusing = replacement._refusing_both
+            def slowly(add_hook):
+                time.sleep(0.1)
+                return refusing(add_hook)
+            replacement._refusing_both = slowly
+            add_hook, errors = chainer.Link.add_hook, []
+            def install():
+                try:
+                    sn_function.install(hook=True)
+                except BaseException as error:
+                    errors.append(error)
+            threads = [threading.Thread(target=install) for _ in range(4)]
+            for each in threads:
+                each.start()
+            for each in threads:
+                each.join()
+            assert errors == []
+            assert chainer.Link.add_hook.__wrapped__ is add_hook
+        ''')
+        assert python('program.py', cwd=tmp_path) == (0, '', '')
+
+    def test_installed_where_modules_load_lazily(self, tmp_path):
+        write(tmp_path / 'program.py', '''
+            import sn_function, chainer, sys, types
+            class Lazy(types.ModuleType):
+                def __getattribute__(self, name):
+                    raise ImportError(name)
+            class Other:
+                __getattribute__ = Lazy.__getattribute__
+            sys.modules.update(lazy=Lazy('lazy'), other=Other(), none=None)
+            sn_function.install(hook=True)
+            from chainer.link_hooks import SpectralNormalization
+            assert SpectralNormalization is sn_function.SpectralNormalization
         ''')
         assert python('program.py', cwd=tmp_path) == (0, '', '')
 

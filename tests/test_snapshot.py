@@ -789,6 +789,8 @@ class TestBadInput:
         (b'\x10' + bytes(7) + b'{"a": 1}' + bytes(9), 'damaged'),
     ], ids=lambda x: x if isinstance(x, str) else '')
     def test_other_files(self, files, content, match):
+        if content.startswith(b'\x10'):
+            pytest.importorskip('safetensors')
         path = files('in.npz')
         pathlib.Path(path).write_bytes(content)
         self.refused(path, files, errors.SnapshotFileError, match)
@@ -865,21 +867,15 @@ class TestBadInput:
             archive.writestr('W_u.npy', file.getvalue())
         self.refused(path, files, errors.SnapshotEntryError, 'header')
 
-    def test_missing_package(self, files, monkeypatch):
-        import builtins
-        original = builtins.__import__
-
-        def import_(name, *args, **kwargs):
-            if name.split('.')[0] == 'h5py':
-                raise ImportError(name)
-            return original(name, *args, **kwargs)
-
+    @pytest.mark.parametrize(('name', 'package'), [
+        ('out.h5', 'h5py'), ('out.safetensors', 'safetensors'),
+        ('out.pt', 'torch')])
+    def test_missing_package(self, files, monkeypatch, name, package):
         path = saved(files, run(Model()))
-        monkeypatch.setitem(__import__('sys').modules, 'h5py', None)
-        monkeypatch.setattr(builtins, '__import__', import_)
+        monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(errors.SnapshotPackageError,
-                           match='pip install h5py'):
-            snapshot.convert(path, files('out.h5'), 'chainer', fill=False)
+                           match=f'/{name}: .* pip install {package}'):
+            snapshot.convert(path, files(name), 'chainer', fill=False)
         assert os.listdir(os.path.dirname(path)) == ['in.npz']
 
     def test_names_do_not_control_the_terminal(self, files):

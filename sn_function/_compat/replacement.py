@@ -8,6 +8,8 @@ This module imports Chainer, so Chainer has to be imported before it.
 import functools
 import os
 import sys
+import threading
+import types
 from typing import Any, Callable, List
 
 import chainer
@@ -21,6 +23,10 @@ _HOMES = link_hooks, spectral_normalization
 
 # Chainer's own class, whatever is in its place.
 ChainersHook: Any = spectral_normalization.SpectralNormalization
+
+_lock = threading.Lock()
+# To ask a module itself may import what it loads lazily.
+_names_in: Any = vars(types.ModuleType)['__dict__'].__get__
 
 
 def is_wanted() -> bool:
@@ -36,17 +42,19 @@ def replace() -> List[str]:
         changed.
 
     """
-    modules = _users()
-    if modules or _NAME not in vars(link_hooks):
-        return modules
-    chainer.Link.add_hook = _refusing_both(chainer.Link.add_hook)
-    for module in _HOMES:
-        names = [name for name in vars(module) if not name.startswith('_')]
-        delattr(module, _NAME)
-        vars(module).update(
-            __all__=names,  # for import *
-            __getattr__=functools.partial(_get, module.__name__))
-    return []
+    with _lock:
+        modules = _users()
+        if modules or _NAME not in vars(link_hooks):
+            return modules
+        chainer.Link.add_hook = _refusing_both(chainer.Link.add_hook)
+        for module in _HOMES:
+            names = [name for name in vars(module) if not name.startswith('_')]
+            delattr(module, _NAME)
+            vars(module).update(
+                __all__=names,  # for import *
+                __dir__=functools.partial(_list, module),
+                __getattr__=functools.partial(_get, module.__name__))
+        return []
 
 
 def _get(module: str, name: str) -> Any:
@@ -55,13 +63,18 @@ def _get(module: str, name: str) -> Any:
     raise AttributeError(f'module {module!r} has no attribute {name!r}')
 
 
+def _list(module: types.ModuleType) -> List[str]:
+    return sorted({*vars(module), _NAME})
+
+
 def _users() -> List[str]:
     """Names of the modules that have Chainer's class, or a subclass of it."""
     names = {each.__module__ for each in ChainersHook.__subclasses__()}
-    for module in list(sys.modules.values()):
-        values = list(getattr(module, '__dict__', {}).values())
-        if any(value is ChainersHook for value in values):
-            names.add(module.__name__)
+    for name, module in list(sys.modules.items()):
+        if issubclass(type(module), types.ModuleType):
+            found = dict(_names_in(module))
+            if any(value is ChainersHook for value in found.values()):
+                names.add(found.get('__name__', name))
     return sorted(name for name in names
                   if name.split('.')[0] not in ('chainer', 'sn_function'))
 

@@ -85,8 +85,8 @@ def plain_keys(
     """Returns each W, or weight, that is none of those found."""
     taken = taken_by(found)
     return sorted((
-        key for key in keys_below(reader, prefix) if key not in taken
-        and is_weight_name(key) and is_matrix(reader, key)),
+        key for key in keys_below(reader, prefix)
+        if key not in taken and is_weight(reader, key)),
         key=layouts.natural)
 
 
@@ -94,8 +94,13 @@ def taken_by(found: Sequence[WeightKeys]) -> set[str]:
     return {key for weight in found for key in weight.keys}
 
 
-def is_weight_name(key: str) -> bool:
-    return _WEIGHT.fullmatch(layouts.split(key)[1]) is not None
+def is_weight(reader: Reader, key: str) -> bool:
+    """Whether it seems to be a weight, by its name, shape and dtype."""
+    if _WEIGHT.fullmatch(layouts.split(key)[1]) is None:
+        return False
+    entry = reader.entry(key)
+    return is_matrix(reader, key) and entry.is_float and 0 not in (
+        entry.shape or ())
 
 
 def is_matrix(reader: Reader, key: str) -> bool:

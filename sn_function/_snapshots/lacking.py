@@ -72,15 +72,17 @@ def find_added(
     taken = finding.taken_by(found)
     plain = [key for key in finding.keys_below(reader, prefix)
              if key not in taken and finding.is_matrix(reader, key)]
+    named = {key for key in plain if finding.is_weight(reader, key)}
     new = []
     for pattern in patterns:
         fitting = [key for key in plain if key == pattern or (
-            finding.is_weight_name(key)
-            and fnmatch.fnmatchcase(key, pattern))]
+            key in named and fnmatch.fnmatchcase(key, pattern))]
         if not fitting:
             raise errors.SnapshotPatternError(
                 reader.path, pattern, 'no weight without a vector fits the '
-                'pattern', plain)
+                'pattern' + ('' if named or not plain else ', and one that '
+                             'is not called W, w0 or weight is given in full'),
+                [key for key in plain if key in named] or plain)
         new += fitting
     return _with_new(reader, found, list(dict.fromkeys(new)))
 

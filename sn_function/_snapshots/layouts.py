@@ -128,9 +128,15 @@ def split(key: str) -> tuple[str, str]:
 def natural(key: str) -> tuple[tuple[Any, ...], ...]:
     """Returns what sorts entries by their paths, numbers by their values."""
     return tuple(
-        tuple(int(each) if i % 2 else each
+        tuple(_value(each) if i % 2 else each
               for i, each in enumerate(re.split('([0-9]+)', part)))
         for part in re.split('[./]', key))
+
+
+def _value(digits: str) -> tuple[int, str]:
+    """Returns what sorts as the number does; int() limits how long it is."""
+    digits = digits.lstrip('0')
+    return len(digits), digits
 
 
 # Models of a trainer

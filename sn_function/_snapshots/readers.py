@@ -23,6 +23,9 @@ from sn_function import errors
 
 Path = Any  # str or os.PathLike
 _CHUNK = 1 << 20
+# Those of weights, by their names in NumPy and PyTorch, and in safetensors.
+_FLOATS = ('float16', 'float32', 'float64', 'bfloat16',
+           'F16', 'F32', 'F64', 'BF16')
 
 
 class Entry(NamedTuple):
@@ -39,6 +42,10 @@ class Entry(NamedTuple):
     @property
     def is_plain(self) -> bool:
         return self.shape is not None
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in _FLOATS
 
 
 class Reader:
@@ -156,7 +163,7 @@ def _header(file: Any, size: int) -> Entry:
     if any(n < 0 for n in shape) or nbytes != size - file.tell():
         raise ValueError(f'its header says shape {shape} and dtype {dtype}, '
                          f'which is not the size of the data')
-    return Entry(tuple(shape), str(dtype), nbytes)
+    return Entry(tuple(shape), dtype.name, nbytes)
 
 
 class HDF5Reader(Reader):
@@ -181,7 +188,7 @@ class HDF5Reader(Reader):
         dataset = self._file[key]
         if dataset.shape is None or dataset.dtype.hasobject:
             return Entry(None, 'object')
-        return Entry(dataset.shape, str(dataset.dtype),
+        return Entry(dataset.shape, dataset.dtype.name,
                      dataset.size * dataset.dtype.itemsize)
 
     def _read(self, key: str) -> Any:

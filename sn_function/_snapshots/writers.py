@@ -193,6 +193,8 @@ class TorchWriter(SafetensorsWriter):
 _WRITERS: dict[str, Callable[[str, bool], Writer]] = {
     'npz': NpzWriter, 'hdf5': HDF5Writer, 'safetensors': SafetensorsWriter,
     'torch': TorchWriter}
+_PACKAGES = {
+    'hdf5': 'h5py', 'safetensors': 'safetensors', 'torch': 'torch'}
 _KINDS = {'.npz': 'npz', '.h5': 'hdf5', '.hdf5': 'hdf5',
           '.safetensors': 'safetensors', '.pt': 'torch', '.pth': 'torch'}
 
@@ -236,6 +238,8 @@ def create(path: str, reader: Reader, compress: bool | None
     kind = _KINDS.get(os.path.splitext(path)[1].lower(), reader.kind)
     if compress is None:
         compress = getattr(reader, 'is_compressed', True)
+    if kind in _PACKAGES:   # the error names the output
+        import_package(_PACKAGES[kind], path)
     try:
         with _replacement(path, reader.path) as temporary:
             writer = _WRITERS[kind](temporary, compress)

@@ -207,6 +207,22 @@ def test_state_dict():
         'weight_orig', 'weight_u', 'weight_v', 'bias'}
 
 
+@pytest.mark.parametrize(('n_in', 'refusal'), [
+    (12, pytest.raises(errors.VectorAxisError, match='PATTERN=1')),
+    (6, pytest.warns(errors.VectorAxisWarning, match='PATTERN=1'))])
+def test_deconvolution_that_is_taken_as_a_convolution(n_in, refusal):
+    """The model says what to do, and that is right."""
+    serializers.save_npz('in.npz', L.Deconvolution2D(n_in, 6, 3))
+    link = L.Deconvolution2D(n_in, 6, 3).add_hook(SpectralNormalization())
+    snapshot.repair('in.npz', 'out.npz', add_u=['*'])
+    with refusal:
+        serializers.load_npz('out.npz', link)
+    snapshot.repair('in.npz', 'out.npz', add_u=['*'], axes={'W': 1},
+                    overwrite=True)
+    serializers.load_npz('out.npz', link)
+    assert norms(chainer.Chain(l=link)) == pytest.approx({'l': 1}, abs=1e-6)
+
+
 class TestErrors:
 
     def refused(self, error, match, **kwargs):
@@ -233,7 +249,7 @@ class TestErrors:
         ids=str)
     def test_weight_that_has_no_norm(self, W, error, match):
         np.savez('in.npz', **{'a/W': np.eye(2), 'l/W': W})
-        self.refused(error, match, add_u=['*'])
+        self.refused(error, match, add_u=['l/W'])
 
     def test_says_how_where_it_is_missed(self):
         serializers.save_npz('in.npz', Model())

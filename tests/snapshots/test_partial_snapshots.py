@@ -304,6 +304,31 @@ class TestInspect:
             (f'updater/model:gen/{path}/W', 'no vector') for path in SHAPES}
         assert len(snapshot.inspect('in', certify=.5, time_limit=1)) == 10
 
+    @KINDS
+    @pytest.mark.parametrize('other', [
+        np.ones((2, 3), int), np.ones((2, 3), bool), np.zeros((0, 3), 'f'),
+        np.ones((2, 3), complex)], ids=lambda x: f'{x.dtype} {x.size}')
+    def test_arrays_that_are_no_weights(self, name, other):
+        model = old_model(SHAPES)
+        expected = snapshot.inspect(save(name, model))
+        model.add_persistent('weight', other)
+        model.c1.add_persistent('w0', other)
+        name = save(f'more-{name}', model)
+        assert snapshot.inspect(name) == expected
+        snapshot.repair(name, 'out.npz', add_u=['*'])
+        reports = snapshot.inspect('out.npz')
+        assert [each.key for each in reports] == [
+            each.key for each in expected]
+        assert {each.status for each in reports} == {'ok'}
+
+    def test_of_the_other_byte_order(self):
+        W = np.diag([2., 1.])
+        np.savez('in.npz', **{'l/W': W.astype('>f4')})
+        assert snapshot.inspect('in.npz')[0].sigma == 2
+        snapshot.repair('in.npz', 'out.npz', add_u=['*'])
+        assert snapshot.inspect('out.npz')[0].status == 'ok'
+        np.testing.assert_array_equal(contents('out.npz')['l/W'], W)
+
     def test_a_file_without_weights(self):
         np.savez('in.npz', a=np.ones(3), b=np.eye(3))
         with pytest.raises(errors.SnapshotLayoutError, match='no weight was'):
@@ -345,6 +370,18 @@ class TestRepair:
             assert dis[path].gamma.update_rule.state['v'].shape == ()
 
 
+    def test_weights_of_another_name_are_given_in_full(self):
+        np.savez('in.npz', **{'l/kernel': np.eye(3)})
+        with pytest.raises(errors.SnapshotPatternError,
+                           match=r"in full: '\*'\. .* one of 'l/kernel'"):
+            snapshot.repair('in.npz', 'out.npz', add_u=['*'])
+        snapshot.repair('in.npz', 'out.npz', add_u=['l/kernel'])
+        assert snapshot.inspect('out.npz')[0].status == 'ok'
+        with pytest.raises(errors.SnapshotPatternError,
+                           match=r"fits the pattern: '\*'. The file has none"):
+            snapshot.repair('out.npz', 'more.npz', add_u=['*'])
+
+
 class TestOrder:
     """That of the paths: 2 is before 10, in any order of the file."""
 
@@ -377,6 +414,15 @@ class TestOrder:
         assert keys(snapshot.convert(
             path, 'd.npz', 'torch').weights) == torch
         assert keys(snapshot.inspect('d.npz')) == torch
+
+
+    def test_of_numbers_of_any_length(self):
+        # Python may refuse to convert one of more than 640 digits.
+        names = ['7', '08', '10', '9' * 5000, '1' + 5000 * '0']
+        np.savez('in.npz', **{
+            f'l{name}/W': np.eye(2) for name in reversed(names)})
+        assert [each.key for each in snapshot.inspect('in.npz')] == [
+            f'l{name}/W' for name in names]
 
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='there are no pipes')
