@@ -23,7 +23,6 @@ from chainer.functions.array import as_strided, pad_sequence, resize_images
 from chainer.functions.connection import deconvolution_2d
 from chainer.functions.math import basic_math, fix, sparse_matmul
 from chainer.iterators import multiprocess_iterator
-from chainer.links.activation import maxout
 from chainer.serializers import hdf5, npz
 from chainer.training.extensions import micro_average
 
@@ -300,44 +299,6 @@ def _repair_fix() -> None:
     fix.backend = types.SimpleNamespace(get_array_module=get_array_module)
 
 
-# To set the shape of an array, since NumPy 2.5.  Maxout does that for
-# functions that initialize, and not for Initializers.
-
-class _Reshaping(chainer.Initializer):
-    """Has a function initialize a view of another shape."""
-
-    def __init__(self, function: Callable, *shape: int) -> None:
-        super().__init__()
-        self.function = function
-        self.shape = shape
-
-    def __call__(self, array: Any) -> None:
-        self.function(array.reshape(self.shape))
-
-
-def _try_maxout() -> None:
-    with _raising_deprecations():
-        maxout.Maxout(1, 1, 1, initialW=lambda array: None)
-
-
-def _repair_maxout() -> None:
-    original = maxout.Maxout.__init__
-
-    def reshaping(value: Any, *shape: int) -> Any:
-        if callable(value) and not isinstance(value, chainer.Initializer):
-            return _Reshaping(value, *shape)
-        return value
-
-    @functools.wraps(original)
-    def init(self: Any, in_size: Any, out_size: int, pool_size: int,
-             initialW: Any = None, initial_bias: Any = 0) -> None:
-        original(self, in_size, out_size, pool_size,
-                 reshaping(initialW, out_size, pool_size, -1),
-                 reshaping(initial_bias, out_size, pool_size))
-
-    maxout.Maxout.__init__ = init
-
-
 # A NumPy array has a `device` since NumPy 2, which is not Chainer's 'CPU'.
 
 def _try_debug_print() -> None:
@@ -414,10 +375,6 @@ REPAIRS = (
     Repair('fix',
            'F.fix and the backward of F.fmod warn that np.fix is deprecated',
            'with NumPy 2.5 or newer', _try_fix, _GOING, _repair_fix),
-    Repair('maxout',
-           'Maxout with functions as initializers warns that setting a shape '
-           'is deprecated', 'with NumPy 2.5 or newer',
-           _try_maxout, _GOING, _repair_maxout),
     Repair('hdf5_strings',
            'load_hdf5 makes "b\'x\'" of the string "x"',
            'with h5py 3 or newer', _try_hdf5_strings,

@@ -127,7 +127,6 @@ class TestImport:
             from chainer.optimizer_hooks import (
                 gradient_clipping, gradient_lars)
             from chainer.iterators import multiprocess_iterator
-            from chainer.links.activation import maxout
             from chainer.serializers import hdf5, npz
             from chainer.training.extensions import (
                 MicroAverage, micro_average)
@@ -146,7 +145,6 @@ class TestImport:
             multiprocess_iterator.multiprocessing = types.SimpleNamespace(
                 Pool=type('Pool', (), {'map_async': lambda *args: None}))
             fix.fix = lambda x: x
-            maxout.Maxout.__init__ = lambda *args, **kwargs: None
             hdf5._available = False
             npz.NpzDeserializer.__call__ = deserialize
             chainer.Variable.debug_print = lambda self: 'device: CPU'
@@ -175,7 +173,7 @@ class TestImport:
                         gradient_clipping, gradient_lars.GradientLARS,
                         sparse_matmul, micro_average, npz.NpzDeserializer,
                         chainer.Variable, multiprocess_iterator, fix,
-                        maxout.Maxout, hdf5, hdf5.HDF5Deserializer)]
+                        hdf5, hdf5.HDF5Deserializer)]
 
             before = state()
             from sn_function import _compat
@@ -988,27 +986,6 @@ class TestSummary:
         with reporter:
             extension(trainer)
         assert reporter.observation == {'share': .75}
-
-
-class TestMaxout:
-
-    def test_functions_that_initialize(self):
-        def fill(array):
-            assert array.shape in [(2, 3, 4), (2, 3)]
-            array[...] = numpy.arange(array.size).reshape(array.shape)
-
-        link = chainer.links.Maxout(4, 2, 3, fill, fill)
-        assert_array_equal(
-            link.linear.W.array, numpy.arange(24).reshape(6, 4))
-        assert_array_equal(link.linear.b.array, numpy.arange(6))
-
-    @pytest.mark.parametrize('value', [
-        2, numpy.full((2, 3, 4), 2, 'f'), chainer.initializers.Constant(2)],
-        ids=['number', 'array', 'initializer'])
-    def test_others(self, value):
-        link = chainer.links.Maxout(4, 2, 3, value, initial_bias=None)
-        assert_array_equal(link.linear.W.array, numpy.full((6, 4), 2))
-        assert link.linear.b is None
 
 
 @pytest.mark.parametrize('dtype', ['e', 'f', 'd'])

@@ -15,6 +15,11 @@ NUMBER = 'test_det.py::*::test_det_scaling_cpu'
 
 EXPECTED = (
     Expected(
+        CHAINER, 'Maxout sets the shape of an array, which NumPy 2.5 '
+        'deprecates',
+        ['test_maxout.py::TestInitialization*::test_param_cpu'],
+        error='Setting the shape on a NumPy array', needs=['numpy>=2.5']),
+    Expected(
         TEST, 'it makes an unsigned number of -1, which NumPy 1.24 deprecates',
         [UNSIGNED], error='conversion of out-of-bound Python integers',
         needs=['numpy>=1.24,<2']),
