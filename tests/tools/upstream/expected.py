@@ -17,7 +17,7 @@ EXPECTED = (
     Expected(
         CHAINER, 'Maxout sets the shape of an array, which NumPy 2.5 '
         'deprecates',
-        ['test_maxout.py::TestInitialization*::test_param_cpu'],
+        ["test_maxout.py::*initializer='callable'}::test_param_cpu"],
         error='Setting the shape on a NumPy array', needs=['numpy>=2.5']),
     Expected(
         TEST, 'it makes an unsigned number of -1, which NumPy 1.24 deprecates',
