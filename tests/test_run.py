@@ -6,6 +6,7 @@ such a run is to be like.  Programs with Chainer do not know this package.
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import textwrap
@@ -21,11 +22,16 @@ CHILDREN = ROOT / 'sn_function' / '_children'
 RUN = ['-m', 'sn_function', 'run']
 
 
+def hear_interrupts():
+    # What a shell starts in the background ignores them, as do its children.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def python(*args, cwd, env=(), **kwargs):
     """Runs an interpreter that finds this package; its code and output."""
     done = subprocess.run(
         [sys.executable, *map(str, args)], cwd=cwd, timeout=300,
-        capture_output=True, text=True,
+        capture_output=True, text=True, preexec_fn=hear_interrupts,
         env={**os.environ, 'PYTHONPATH': str(ROOT), **dict(env)}, **kwargs)
     return done.returncode, done.stdout, done.stderr
 
@@ -126,13 +132,17 @@ class TestLikePlainPython:
             finally:
                 print('done')
         ''')
-        process = subprocess.Popen(
-            [sys.executable, *RUN, *args], cwd=tmp_path, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, 'PYTHONPATH': str(ROOT)})
-        assert process.stdout.readline() == 'ready\n'
-        process.send_signal(2)
-        out, err = process.communicate(timeout=30)
+        with subprocess.Popen(
+                [sys.executable, *RUN, *args], cwd=tmp_path, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                preexec_fn=hear_interrupts,
+                env={**os.environ, 'PYTHONPATH': str(ROOT)}) as process:
+            assert process.stdout.readline() == 'ready\n'
+            process.send_signal(signal.SIGINT)
+            try:
+                out, err = process.communicate(timeout=30)
+            finally:
+                process.kill()
         assert process.returncode == -2
         assert out == 'done\n'
         assert err.endswith('\nKeyboardInterrupt\n')

@@ -105,9 +105,6 @@ product_by_rows: const int n = rows.n_in / V, chunk = (n + parts + 1) / parts;
 product_by_rows: const int n = rows.n_in / V, chunk = (n + parts - 1) * parts;
 """},
     'both ways are right, and one is faster': {
-        'grid': """
-product_of: } else if (narrow == 1 && task.is_wide) {
-""",
         'entries': """
 correct: if (strips <= 1) lanes = (lanes + 31) / 32 * 32;
 """,
