@@ -387,7 +387,8 @@ class TestHook:
             class Mine(Hook):
                 pass
 
-            layer = L.Linear(4, 3).add_hook(Mine())
+            layer = L.Linear(
+                4, 3, initialW=np.diag([3, 2, 1, 0])[:3]).add_hook(Mine())
             hook, = layer.local_link_hooks.values()
             assert isinstance(hook, link_hooks.SpectralNormalization)
             layer(np.ones((1, 4), 'f'))
