@@ -23,6 +23,7 @@ from sn_function import (
 )
 from sn_function._links import scope as scopes
 from tests import reference
+from tests.links.test_threads import Slow
 from tests.links.test_turn import SECONDS, Thread, wait_for
 
 X = np.random.RandomState(0).randn(2, 3).astype('f')
@@ -582,17 +583,6 @@ def test_each_thread_has_a_scope_of_its_own(link):
         thread.wait()
     assert len({id(W) for W in found}) == 4
     assert_outside(link)
-
-
-class Slow(L.Linear):
-
-    began = ends = None
-
-    def forward(self, x):
-        if self.began is not None:
-            self.began.set()
-            assert self.ends.wait(SECONDS)
-        return super().forward(x)
 
 
 def test_while_another_thread_is_in_a_call(monkeypatch):
