@@ -35,9 +35,8 @@ def _some(items: Iterable[Any]) -> str:
     return (', '.join(items[:8]) or 'none') + more
 
 
-def _links(model: Any) -> str:
-    return _some(f'{path} ({type(link).__name__})'
-                 for path, link in model.namedlinks())
+def _links(links: Iterable[tuple[str, Any]]) -> str:
+    return _some(f'{path} ({type(link).__name__})' for path, link in links)
 
 
 def _is_chain(link: Any) -> bool:
@@ -599,8 +598,7 @@ class ForeignHookError(SpectralNormalizationError, TypeError):
     """The normalized weights of Chainer's hook are asked for."""
 
     def __init__(self, links: Sequence[tuple[str, Any]]) -> None:
-        where = _some(f'{path} ({type(link).__name__})'
-                      for path, link in links)
+        where = _links(links)
         super().__init__(
             f'These links have the hook of Chainer, which normalizes anew in '
             f'each call, so there is no weight that their attributes could '
@@ -688,10 +686,10 @@ class NoLinkError(SpectralNormalizationError, ValueError):
         else:
             what = (f'None is a Linear, an EmbedID, a convolution or a '
                     f'deconvolution that has a {weight_name}: '
-                    f'{_links(chain)}. Add the hook when all links are in '
-                    f'the chain, put the class of an n-step RNN into the '
-                    f'filter, or add SpectralNormalization to the links '
-                    f'themselves')
+                    f'{_links(chain.namedlinks())}. Add the hook when all '
+                    f'links are in the chain, put the class of an n-step RNN '
+                    f'into the filter, or add SpectralNormalization to the '
+                    f'links themselves')
         super().__init__(
             f'{type(chain).__name__} has no link to normalize. {what}. '
             f'chain.namedlinks() has all paths.')
@@ -704,8 +702,7 @@ class NothingExcludedError(SpectralNormalizationError, ValueError):
             self, model: Any, exclude: Any,
             links: Sequence[tuple[str, Any]]) -> None:
         text = getattr(exclude, '__qualname__', None) or repr(exclude)
-        paths = _some(f'{path} ({type(link).__name__})'
-                      for path, link in links)
+        paths = _links(links)
         super().__init__(
             f'exclude={text} leaves out none of the links of '
             f'{type(model).__name__} whose weights could be normalized, which '
@@ -778,8 +775,8 @@ class NothingToReportError(SpectralNormalizationError, ValueError):
             what = (f'{name} has no spectral normalization, and no link that '
                     f'is a Linear, an EmbedID, a convolution or a '
                     f'deconvolution, so there is nothing to report. Its '
-                    f'links: {_links(model)}. Add a hook to one that has a '
-                    f'weight, or leave the report out.')
+                    f'links: {_links(model.namedlinks())}. Add a hook to one '
+                    f'that has a weight, or leave the report out.')
         super().__init__(what)
 
 
@@ -843,9 +840,9 @@ class NoWeightError(SpectralNormalizationError, ValueError):
             f'{type(target).__name__} has no link that is a Linear, an '
             f'EmbedID, a convolution or a deconvolution, has no spectral '
             f'normalization, and passes the filter and exclude=, so there is '
-            f'nothing to {verb}. Its links: {_links(target)}. Look at '
-            f'target.namedlinks() for the paths that these are called with, '
-            f'or remove the hook from the optimizer.')
+            f'nothing to {verb}. Its links: {_links(target.namedlinks())}. '
+            f'Look at target.namedlinks() for the paths that these are '
+            f'called with, or remove the hook from the optimizer.')
 
 
 class NoPenaltyError(NoWeightError):

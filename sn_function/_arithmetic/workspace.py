@@ -100,14 +100,9 @@ def product(
             is_aligned)
         batch = _batch(width, itemsize)
         n = n_out // width
-        if rows is None:
-            lanes = _lanes_of_columns(
-                n, n_in, batch, threads, NARROWEST // (width * itemsize))
-        else:
-            lanes = min(32, _power_of_two_from(n))
-            while (lanes < threads and n_in * lanes < threads * batch
-                   and n >= 4 * FEW_BLOCKS * lanes):
-                lanes *= 2
+        lanes = _lanes_of_columns(
+            n, n_in, batch, threads,
+            NARROWEST // (width * itemsize) if rows is None else 32)
         tiles, batches = -(-n // lanes), n_in * lanes // (threads * batch)
     parts = 1
     if tiles < FEW_BLOCKS and batches > LONG_SUM:

@@ -373,27 +373,19 @@ class TestSizes:
         link(batch((3, 3, 5)))
         assert link.W_map.shape == (3, 3, 5)
 
-    def test_a_map_that_is_too_small_for_the_weight(self):
-        link = L.Convolution2D(3, 4, 5).add_hook(
-            SpectralNormalization(norm='operator'))
-        link.W_map = batch((3, 4, 4), 1)[0]
-        with pytest.raises(
-                errors.InputSizeError, match=r'W_map.* to None'):
-            link(batch((3, 6, 6)))
+    @pytest.mark.parametrize(('kind', 'args', 'wrong', 'right', 'error'), [
+        (L.Convolution2D, (3, 4, 5), 4, 6, errors.InputSizeError),
+        (L.Deconvolution2D, (3, 4, 4, 2, 1, False, (8, 8)), 5, 4,
+         errors.OutputSizeError)],
+        ids=['smaller than the weight', 'of other outputs'])
+    def test_a_map_that_does_not_fit(self, kind, args, wrong, right, error):
+        link = kind(*args).add_hook(SpectralNormalization(norm='operator'))
+        link.W_map = batch((3, wrong, wrong), 1)[0]
+        with pytest.raises(error, match=r'W_map.* to None'):
+            link(batch((3, right, right)))
         link.W_map = None
-        link(batch((3, 6, 6)))
-        assert link.W_map.shape == (3, 6, 6)
-
-    def test_a_map_that_does_not_fit_the_outputs(self):
-        link = L.Deconvolution2D(3, 4, 4, stride=2, pad=1, outsize=(8, 8))
-        link.add_hook(SpectralNormalization(norm='operator'))
-        link.W_map = batch((3, 5, 5), 1)[0]
-        with pytest.raises(
-                errors.OutputSizeError, match=r'W_map.* to None'):
-            link(batch((3, 4, 4)))
-        link.W_map = None
-        link(batch((3, 4, 4)))
-        assert link.W_map.shape == (3, 4, 4)
+        link(batch((3, right, right)))
+        assert link.W_map.shape == (3, right, right)
 
     @pytest.mark.parametrize('n_vectors', [1, 3])
     def test_a_map_of_other_channels_is_made_anew(self, n_vectors):
