@@ -203,7 +203,11 @@ $(STAMP)-docs: $(STAMP)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[docs]'
 	@touch $@
 
+# From nothing, so that no page of before hides a link that leads nowhere.
+DOCS := docs/_build docs/reference/generated
+
 docs: $(STAMP)-docs
+	rm -rf $(DOCS)
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
 	$(PY) -m tests.tools.links docs/_build/html >docs/_build/outside.txt
 
@@ -212,5 +216,5 @@ linkcheck: $(STAMP)-docs
 	$(PY) -m sphinx -b linkcheck docs docs/_build/linkcheck
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info docs/_build docs/reference/generated result \
+	rm -rf $(VENV) .cache build dist *.egg-info $(DOCS) result \
 		.pytest_cache .mypy_cache .ruff_cache .coverage
