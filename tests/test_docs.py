@@ -165,6 +165,17 @@ def test_pictures_are_shown():
     assert [name for name in pictures if f'/{name}' not in text] == []
 
 
+def test_inventories_have_what_is_used():
+    text = '\n'.join(path.read_text(encoding='utf-8')
+                     for path in [*DOCS, *MODULES])
+    text = re.sub(r'\\\n *', '', text)     # of names in two lines
+    entries = [line.split()[0] for path in ROOT.glob('docs/inventories/*.txt')
+               for line in path.read_text(encoding='utf-8').splitlines()[3:]]
+    assert len(entries) >= 20
+    assert [name for name in entries if not re.search(
+        rf'\b{re.escape(name)}\b', text)] == []
+
+
 # Tables
 
 RULE = ' *=+(?: +=+)+ *'
