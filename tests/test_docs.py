@@ -1,6 +1,7 @@
 """Every example in the documentation runs; what it points to exists."""
 import doctest
 import importlib
+import inspect
 import pathlib
 import re
 import warnings
@@ -163,6 +164,18 @@ def test_pictures_are_shown():
     text = '\n'.join(path.read_text(encoding='utf-8') for path in PAGES)
     assert len(pictures) >= 6
     assert [name for name in pictures if f'/{name}' not in text] == []
+
+
+@pytest.mark.parametrize('name', [
+    'sn_function', 'sn_function.distributed', 'sn_function.extensions',
+    'sn_function.optimizer_hooks', 'sn_function.snapshot'])
+def test_reference_has_every_public_name(name):
+    text = (ROOT / 'docs/reference/index.rst').read_text(encoding='utf-8')
+    below = text.split(f'automodule:: {name}\n')[1].split('automodule::')[0]
+    module = importlib.import_module(name)
+    public = {key for key in module.__all__ if not key.startswith('__')
+              and not inspect.ismodule(getattr(module, key))}
+    assert public - set(re.findall(r'(?m)^ {4}(\w+)$', below)) == set()
 
 
 def test_inventories_have_what_is_used():
