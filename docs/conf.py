@@ -34,7 +34,6 @@ nitpicky = True
 # Types and shapes are in the "Args" of the docstrings.
 autodoc_typehints = 'none'
 autodoc_member_order = 'bysource'
-autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 # Else an attribute of both docstring and class is described twice.
 napoleon_use_ivar = True
