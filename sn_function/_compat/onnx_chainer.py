@@ -14,7 +14,7 @@ import importlib
 import sys
 import types
 import warnings
-from typing import Any, Callable, List
+from typing import Any, Callable, Iterator, List
 
 import numpy
 
@@ -33,11 +33,12 @@ def _module(name: str) -> Any:
     return sys.modules[f'onnx_chainer.{name}']
 
 
-def _richer(**names: object) -> types.ModuleType:
-    """What a module of the exporter then uses as onnx."""
-    import onnx
-    module = types.ModuleType('onnx', f'With more names, for {__name__}.')
-    vars(module).update(names, __getattr__=functools.partial(getattr, onnx))
+def _richer(original: Any, **names: object) -> types.ModuleType:
+    """What a module of the exporter then uses as one of onnx."""
+    module = types.ModuleType(
+        original.__name__, f'With other names, for {__name__}.')
+    vars(module).update(
+        names, __getattr__=functools.partial(getattr, original))
     return module
 
 
@@ -83,7 +84,8 @@ def _try_mapping() -> None:
 
 
 def _repair_mapping() -> None:
-    _module('context').onnx = _richer(mapping=_mapping())
+    context = _module('context')
+    context.onnx = _richer(context.onnx, mapping=_mapping())
 
 
 # The exporter writes the IR version of the installed onnx into its files,
@@ -95,22 +97,59 @@ def _try_ir_version() -> None:
 
 
 def _repair_ir_version() -> None:
-    _module('export').onnx = _richer(IR_VERSION=IR_VERSION)
+    export = _module('export')
+    export.onnx = _richer(export.onnx, IR_VERSION=IR_VERSION)
+
+
+# The exporter lists each parameter as an input, too, as the IR before version
+# 4 required.  onnxruntime warns of each of them, and of those that no node
+# uses; and what is an input may be overridden, so it is not optimized.
+
+def _try_inputs() -> None:
+    from chainer import links
+    graph = _graph(links.Scale(0, (1,)), 1)
+    if len(graph.input) > 1:
+        raise WrongResultError
+
+
+def _repair_inputs() -> None:
+    export = _module('export')
+    make_graph = export.helper.make_graph
+
+    def _make_graph(
+            nodes: Any, name: str, inputs: Any, outputs: Any,
+            initializer: Any = (), **kwargs: Any) -> Any:
+        used = {*_names_of_inputs(nodes), *(each.name for each in outputs)}
+        known = {each.name for each in initializer}
+        return make_graph(
+            nodes, name, [each for each in inputs if each.name not in known],
+            outputs, [each for each in initializer if each.name in used],
+            **kwargs)
+
+    export.helper = _richer(export.helper, make_graph=_make_graph)
+
+
+def _names_of_inputs(nodes: Any) -> Iterator[str]:
+    """Yields what nodes take, and those of graphs in them, as in a loop."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _names_of_inputs(graph.node)
 
 
 # Converters.
 
-def _nodes(function: Callable, *shape: int) -> Any:
-    """What the exporter makes of a function, as nodes of ONNX."""
+def _graph(function: Callable, *shape: int) -> Any:
+    """What the exporter makes of a function."""
     from chainer import Sequential
-    model = _module('export').export(
-        Sequential(function), numpy.zeros(shape, 'f'))
-    return model.graph.node
+    return _module('export').export(
+        Sequential(function), numpy.zeros(shape, 'f')).graph
 
 
 def _try_unpooling() -> None:
     from chainer import functions
-    _nodes(lambda x: functions.unpooling_2d(x, 2, outsize=(2, 2)), 1, 1, 1, 1)
+    _graph(lambda x: functions.unpooling_2d(x, 2, outsize=(2, 2)), 1, 1, 1, 1)
 
 
 def _repair_unpooling() -> None:
@@ -128,7 +167,8 @@ def _repair_mean_absolute_error() -> None:
 
 def _try_dilations() -> None:
     from chainer import links
-    nodes = _nodes(links.Convolution1D(1, 1, 1, initialW=0), 1, 1, 1)
+    nodes = _graph(
+        links.Convolution1D(1, 1, 1, initialW=0), 1, 1, 1).node
     if not any(each.name == 'dilations' for each in nodes[0].attribute):
         raise WrongResultError
 
@@ -148,6 +188,10 @@ REPAIRS = (
            'files of onnx_chainer are refused by an onnxruntime older than '
            'onnx', 'with onnx 1.7 or newer',
            _try_ir_version, WrongResultError, _repair_ir_version),
+    Repair('graph_inputs',
+           'onnx_chainer lists each parameter as an input, of which '
+           'onnxruntime warns', 'with Chainer 7.8.1',
+           _try_inputs, WrongResultError, _repair_inputs),
     Repair('convert_Unpooling2D',
            'onnx_chainer exports F.unpooling_2d without outsize wrong, and '
            'refuses it with one', 'with Chainer 7.8.1',

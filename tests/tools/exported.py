@@ -161,7 +161,8 @@ def difference(ys: Sequence[Any], others: Sequence[Any]) -> float:
 
 
 def export(model: chainer.Chain, inputs: dict[str, Any], opset: int) -> Any:
-    return shipping.export(model, dict(inputs), opset_version=opset)
+    import onnx_chainer
+    return onnx_chainer.export(model, dict(inputs), opset_version=opset)
 
 
 def feed_of(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -85,18 +85,8 @@ def session_of(exported: Any) -> Any:
         providers=['CPUExecutionProvider'])
 
 
-def export(model: chainer.Link, inputs: Any, **kwargs: Any) -> Any:
-    """The model as ONNX, for a batch of this size, its weights constant."""
-    import onnx_chainer
-    exported = onnx_chainer.export(model, inputs, **kwargs)
-    weights = {each.name for each in exported.graph.initializer}
-    for each in [each for each in exported.graph.input
-                 if each.name in weights]:
-        exported.graph.input.remove(each)
-    return exported
-
-
 def rows_of(network: Network, n_rounds: int) -> list[tuple[str, ...]]:
+    import onnx_chainer
     hooked = network.hooked
     baked = bake(hooked)
     names = f'{network.name}, hooked', 'the same, baked', 'as ONNX'
@@ -104,7 +94,7 @@ def rows_of(network: Network, n_rounds: int) -> list[tuple[str, ...]]:
     differences, times = [], []
     for n in 1, 64:
         inputs = network.make_inputs(n)
-        exported = export(baked, list(inputs))
+        exported = onnx_chainer.export(baked, list(inputs))
         sizes[2] = len(exported.SerializeToString())
         session = session_of(exported)
         feed = {f'Input_{i}': x for i, x in enumerate(inputs)}
