@@ -74,23 +74,27 @@ copybutton_prompt_is_regexp = True
 html_theme = 'furo'
 html_title = f'sn_function {version}'
 html_css_files = ['custom.css']
+pygments_dark_style = 'github-dark'
 html_show_sourcelink = False
 html_copy_source = False
 
 
-def address():
-    """URL of the repository, where it is known."""
+def repository():
+    """Address of the repository, where it is known."""
     try:
         urls = metadata.metadata('sn_function').get_all('Project-URL') or []
     except metadata.PackageNotFoundError:
         urls = []
     urls = dict(url.split(', ', 1) for url in urls)
-    return os.environ.get('SN_FUNCTION_URL') or urls.get('Source')
+    return os.environ.get('SN_FUNCTION_URL') or urls.get('Source', '')
 
 
-if address():
+# Those whose pages to edit Furo knows.
+if repository().startswith((
+        'https://github.com/', 'https://gitlab.com/',
+        'https://bitbucket.org/')):
     html_theme_options = {
-        'source_repository': address(),
+        'source_repository': repository(),
         'source_branch': 'main',
         'source_directory': 'docs/',
     }

@@ -1,5 +1,10 @@
 """Spectral normalization for Chainer as one differentiable function.
 
+``SpectralNormalization`` is a hook for a link, ``ChainSpectralNormalization``
+for those of a whole model.  ``summary`` says what is normalized, ``norms``
+what the norms are, and ``bake`` makes a model without hooks.
+``spectral_normalize`` and ``spectral_norm`` are for arrays and Variables.
+
 Importing it is light: it imports neither Chainer nor NumPy, and ensures that
 Chainer is repaired when it is imported.  A public name is imported where it
 is first used.

@@ -110,6 +110,9 @@ class ChainSpectralNormalization(LocalHook):
     class could not be normalized at all, and is refused, unless the filter
     leaves it out: see :ref:`own-call`.
 
+    The arguments after ``exclude`` are the settings of
+    :class:`~sn_function.SpectralNormalization`, for all of the links.
+
     Args:
         filter (str, type, callable, list or None): Which links: a pattern
             of their paths in the chain, such as ``'/block*/conv?'``, with the
@@ -125,8 +128,6 @@ class ChainSpectralNormalization(LocalHook):
             also leaves out all links in a chain that it takes: ``'/bn*'``,
             or the class of a conditional batch normalization for the
             embeddings in it.
-        n_power_iteration, ..., update_u: The settings of
-            :class:`~sn_function.SpectralNormalization`, for all of the links.
 
     Attributes:
         hook (SpectralNormalization): The hook on the links.

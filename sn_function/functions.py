@@ -443,7 +443,7 @@ def spectral_norm(
     begin at the left singular vector of the largest singular value, which is
     found in float64 on the host, and is a constant of the gradient.  For a
     small matrix that takes as long as a singular value decomposition, for a
-    large one less.
+    large one less.  A weight is normalized once by ``W / spectral_norm(W)``.
 
     **With u** it is an estimate, for penalties and for logging: each step of
     training goes on from the ``u`` of the one before.  Except for rounding,

@@ -40,6 +40,11 @@ from sn_function._snapshots.readers import Path, Reader
 from sn_function._snapshots.renaming import Names, Rename
 from sn_function._snapshots.vectors import WeightArrays
 
+__all__ = [
+    'LAYOUTS', 'Outcome', 'WeightChange', 'WeightReport', 'bake', 'convert',
+    'inspect', 'repair']
+
+#: The layouts that :func:`convert` writes.
 LAYOUTS = layouts.LAYOUTS
 # The largest relative error of an estimate of sigma that is not reported.
 LAG = 0.1

@@ -1,6 +1,7 @@
 """Every example in the documentation runs; what it points to exists."""
 import doctest
 import importlib
+import inspect
 import pathlib
 import re
 import warnings
@@ -165,6 +166,29 @@ def test_pictures_are_shown():
     assert [name for name in pictures if f'/{name}' not in text] == []
 
 
+@pytest.mark.parametrize('name', [
+    'sn_function', 'sn_function.distributed', 'sn_function.extensions',
+    'sn_function.optimizer_hooks', 'sn_function.snapshot'])
+def test_reference_has_every_public_name(name):
+    text = (ROOT / 'docs/reference/index.rst').read_text(encoding='utf-8')
+    below = text.split(f'automodule:: {name}\n')[1].split('automodule::')[0]
+    module = importlib.import_module(name)
+    public = {key for key in module.__all__ if not key.startswith('__')
+              and not inspect.ismodule(getattr(module, key))}
+    assert public - set(re.findall(r'(?m)^ {4}(\w+)$', below)) == set()
+
+
+def test_inventories_have_what_is_used():
+    text = '\n'.join(path.read_text(encoding='utf-8')
+                     for path in [*DOCS, *MODULES])
+    text = re.sub(r'\\\n *', '', text)     # of names in two lines
+    entries = [line.split()[0] for path in ROOT.glob('docs/inventories/*.txt')
+               for line in path.read_text(encoding='utf-8').splitlines()[3:]]
+    assert len(entries) >= 20
+    assert [name for name in entries if not re.search(
+        rf'\b{re.escape(name)}\b', text)] == []
+
+
 # Tables
 
 RULE = ' *=+(?: +=+)+ *'
@@ -188,14 +212,17 @@ def broken_rows(text):
                 starts, [*starts[1:], None]))
             if first and not (all(others) and (
                     re.fullmatch(TERM, first)
-                    or all(re.match(r'[-<>]?\d|-$', x) for x in others))):
+                    or all(re.match(r'[-<>]?\d|n/a', x) for x in others))):
                 found.append(line)
     return found
 
 
 @pytest.mark.parametrize('path', DOCS, ids=name_of)
 def test_a_row_of_a_table_is_one_row(path):
-    assert broken_rows(path.read_text(encoding='utf-8') + '\n') == []
+    text = path.read_text(encoding='utf-8') + '\n'
+    assert broken_rows(text) == []
+    # As the only text of a cell, a dash begins an empty list.
+    assert re.findall(r'(?m)^ .*(?:, |- )-(?:,.*)?$', text) == []
 
 
 @pytest.mark.parametrize(('rows', 'broken'), [

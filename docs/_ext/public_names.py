@@ -19,9 +19,14 @@ def resolve(app, env, node, contnode):
         f'sn_function.{name}', node, contnode)
 
 
-def without_arguments(app, what, name, obj, options, signature, returned):
-    """What an error is built from is of no use to who catches it."""
-    return ('', None) if what == 'exception' and signature else None
+def readable(app, what, name, obj, options, signature, returned):
+    if not signature:
+        return None
+    # What an error is built from is of no use to who catches it.
+    if what == 'exception':
+        return '', None
+    # iter, not <built-in function iter>
+    return re.sub(r'<.*?function (\w+).*?>', r'\1', signature), returned
 
 
 def from_the_top(app, what, name, obj, options, lines):
@@ -29,9 +34,22 @@ def from_the_top(app, what, name, obj, options, lines):
     lines[:] = [re.sub(r':doc:`(?=\w)', ':doc:`/', line) for line in lines]
 
 
+def skip_fields(app, what, name, obj, skip, options):
+    """Fields of a named tuple are described by its docstring, if at all."""
+    return type(obj).__name__ == '_tuplegetter' or None
+
+
+def without_source(app, pagename, templatename, context, doctree):
+    """The page of a name is generated: there is nothing to edit."""
+    if pagename.startswith('reference/generated/'):
+        context['page_source_suffix'] = ''
+
+
 def setup(app):
     app.setup_extension('sphinx.ext.autodoc')
     app.connect('missing-reference', resolve)
-    app.connect('autodoc-process-signature', without_arguments)
+    app.connect('autodoc-process-signature', readable)
     app.connect('autodoc-process-docstring', from_the_top)
+    app.connect('autodoc-skip-member', skip_fields)
+    app.connect('html-page-context', without_source)
     return {'parallel_read_safe': True}

@@ -229,7 +229,7 @@ def row_of(case: Case, opset: int, with_graph: bool) -> list[str]:
             row.append(f'{difference(y, exact):.1e}')
             row.append('{:.1e}'.format(difference(graph_outputs(
                 export(model, inputs, opset), inputs), exact))
-                if with_graph else '')
+                if with_graph else '-')
     return row
 
 
