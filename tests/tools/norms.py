@@ -8,6 +8,7 @@ its largest layer computes with, at every fifth iteration, into
 from __future__ import annotations
 
 import argparse
+import statistics
 from typing import Sequence
 
 from tests.tools import estimates
@@ -25,8 +26,7 @@ def measure(seed: int, n_iterations: int) -> dict[str, list[float]]:
     norms = {}
     for name, settings in SETTINGS.items():
         excess = estimates.watched(settings, seed, n_iterations, 0)['excess']
-        # Two calls in an iteration; the first one of Chainer's has new
-        # weights, as the other has: take that.
+        # The first of two calls in a step, right after the weight has moved.
         norms[name] = [1 + e / 100 for e in excess[LAYER][::2]]
     return norms
 
@@ -44,9 +44,10 @@ def draw(norms: dict[str, list[float]], path: str) -> None:
                    fontsize=11)
     axes.set_xlabel('training step')
     axes.set_xlim(0, None)
+    axes.set_ylim(0.99, 0.03 + max(max(y) for y in norms.values()))
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
-    axes.legend(frameon=False, loc='upper right')
+    axes.legend(frameon=False, loc='upper center', ncol=len(norms))
     figure.savefig(path, dpi=110, bbox_inches='tight')
 
 
@@ -58,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--iterations', type=int, default=800)
     parser.add_argument('--out', default='docs/images/norms.png')
     args = parser.parse_args(argv)
-    draw(measure(args.seed, args.iterations), args.out)
+    norms = measure(args.seed, args.iterations)
+    for name, y in norms.items():
+        print(f'{name}: median {statistics.median(y):.4f}, most {max(y):.4f}')
+    draw(norms, args.out)
 
 
 if __name__ == '__main__':
