@@ -17,21 +17,27 @@ _compat.install()
 
 __all__ = [
     'ChainSpectralNormalization',
+    'Interval',
     'SpectralNormalization',
+    'Summary',
+    'SummaryRow',
     '__version__',
     'bake',
     'cached',
     'certify',
     'chain',
     'conv_spectral_normalize',
+    'distributed',
     'errors',
     'extensions',
     'functions',
     'install',
     'link_hooks',
     'normalized',
+    'norms',
     'optimizer_hooks',
     'refresh',
+    'snapshot',
     'spectral_norm',
     'spectral_normalize',
     'spectral_normalize_all',
@@ -41,16 +47,20 @@ __all__ = [
 if TYPE_CHECKING:
     from sn_function import (
         chain,
+        distributed,
         errors,
         extensions,
         functions,
         link_hooks,
         optimizer_hooks,
+        snapshot,
     )
+    from sn_function._certificate.interval import Interval
     from sn_function._certify import certify
     from sn_function._normalized import normalized
+    from sn_function._norms import norms
     from sn_function._refresh import refresh
-    from sn_function._summary import summary
+    from sn_function._summary import Summary, SummaryRow, summary
     from sn_function.chain import ChainSpectralNormalization, cached
     from sn_function.functions import (
         conv_spectral_normalize,
@@ -62,15 +72,19 @@ if TYPE_CHECKING:
 else:
     # Names of modules, and of what is defined in them.
     _MODULES = (
-        'chain', 'errors', 'extensions', 'functions', 'link_hooks',
-        'optimizer_hooks')
+        'chain', 'distributed', 'errors', 'extensions', 'functions',
+        'link_hooks', 'optimizer_hooks', 'snapshot')
     _HOMES = {
         'ChainSpectralNormalization': 'chain',
+        'Interval': '_certificate.interval',
         'SpectralNormalization': 'link_hooks',
+        'Summary': '_summary',
+        'SummaryRow': '_summary',
         'cached': 'chain',
         'certify': '_certify',
         'conv_spectral_normalize': 'functions',
         'normalized': '_normalized',
+        'norms': '_norms',
         'refresh': '_refresh',
         'spectral_norm': 'functions',
         'spectral_normalize': 'functions',
@@ -90,4 +104,5 @@ else:
         return value
 
     def __dir__() -> List[str]:
-        return sorted({*globals(), *__all__})
+        own = {name for name in globals() if name.startswith('__')}
+        return sorted({*own, *__all__})

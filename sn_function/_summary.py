@@ -5,7 +5,7 @@ from typing import Any, Callable, NamedTuple
 
 import chainer
 
-from sn_function import _models
+from sn_function import _models, _table
 from sn_function._links import n_step
 from sn_function._links.bypass import bypasses_hooks
 from sn_function._usage import Usage
@@ -22,7 +22,7 @@ NO_MATRIX = 'no matrix'
 UNKNOWN = 'unknown'
 
 
-class Row(NamedTuple):
+class SummaryRow(NamedTuple):
     """One parameter.
 
     ``shape`` is ``None`` while it is not initialized; ``status`` is one of
@@ -60,21 +60,32 @@ class Summary(NamedTuple):
 
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[SummaryRow, ...]
     remarks: tuple[str, ...] = ()
 
+    @property
+    def all_normalized(self) -> bool:
+        """Whether every weight is normalized, or left out on purpose.
+
+        For an ``assert``.  It is true if at least one weight is
+        ``'normalized'``, each other one is ``'filtered out'``, and there are
+        no remarks.  So ``'no hook'``, ``'unsupported'``, ``'partly'`` and
+        ``'never'`` make it false.  Only with ``run`` are weights found that
+        are used without a call of their link.
+        """
+        found = {row.status for row in self.rows} - {
+            NO_MATRIX, UNKNOWN, FILTERED_OUT}
+        return found == {NORMALIZED} and not self.remarks
+
     def __str__(self) -> str:
-        cells = [('parameter', 'shape', 'status', 'note')]
-        cells += [(row.path, _shape_text(row.shape), row.status, row.note)
-                  for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = ['  '.join(cell.ljust(width) for cell, width in
-                           zip(line, widths)).rstrip() for line in cells]
+        table = _table.text(('parameter', 'shape', 'status', 'note'), [
+            (row.path, _table.shape_text(row.shape), row.status, row.note)
+            for row in self.rows])
         matrices = [row for row in self.rows
                     if row.status not in (NO_MATRIX, UNKNOWN)]
         n = sum(row.status == NORMALIZED for row in matrices)
         return '\n'.join([
-            *lines, '', f'{n} of {len(matrices)} weights are normalized',
+            table, '', f'{n} of {len(matrices)} weights are normalized',
             *self.remarks])
 
 
@@ -137,7 +148,7 @@ def summary(
             status, note = structure.status(link, name, shape)
             if usage is not None and status == NORMALIZED:
                 status, note = _amend(usage, full, note)
-            rows.append(Row(full, shape, status, note))
+            rows.append(SummaryRow(full, shape, status, note))
     return Summary(tuple(rows), () if usage is None else _remarks(usage, rows))
 
 
@@ -152,7 +163,7 @@ def _amend(usage: Usage, path: str, note: str) -> tuple[str, str]:
     return NORMALIZED, note
 
 
-def _remarks(usage: Usage, rows: list[Row]) -> tuple[str, ...]:
+def _remarks(usage: Usage, rows: list[SummaryRow]) -> tuple[str, ...]:
     remarks = [
         f'{name} of the model was called and is not in its namedlinks(): it '
         f'has no rows, and optimizers, snapshots and hooks of chains do not '
@@ -168,10 +179,6 @@ def _remarks(usage: Usage, rows: list[Row]) -> tuple[str, ...]:
 
 def _shape(parameter: chainer.Parameter) -> tuple[int, ...] | None:
     return None if parameter.array is None else parameter.shape
-
-
-def _shape_text(shape: tuple[int, ...] | None) -> str:
-    return 'lazy' if shape is None else 'x'.join(map(str, shape)) or 'scalar'
 
 
 class _Structure:

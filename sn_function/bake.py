@@ -27,7 +27,7 @@ def bake(
     what that hook makes of it in test mode, and the hook, ``u`` and gamma are
     gone.  So the outputs are those of the hooked model with
     ``chainer.config.train`` false, bit for bit; snapshots are those of a model
-    that never had a hook; and :mod:`onnx_chainer` can export it.
+    that never had a hook; and ``onnx_chainer`` can export it.
 
     * The baked weight is a new parameter of the same dtype on the same device,
       without a gradient.  A weight that two links share becomes one for each,

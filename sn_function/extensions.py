@@ -16,7 +16,10 @@ from sn_function import (
     optimizer_hooks,
 )
 from sn_function._monitoring import faults, layers, lipschitz, plot
-from sn_function._monitoring.layers import Layer as Layer
+from sn_function._monitoring.layers import Layer, Layers
+
+__all__ = [
+    'Layer', 'Layers', 'SpectralNormPenaltyState', 'SpectralNormReport']
 
 # The tolerance of a bound that is asked for without one.
 DEFAULT_RTOL = 1e-3

@@ -475,7 +475,7 @@ class SpectralNormalization(LocalHook):
 
         Args:
             W (:class:`~chainer.Variable` or :ref:`ndarray`): Weight of a link
-                whose output axis is :attr:`axis`.
+                whose output axis is ``axis``.
 
         Returns:
             The same in the shape ``(W.shape[axis], -1)``.

@@ -162,7 +162,7 @@ def inspect(
     at all.
 
     Args:
-        path (path): A snapshot.
+        path (str or os.PathLike): A snapshot.
         model (str or None): Only the model of this name in the snapshot of a
             trainer, or what is below this path.
         axes (dict or None): Output axes of weights, by their entry or by a
@@ -337,8 +337,9 @@ def bake(
     weight.  Other libraries do not, so for their layouts nor does this.
 
     Args:
-        src (path): A snapshot.
-        dst (path): The output, of the kind that its extension names.
+        src (str or os.PathLike): A snapshot.
+        dst (str or os.PathLike): The output, of the kind that its extension
+            names.
         n_power_iteration (int): That of the hook, which a snapshot does not
             hold.  PyTorch has the sigma of its vectors instead.
         n_warmup (int): That of the hook; 0 for Chainer's own hook.
@@ -465,8 +466,9 @@ def convert(
     one goes to the layout ``'chainer'`` only, as it is.
 
     Args:
-        src (path): A snapshot, or a state dict.
-        dst (path): The output, of the kind that its extension names.
+        src (str or os.PathLike): A snapshot, or a state dict.
+        dst (str or os.PathLike): The output, of the kind that its extension
+            names.
         layout (str): One of :data:`LAYOUTS`.
         converge (bool): Give each weight the converged vectors instead.
         fill (bool or None): What becomes of each other weight, as of
@@ -666,8 +668,9 @@ def repair(
     else is copied.
 
     Args:
-        src (path): A snapshot.
-        dst (path): The output, of the kind that its extension names.
+        src (str or os.PathLike): A snapshot.
+        dst (str or os.PathLike): The output, of the kind that its extension
+            names.
         all (bool): Replace the other vectors, too.
         add_u (list of str): Patterns of weights that have no vector, and get
             one: ``['*']`` is every one of those that :func:`inspect` finds.

@@ -1,11 +1,11 @@
 """Numbers on the layers of a model, measured with one wait per device."""
 from __future__ import annotations
 
-from typing import Any, Iterable, NamedTuple
+from typing import Any, Iterable, NamedTuple, Tuple
 
 import chainer
 
-from sn_function import _checks, errors
+from sn_function import _checks, _table, errors
 from sn_function._arithmetic import quality
 from sn_function._arithmetic.interface import NEVER
 from sn_function._certify import Interval, certify
@@ -48,6 +48,40 @@ class Layer(NamedTuple):
     norm: float | None
     singular_values: tuple[float, ...] | None = None
     interval: Interval | None = None
+
+
+class Layers(Tuple[Layer, ...]):
+    """A tuple of :class:`Layer`, which ``print`` shows as a table.
+
+    Attributes:
+        uninitialized (tuple of str): Names of those without numbers, as they
+            are not initialized yet.
+
+    """
+
+    uninitialized: tuple[str, ...]
+
+    def __new__(
+            cls, layers: Iterable[Layer],
+            uninitialized: Iterable[str] = ()) -> Layers:
+        self = super().__new__(cls, tuple(layers))
+        self.uninitialized = tuple(uninitialized)
+        return self
+
+    def __str__(self) -> str:
+        return '\n'.join([
+            _table.text(
+                ('layer', 'shape', 'sigma', 'true sigma', 'norm'),
+                [(layer.name, _table.shape_text(layer.shape),
+                  *map(_number_text, (
+                      layer.sigma, layer.true_sigma, layer.norm)))
+                 for layer in self]),
+            *(f'{name}: not initialized yet'
+              for name in self.uninitialized)])
+
+
+def _number_text(x: float | None) -> str:
+    return '-' if x is None else f'{x:#.4g}'
 
 
 class MonitoredWeight:
