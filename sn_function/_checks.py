@@ -139,11 +139,7 @@ def check_convolution(
         shape: Of the input: ``(c, *size)``, or ``(b, c, *size)``.
 
     """
-    array = W.array if isinstance(W, chainer.Variable) else W
-    if array is None and array is not W:
-        raise errors.UninitializedWeightError('Parameter', W.name or 'W')
-    check_weight(array)
-    W_shape = tuple(array.shape)
+    W_shape = tuple(array_of_weight(W).shape)
     ndim = len(W_shape) - 2
     if ndim == 0:
         raise errors.MapWeightError(W_shape)
@@ -210,6 +206,15 @@ def as_float(x: Any) -> float:
         return math.nan
 
 
+def array_of_weight(W: Any) -> Any:
+    """Returns the array of a weight, if it is one that has a norm."""
+    array = W.array if isinstance(W, chainer.Variable) else W
+    if array is None and array is not W:
+        raise errors.UninitializedWeightError('Parameter', W.name or 'W')
+    check_weight(array)
+    return array
+
+
 def check_weight(W: Any) -> None:
     if not _is_float_array(W):
         raise errors.WeightTypeError(W)
@@ -230,10 +235,7 @@ def check_arrays(
     if groups is convolution is None and _are_plain(array, vector, axis) and (
             not update_u or (vector is u and _is_writable(u))):
         return axis
-    if array is None and array is not W:
-        raise errors.UninitializedWeightError('Parameter', W.name or 'W')
-    check_weight(array)
-    shape = array.shape
+    shape = array_of_weight(W).shape
     axis = matrix.normalize_axis(axis, len(shape))
     accumulator = matrix.accumulator_dtype(array.dtype)
     if not (_is_float_array(vector)

@@ -104,7 +104,5 @@ def _leading(
     """Returns the norm, and the ``n`` first vectors as the arithmetic does."""
     if convolution is not None:
         return singular.leading_of_map(W, convolution, n)
-    A = singular.matrices(
-        W, axis_of(link, hook, W.ndim), groups_of(link, hook))
-    sigmas, us = zip(*[singular.leading(x, n) for x in A])
-    return max(sigmas), numpy.concatenate(us, axis=-1)
+    return singular.leading_of_weight(
+        W, axis_of(link, hook, W.ndim), groups_of(link, hook), n)

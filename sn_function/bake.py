@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     import chainer
 
+__all__ = ['bake']
+
 Model = TypeVar('Model', bound='chainer.Link')
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 import warnings
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import chainer
 
@@ -19,6 +19,8 @@ from sn_function._links.bypass import bypasses_hooks
 from sn_function._links.printing import settings_text
 from sn_function._links.state import LinkState
 from sn_function.link_hooks import LocalHook, SpectralNormalization, is_set_up
+
+__all__ = ['ChainSpectralNormalization', 'cached']
 
 
 @contextlib.contextmanager
@@ -123,8 +125,8 @@ class ChainSpectralNormalization(LocalHook):
             also leaves out all links in a chain that it takes: ``'/bn*'``,
             or the class of a conditional batch normalization for the
             embeddings in it.
-        **settings: Arguments of :class:`~sn_function.SpectralNormalization`
-            for the links.
+        n_power_iteration, ..., update_u: The settings of
+            :class:`~sn_function.SpectralNormalization`, for all of the links.
 
     Attributes:
         hook (SpectralNormalization): The hook on the links.
@@ -154,14 +156,41 @@ class ChainSpectralNormalization(LocalHook):
 
     exclude: _models.Filter = None  # in pickles of versions before 0.2
 
+    # The settings are written out for editors and type checkers; a test
+    # compares them with those of the hook of a link.
     def __init__(
-            self, filter: _models.Filter = None, name: str | None = None, *,
-            exclude: _models.Filter = None, **settings: Any) -> None:
+            self,
+            filter: _models.Filter = None,
+            name: str | None = None,
+            *,
+            exclude: _models.Filter = None,
+            n_power_iteration: int = 1,
+            eps: float = 1e-6,
+            use_gamma: bool = False,
+            factor: float | None = None,
+            weight_name: str = 'W',
+            detach_uv: bool = False,
+            n_warmup: int = 15,
+            cap: float | None = None,
+            groups: str | None = None,
+            n_vectors: int = 1,
+            rtol: float | None = None,
+            max_iterations: int = 200,
+            norm: str = 'matrix',
+            insize: int | Sequence[int] | None = None,
+            axis: int | None = None,
+            update_u: str = 'train',
+    ) -> None:
         _models.check_filter(filter)
         _models.check_filter(exclude)
         self.filter = filter
         self.exclude = exclude
-        self.hook = _HookOfLink(**settings)
+        self.hook = _HookOfLink(
+            n_power_iteration=n_power_iteration, eps=eps,
+            use_gamma=use_gamma, factor=factor, weight_name=weight_name,
+            detach_uv=detach_uv, n_warmup=n_warmup, cap=cap, groups=groups,
+            n_vectors=n_vectors, rtol=rtol, max_iterations=max_iterations,
+            norm=norm, insize=insize, axis=axis, update_u=update_u)
         if name is not None:
             self.name = name
 

@@ -30,9 +30,7 @@ from chainer import serializers
 from chainer.backends import cuda
 
 from sn_function import _models, errors
-from sn_function._graph.sharded import (
-    sharded_spectral_normalize as sharded_spectral_normalize,
-)
+from sn_function._graph.sharded import sharded_spectral_normalize
 from sn_function._links import call, vector
 from sn_function._links.gamma import LargestSingularValue
 from sn_function._links.hooked_weight import HookedWeight
@@ -40,6 +38,13 @@ from sn_function._models import vector_names as vector_names
 from sn_function.extensions import SpectralNormPenaltyState
 from sn_function.link_hooks import SpectralNormalization
 from sn_function.optimizer_hooks import VECTOR
+
+__all__ = [
+    'assert_synchronized',
+    'bcast_data',
+    'create_multi_node_optimizer',
+    'sharded_spectral_normalize',
+]
 
 
 def create_multi_node_optimizer(

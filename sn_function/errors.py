@@ -1292,3 +1292,7 @@ class SnapshotOutputError(SnapshotError):
 
     def __init__(self, path: str, what: str, remedy: str) -> None:
         super().__init__(path, None, what, remedy)
+
+
+__all__ = [name for name, each in dict(globals()).items()
+           if isinstance(each, type) and each.__module__ == __name__]

@@ -10,16 +10,27 @@ that ``K`` power iterations give.  The nodes of the graph are in
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Sequence, overload
+from typing import TYPE_CHECKING, Any, Sequence, overload
 
 import chainer
+import numpy
+from chainer.backends import cuda
 
 from sn_function import _checks, errors
+from sn_function._arithmetic import matrix, singular
+from sn_function._arithmetic.groups import Groups
 from sn_function._graph import normalize
 from sn_function._graph.normalize import ArrayOrVariable, Number
 
 if TYPE_CHECKING:
     from typing import Literal  # from Python 3.8 on, but not needed to run
+
+__all__ = [
+    'conv_spectral_normalize',
+    'spectral_norm',
+    'spectral_normalize',
+    'spectral_normalize_all',
+]
 
 
 @overload
@@ -415,7 +426,7 @@ convolution_nd`, and so are the next three.
 
 def spectral_norm(
         W: ArrayOrVariable,
-        u: ArrayOrVariable,
+        u: ArrayOrVariable | None = None,
         n_power_iteration: int = 1,
         axis: int = 0,
         *,
@@ -425,23 +436,33 @@ def spectral_norm(
         rtol: Number | None = None,
         max_iterations: int = 200,
 ) -> chainer.Variable:
-    """Estimates the largest singular value of a weight, differentiably.
+    """Returns the largest singular value of a weight, differentiably.
 
-    For penalties and for logging.  Except for rounding, the estimate is never
-    above the true value.  Its gradient with respect to ``W`` is
-    :math:`u v^T` once ``u`` and ``v`` have converged.
+    **Without u** it is the value itself, up to rounding, and so is its
+    gradient, :math:`u v^T`: for a question that is asked once.  The iterations
+    begin at the left singular vector of the largest singular value, which is
+    found in float64 on the host, and is a constant of the gradient.  For a
+    small matrix that takes as long as a singular value decomposition, for a
+    large one less.
+
+    **With u** it is an estimate, for penalties and for logging: each step of
+    training goes on from the ``u`` of the one before.  Except for rounding,
+    the estimate is never above the true value.  Its gradient is that of the
+    iterations, and :math:`u v^T` once they have converged.
 
     Args:
         W (:class:`~chainer.Variable` or :ref:`ndarray`): Weight, as in
             :func:`spectral_normalize`.
-        u (:class:`~chainer.Variable` or :ref:`ndarray`): Start vector of
-            shape ``(W.shape[axis],)``, or several of them, as in
-            :func:`spectral_normalize`.
-        n_power_iteration (int): Number of iterations, 1 or more.
+        u (:class:`~chainer.Variable`, :ref:`ndarray` or None): Start vector
+            of shape ``(W.shape[axis],)``, or several of them, as in
+            :func:`spectral_normalize`; or none.
+        n_power_iteration (int): Number of iterations, 1 or more.  Without
+            ``u`` one is enough, but for gradients of higher order, which are
+            those of the iterations.
         axis (int): Output axis of ``W``; may be negative.
         detach_uv (bool): Take ``u`` and ``v`` as constants in the gradient.
-        update_u (bool): Overwrite the array ``u`` with the last ``u``,
-            unless that is zero or not finite.
+        update_u (bool): Overwrite the array ``u``, which must be given,
+            with the last ``u``, unless that is zero or not finite.
         groups (int): Number of maps along the first axis of ``W``, as in
             :func:`spectral_normalize`; sigma is the largest of theirs.
         rtol (float or None): Tolerance, as in :func:`spectral_normalize`.
@@ -463,20 +484,39 @@ def spectral_norm(
         >>> import numpy as np
         >>> from sn_function import functions as F
         >>> W = chainer.Parameter(np.diag([3., 1.]))
-        >>> sigma = F.spectral_norm(W, np.ones(2), n_power_iteration=20)
+        >>> sigma = F.spectral_norm(W)
+        >>> print('%.4f' % sigma.array)
+        3.0000
         >>> sigma.backward()
         >>> print(np.round(W.grad, 4) + 0)
         [[1. 0.]
          [0. 0.]]
+        >>> print('%.4f' % F.spectral_norm(W, np.ones(2)).array)  # 1 iteration
+        2.8636
 
     """
+    split = _checks.check_groups(groups)
+    if u is None and not update_u:
+        u = _leading(W, axis, split)
     settings = normalize.make_settings(
         n_power_iteration, axis, detach_uv, 1.0, 0.0, None,
-        _checks.check_groups(groups))
+        split)
     outputs, = normalize.normalize([normalize.make_weight(
         W, u, None, settings, ('sigma',), update_u,
         normalize.until(rtol, max_iterations, n_power_iteration))])
     return outputs[0]
+
+
+def _leading(W: ArrayOrVariable, axis: int, groups: Groups | None) -> Any:
+    """Returns the left singular vector of the largest singular value."""
+    array = _checks.array_of_weight(W)
+    axis = matrix.normalize_axis(axis, array.ndim)
+    host = cuda.to_cpu(array)
+    if not numpy.isfinite(host).all():  # sigma is NaN, whatever u is
+        host = numpy.ones_like(host)
+    _, u = singular.leading_of_weight(host, axis, groups, 1)
+    return chainer.backend.get_device_from_array(array).send(
+        u.astype(matrix.accumulator_dtype(array.dtype)))
 
 
 @overload

@@ -44,6 +44,8 @@ from sn_function._links.weight import (
     output_axis,
 )
 
+__all__ = ['SpectralNormalization']
+
 optional.install()
 
 
@@ -196,7 +198,6 @@ class SpectralNormalization(LocalHook):
             too.  A snapshot without them loads; the next call draws them.
         axis (int): Output axis as it was given; else that of the link that
             the hook was last added to: 1 for deconvolutions, else 0.
-        update_u (str): As it was given; may be changed.
         name (str): Name of this hook.
 
     Raises:
@@ -242,7 +243,6 @@ class SpectralNormalization(LocalHook):
     insize: int | tuple[int, ...] | None = None
     # ``axis`` is that of a link where this is ``None``.
     given_axis: int | None = None
-    update_u = 'train'
 
     def __init__(
             self,
@@ -276,7 +276,6 @@ class SpectralNormalization(LocalHook):
         _checks.check_tolerance(rtol, max_iterations, n_power_iteration)
         insize = _checks.check_norm(norm, groups, insize)
         axis = _checks.check_axis(axis, norm)
-        _checks.check_update(update_u)
         self.n_power_iteration = n_power_iteration
         self.eps = eps
         self.use_gamma = use_gamma
@@ -302,6 +301,16 @@ class SpectralNormalization(LocalHook):
         if '_initialized' in state:     # of Chainer's alone
             raise errors.PickledHookError
         self.__dict__.update(state)
+
+    @property
+    def update_u(self) -> str:
+        """When ``u`` moves on, ``'train'`` or ``'always'``; may be set."""
+        return self.__dict__.get('update_u', 'train')  # not in old pickles
+
+    @update_u.setter
+    def update_u(self, value: str) -> None:
+        _checks.check_update(value)
+        self.__dict__['update_u'] = value
 
     @property
     def v(self) -> Any:

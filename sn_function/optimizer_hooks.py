@@ -17,6 +17,8 @@ from sn_function._weights_hook import (
     unit_vector_of_largest_row,
 )
 
+__all__ = ['SpectralNormPenalty', 'SpectralNormProjection']
+
 # Attributes of a parameter's update rule, which is copied and pickled with
 # the parameter.  One for each hook, as both may be used together.
 VECTOR = '_sn_penalty_u'

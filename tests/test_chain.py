@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import gc
+import inspect
 import pickle
 import threading
 import warnings
@@ -532,8 +533,33 @@ class TestHookOfAChain:
     def test_bad_settings(self):
         with pytest.raises(errors.EpsError):
             ChainSpectralNormalization(eps=-1)
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match='epsilon'):
             ChainSpectralNormalization(epsilon=1)
+
+    def test_settings_are_those_of_the_hook_of_a_link(self):
+        of_link, of_chain = [
+            dict(inspect.signature(hook).parameters) for hook in (
+                SpectralNormalization, ChainSpectralNormalization)]
+        for name in 'filter', 'name', 'exclude':
+            of_link.pop(name, None)
+            of_chain.pop(name)
+        assert list(of_chain) == list(of_link)
+        for name, parameter in of_link.items():
+            assert of_chain[name] == parameter.replace(
+                kind=inspect.Parameter.KEYWORD_ONLY)
+
+    def test_settings_reach_the_hook(self):
+        given = {
+            'n_power_iteration': 2, 'eps': 1e-3, 'factor': 1.5,
+            'weight_name': 'V', 'detach_uv': True, 'n_warmup': 3,
+            'n_vectors': 2, 'rtol': 0.1, 'max_iterations': 7,
+            'update_u': 'always'}
+        for settings in (given, {'use_gamma': True}, {'cap': 2.0},
+                         {'groups': 'each'}, {'axis': 1},
+                         {'norm': 'operator', 'insize': 8}):
+            hook = ChainSpectralNormalization(**settings).hook
+            expected = SpectralNormalization(**settings)
+            assert {**vars(hook), 'key': 0} == {**vars(expected), 'key': 0}
 
 
 class Own(L.Linear):

@@ -7,6 +7,7 @@ import chainer
 import numpy as np
 import pytest
 from chainer import gradient_check, testing
+from chainer.backends import cuda
 
 from sn_function import SpectralNormalization, _checks, errors
 from sn_function import functions as F
@@ -387,6 +388,107 @@ def test_spectral_norm(shape, axis, detach_uv):
     u, v, _ = reference.power_iteration(W, u, 2000, axis)
     np.testing.assert_allclose(
         reference.as_matrix(variable.grad, axis), np.outer(u, v), atol=1e-4)
+
+
+def clustered(m, n):
+    """All singular values are within 2e-3 of the largest one."""
+    U, _, V = np.linalg.svd(random(m, n), full_matrices=False)
+    return (U * (1 - 1e-5 * np.arange(min(m, n)))) @ V
+
+
+MATRICES = {
+    'square': lambda: random(300, 300),
+    'tall': lambda: random(1000, 40),
+    'wide': lambda: random(40, 1000),
+    'rank 1': lambda: np.outer(random(30), random(20)),
+    'clustered': lambda: clustered(150, 200),
+    'large and clustered': lambda: clustered(270, 260),
+    'orthogonal': lambda: np.linalg.qr(random(50, 50))[0],
+    # The largest row is a singular vector, but not the leading one.
+    'blocks': lambda: np.array([[3., 0, 0], [0, 2, 2], [0, 2, 2]]),
+    'zero': lambda: np.zeros((4, 5)),
+    'small': lambda: 1e-30 * random(5, 4),
+    'one': lambda: np.full((1, 1), -2.),
+}
+
+
+class TestNormWithoutU:
+    """A question that is asked once."""
+
+    @pytest.mark.parametrize(('dtype', 'rtol'), [
+        ('e', 3e-7), ('f', 3e-7), ('d', 1e-14)])
+    @pytest.mark.parametrize('case', MATRICES)
+    def test_is_the_true_one(self, case, dtype, rtol):
+        W = MATRICES[case]().astype(dtype)
+        sigma = F.spectral_norm(W)
+        assert sigma.dtype == ('d' if dtype == 'd' else 'f')
+        np.testing.assert_allclose(
+            sigma.array, reference.true_norm(W), rtol=rtol)
+
+    @pytest.mark.parametrize(('shape', 'axis'), WEIGHTS[1::6])
+    def test_gradients(self, shape, axis):
+        W, gW = random(*shape), random(*shape)
+
+        def f(W):  # of second order through the iterations
+            return F.spectral_norm(W, n_power_iteration=100, axis=axis) ** 2
+
+        np.testing.assert_allclose(
+            F.spectral_norm(W, axis=axis).array,
+            reference.true_norm(W, axis), rtol=1e-14)
+        gradient_check.check_backward(
+            lambda W: F.spectral_norm(W, axis=axis), W, None,
+            **check_options())
+        gradient_check.check_double_backward(
+            f, W, np.array(0.7), gW, **check_options())
+
+    @pytest.mark.parametrize(('shape', 'axis'), [
+        ((6, 2, 3), 0), ((6, 2, 3), 1)])
+    def test_groups(self, shape, axis):
+        W = random(*shape)
+        np.testing.assert_allclose(
+            F.spectral_norm(W, axis=axis, groups=3).array,
+            max(reference.true_norm(x, axis) for x in np.split(W, 3)),
+            rtol=1e-14)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize('groups', [1, 2])
+    def test_on_a_device(self, groups):
+        W = random(4, 6).astype('f')
+        sigma = F.spectral_norm(cuda.to_gpu(W), groups=groups)
+        assert isinstance(sigma.array, cuda.ndarray)
+        np.testing.assert_allclose(
+            cuda.to_cpu(sigma.array),
+            F.spectral_norm(W, groups=groups).array, rtol=1e-6)
+
+    def test_no_random_number_is_drawn(self):
+        W = clustered(260, 260)
+        before = np.random.get_state()
+        F.spectral_norm(W)
+        after = np.random.get_state()
+        assert before[2:] == after[2:]
+        np.testing.assert_array_equal(before[1], after[1])
+
+    @pytest.mark.parametrize('bad', [np.nan, np.inf])
+    def test_not_finite(self, bad):
+        W = random(4, 3)
+        W[1, 1] = bad
+        assert np.isnan(F.spectral_norm(W).array)
+
+    def test_wrong_arguments(self):
+        for W, error in (
+                (np.ones((2, 3), int), errors.WeightTypeError),
+                (np.ones(3), errors.WeightShapeError),
+                (np.ones((0, 3)), errors.WeightShapeError),
+                (chainer.Parameter(), errors.UninitializedWeightError),
+                ([[1.]], errors.WeightTypeError)):
+            with pytest.raises(error):
+                F.spectral_norm(W)
+        with pytest.raises(errors.AxisError):
+            F.spectral_norm(random(4, 3), axis=2)
+        with pytest.raises(errors.GroupCountError):
+            F.spectral_norm(random(4, 3), groups=3)
+        with pytest.raises(errors.VectorTypeError, match='NoneType'):
+            F.spectral_norm(random(4, 3), update_u=True)
 
 
 class TestArguments:

@@ -75,6 +75,53 @@ def test_status_without_a_run():
     assert set(statuses(model).values()) == {'no hook', 'no matrix'}
 
 
+class TestAllNormalized:
+
+    def test_hooks_on_all(self):
+        model = make()
+        assert not sn_function.summary(model).all_normalized
+        model.add_hook(ChainSpectralNormalization())
+        found = sn_function.summary(model)
+        assert found.all_normalized is True
+        # What a run finds counts, too.
+        found = sn_function.summary(model, lambda model: model(X))
+        assert 'never' in str(found)
+        assert not found.all_normalized
+
+    def test_what_is_left_out_is_meant(self):
+        model = make()
+        model.add_hook(ChainSpectralNormalization(exclude='/conv'))
+        assert sn_function.summary(model).all_normalized
+
+    @pytest.mark.parametrize(('other', 'expected'), [
+        (L.BatchNormalization(3), True),
+        (L.BatchNormalization(axis=(0, 2)), True), (L.Linear(3, 3), False),
+        (L.Bilinear(2, 3, 4), False)])
+    def test_other_links(self, other, expected):
+        """Those without a matrix, and those that a chain does not take."""
+        model = chainer.Sequential(
+            L.Linear(3, 3).add_hook(SpectralNormalization()), other)
+        assert sn_function.summary(model).all_normalized is expected
+
+    def test_nothing_to_normalize(self):
+        assert not sn_function.summary(L.BatchNormalization(3)).all_normalized
+
+    def test_raw_as_well(self):
+        model = L.Linear(5, 5).add_hook(SpectralNormalization())
+        for penalty in 0, 1:
+            found = sn_function.summary(model, lambda model, penalty=penalty: (
+                model(np.ones((1, 5), 'f')),
+                penalty and F.sum(model.W ** 2)))
+            assert found.all_normalized is not bool(penalty)
+
+    def test_a_link_that_is_not_registered(self):
+        """It has no row, and no optimizer finds it."""
+        model = Aliases().add_hook(ChainSpectralNormalization())
+        assert sn_function.summary(model).all_normalized
+        assert not sn_function.summary(
+            model, lambda model: model(np.ones((2, 4), 'f'))).all_normalized
+
+
 @pytest.mark.parametrize('hook', [
     SpectralNormalization, link_hooks.SpectralNormalization])
 def test_hooks_of_links(hook):

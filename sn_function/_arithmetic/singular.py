@@ -139,6 +139,14 @@ def leading(A: Any, n: int) -> tuple[float, Any]:
     return math.sqrt(max(squares[-1], 0.)) * scale, vectors.T
 
 
+def leading_of_weight(
+        W: Any, axis: int, groups: Groups | None, n: int,
+) -> tuple[float, Any]:
+    """As :func:`leading`, of a weight; of groups, of each one of them."""
+    values, us = zip(*[leading(x, n) for x in matrices(W, axis, groups)])
+    return max(values), numpy.concatenate(us, axis=-1)
+
+
 def leading_of_map(
         W: Any, convolution: Convolution, n: int) -> tuple[float, Any]:
     """As :func:`leading`, of the map of a convolution, or of each group of it.

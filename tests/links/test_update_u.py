@@ -378,3 +378,15 @@ class TestSettings:
             SpectralNormalization(update_u=bad)
         with pytest.raises(ValueError, match='update_u'):
             ChainSpectralNormalization(update_u=bad)
+        hook = SpectralNormalization()
+        with pytest.raises(errors.UpdateModeError):
+            hook.update_u = bad
+        assert hook.update_u == 'train'
+
+    def test_of_an_old_pickle(self):
+        """It holds no such setting."""
+        state = vars(SpectralNormalization()).copy()
+        del state['update_u']
+        hook = SpectralNormalization.__new__(SpectralNormalization)
+        hook.__setstate__(state)
+        assert hook.update_u == 'train'
