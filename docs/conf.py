@@ -4,8 +4,8 @@ import pathlib
 import sys
 from importlib import metadata
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE / '_ext')]
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / '_ext'))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import sn_function  # before chainer, which it makes importable
 
