@@ -1,9 +1,9 @@
 """Defects of Chainer's hook, and what this package does in their place.
 
 ``python -m tests.tools.defects`` runs each case on both and prints a table;
-``--markdown`` prints it as the README has it.  :mod:`tests.test_tools` asserts
-the outcomes.  A case takes a function that makes a hook.  It returns what
-happened, in a few words, and whether that is right.
+``--rst`` prints it as ``docs/defects.rst`` has it.  :mod:`tests.test_tools`
+asserts the outcomes.  A case takes a function that makes a hook.  It returns
+what happened, in a few words, and whether that is right.
 """
 import argparse
 import contextlib
@@ -19,6 +19,8 @@ import chainer
 import chainer.functions as F
 import chainer.links as L
 from chainer import gradient_check, link_hooks, serializers
+
+from tests.tools.tables import show
 
 Outcome = Tuple[str, bool]
 
@@ -289,21 +291,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog='python -m tests.tools.defects',
         description=__doc__.split('\n')[0])
-    parser.add_argument('--markdown', action='store_true')
+    parser.add_argument('--rst', action='store_true', help='as in the docs')
     args = parser.parse_args(argv)
-    rows = [(c.name, *(run(c.run, make) for make in (builtin, ours)))
+    rows = [(c, *(run(c.run, make) for make in (builtin, ours)))
             for c in CASES]
-    if args.markdown:
-        print('| case | Chainer 7.8.1 | sn_function |')
-        print('| --- | --- | --- |')
-        for name, (theirs, _), (mine, _) in rows:
-            print(f'| {name} | {theirs} | {mine} |')
+    if args.rst:
+        show([('case', 'Chainer 7.8.1', 'sn_function', 'test'), *(
+            (c.name, theirs, mine, f'`{c.run.__name__}`')
+            for c, (theirs, _), (mine, _) in rows)], as_rst=True)
     else:
         from rich.console import Console
         from rich.table import Table
         table = Table('case', 'Chainer 7.8.1', 'sn_function')
-        for name, *outcomes in rows:
-            table.add_row(name.replace('`', ''), *(
+        for c, *outcomes in rows:
+            table.add_row(c.name.replace('`', ''), *(
                 f'[{"green" if ok else "red"}]{text.replace("`", "")}[/]'
                 for text, ok in outcomes))
         console = Console()

@@ -43,8 +43,9 @@ import numpy as np
 from sn_function import functions as SF
 from tests import reference
 from tests.tools.benchmarks import cpu
-from tests.tools.silent.__main__ import show
+from tests.tools.tables import show
 
+assert sn_function  # it is imported for what it does
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / 'examples'
 EVERY = 5  # calls or iterations between two true norms, which take long
 
@@ -170,13 +171,13 @@ def matrix(W: Any) -> Any:
 
 
 def train(
-        settings: dict[str, int], seed: int, n_iterations: int,
+        settings: dict[str, Any], seed: int, n_iterations: int,
         step: Callable[[Callable[[], None], chainer.Link], None],
 ) -> dict[str, float]:
     """Trains the example.
 
     Args:
-        settings: Of the hook.
+        settings: Options of the example, those of the hook.
         seed: Of the example.
         n_iterations: Number of its iterations.
         step: Is called for each of them with what does it and with the
@@ -189,19 +190,18 @@ def train(
     program = example()
     update = program.SNGANUpdater.update_core
 
-    def normalize(args: Any, dis: chainer.Chain) -> None:
-        dis.add_hook(sn_function.ChainSpectralNormalization(**settings))
+    options = [f'--{name.replace("_", "-")}={value}'
+               for name, value in settings.items()]
 
     def update_core(updater: Any) -> None:
         step(lambda: update(updater), updater.get_optimizer('dis').target)
 
     with tempfile.TemporaryDirectory() as out, mock.patch.object(
-            program, 'normalize', normalize), mock.patch.object(
             program.SNGANUpdater, 'update_core', update_core), \
             contextlib.redirect_stdout(io.StringIO()):
         program.main([
             '--iteration', str(n_iterations), '--seed', str(seed),
-            '--snapshot-interval', str(n_iterations), '--out', out])
+            '--snapshot-interval', str(n_iterations), '--out', out, *options])
         scores = json.loads(
             (pathlib.Path(out) / 'scores.json').read_text(encoding='utf-8'))
     result: dict[str, float] = scores['images']['trained generator']
@@ -225,7 +225,7 @@ def trajectory(
             replay = replays.setdefault(name, Replay(methods, seed))
             replay.add(matrix(link.W.array), n_done > n_first)
 
-    train({'n_power_iteration': 5}, seed, n_iterations, step)
+    train(DEMO['power, K = 5'], seed, n_iterations, step)
     return replays
 
 
@@ -273,8 +273,8 @@ def drift(args: argparse.Namespace) -> list[tuple[str, ...]]:
 # The demo
 
 DEMO = {
-    'power, K = 1': {'n_power_iteration': 1},
-    'power, K = 5': {'n_power_iteration': 5},
+    'power, K = 1': {'n_vectors': 1, 'n_power_iteration': 1},
+    'power, K = 5': {'n_vectors': 1, 'n_power_iteration': 5},
     '8 vectors': {'n_vectors': 8},
     '16 vectors': {'n_vectors': 16},
 }
@@ -299,7 +299,7 @@ class Watch(chainer.LinkHook):
 
 
 def watched(
-        settings: dict[str, int], seed: int, n_iterations: int, n_first: int,
+        settings: dict[str, Any], seed: int, n_iterations: int, n_first: int,
 ) -> dict[str, Any]:
     """The norms, the scores and the time of a step of one training."""
     watches: dict[str, Watch] = {}

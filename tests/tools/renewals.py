@@ -36,7 +36,7 @@ from tests import reference
 from tests.tools import defects
 from tests.tools.benchmarks import cpu
 from tests.tools.benchmarks.report import Budget, measure
-from tests.tools.silent.__main__ import show
+from tests.tools.tables import show
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / 'examples'
 HEADER = 'training', 'calls', 'anew', 'median', '99 %', 'most'

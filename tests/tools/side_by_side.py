@@ -47,7 +47,7 @@ import chainer.links as L
 import numpy as np
 from chainer.link_hooks import SpectralNormalization as ChainersHook
 
-from tests.tools.silent.__main__ import show
+from tests.tools.tables import show
 
 HEADER = 'hooks', 'losses', 'vectors', 'way', 'rounding', 'time'
 HOOKS = ChainersHook, sn_function.SpectralNormalization

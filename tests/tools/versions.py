@@ -16,7 +16,8 @@ takes those of the import and of the doctor, which versions decide; the others
 are run with the versions of the day by ``make test-all``.
 
 Results are kept, so that interpreters may be run one by one.  Once there is a
-result of each cell, and all are green, their table goes into the README.
+result of each cell, and all are green, their table goes into
+docs/versions.rst.
 """
 from __future__ import annotations
 
@@ -34,6 +35,8 @@ import threading
 import time
 import xml.etree.ElementTree as ET
 from typing import NamedTuple
+
+from tests.tools.tables import rst_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORK = ROOT / '.cache' / 'matrix'
@@ -59,7 +62,8 @@ OF_THE_IMPORT = ('-m', 'not gpu', *(
 NOT_HERE = ('--ignore', 'tests/test_tools/test_versions.py',
             '--ignore', 'tests/test_speed.py')
 TIMEOUT = 1800  # seconds, for one command
-MARKS = ('<!-- make matrix -->\n', '<!-- end of make matrix -->\n')
+PAGE = ROOT / 'docs' / 'versions.rst'
+MARKS = ('.. make matrix\n', '.. end of make matrix\n')
 
 
 class Cell(NamedTuple):
@@ -287,7 +291,7 @@ def run_all(cells, pythons, jobs):
 
 
 def table(results):
-    """As in the README: the number of tests passed, or FAILED."""
+    """As in the documentation: the number of tests passed, or FAILED."""
     def entry(result):
         if result.error is not None:
             return 'FAILED'
@@ -296,18 +300,16 @@ def table(results):
             text += f' ({result.versions["setuptools"]})'
         return text
 
-    lines = [
-        f'| CPython | NumPy | setuptools {OLD_SETUPTOOLS} | newest setuptools,'
-        ' more tests | no setuptools |',
-        '| --- | --- | --- | --- | --- |']
+    rows = [('CPython', 'NumPy', f'setuptools {OLD_SETUPTOOLS}',
+             'newest setuptools, more tests', 'no setuptools')]
     for group in environments([r.cell for r in results]):
         found = {r.cell.setuptools: r for r in results if r.cell in group}
         versions = next(iter(found.values())).versions
-        cells = [entry(found[s]) if s in found else '' for s in SETUPTOOLS]
-        lines.append('| ' + ' | '.join([
+        rows.append((
             versions.get('python', group[0].python),
-            versions.get('numpy', group[0].numpy), *cells]) + ' |')
-    return '\n'.join(lines) + '\n'
+            versions.get('numpy', group[0].numpy),
+            *(entry(found[s]) if s in found else '' for s in SETUPTOOLS)))
+    return rst_of(rows)
 
 
 def put_table(path, text):
@@ -349,8 +351,8 @@ def main(arguments=None):
           f'interpreters not found')
     complete = list(map(load().get, cells_of(OLDEST_NUMPY, False)))
     if all(result and result.error is None for result in complete):
-        put_table(ROOT / 'README.md', table(complete))
-        print('The table is in the README.')
+        put_table(PAGE, table(complete))
+        print('The table is in', PAGE.relative_to(ROOT))
     return int(n_failed > 0)
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import pathlib
@@ -11,6 +10,7 @@ from typing import Sequence
 
 from tests.tools import silent
 from tests.tools.silent import ALL, outcome_now, outcome_of_chainer
+from tests.tools.tables import show
 
 ROOT = str(pathlib.Path(__file__).resolve().parents[3])
 # The package is that of the checkout, and the cases are those of this one.
@@ -34,18 +34,6 @@ def before(checkout: str, cases: Sequence[silent.Case]) -> list[str]:
         env={**os.environ, 'PYTHONPATH': checkout})
     result: list[str] = json.loads(done.stdout.decode().splitlines()[-1])
     return result
-
-
-def show(rows: Sequence[Sequence[str]], as_rst: bool) -> None:
-    if as_rst:
-        print('.. csv-table::\n    :header-rows: 1\n')
-        for row in rows:
-            sys.stdout.write('    ')
-            csv.writer(sys.stdout, lineterminator='\n').writerow(
-                cell.replace('`', '``') for cell in row)
-        return
-    for row in [rows[0], ['---'] * len(rows[0]), *rows[1:]]:
-        print(f'| {" | ".join(row)} |')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
