@@ -13,6 +13,7 @@ import sample_grid
 from chainer import training
 from chainer.training import extensions
 from digits_data import Images
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -58,13 +59,15 @@ class Bar(training.Extension):
 
     trigger = 1, 'iteration'
 
-    def __init__(self, last: int, is_terminal: bool) -> None:
+    def __init__(self, last: int, console: Console) -> None:
         self.last = last
+        # Shorter than a line of 80, where the terminal adds ^C.
         self.progress = Progress(
-            TextColumn('{task.description}'), BarColumn(),
+            TextColumn('{task.description:9}'), BarColumn(16),
             MofNCompleteColumn(), TextColumn('iterations,'),
             TimeElapsedColumn(), TextColumn('gone,'), TimeRemainingColumn(),
-            TextColumn('left'), disable=not is_terminal)
+            TextColumn('left'),
+            console=console, disable=not console.is_terminal)
 
     def __enter__(self) -> Bar:
         self.task = self.progress.add_task('preparing', total=self.last)

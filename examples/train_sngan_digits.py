@@ -351,21 +351,24 @@ def run(args: argparse.Namespace) -> int:
                 args, f'Cannot resume from {args.resume}: '
                 f'{type(e).__name__}: {e}. Is it a snapshot of a run with '
                 f'the same --dataset and --hook?')
+    # Without a terminal, which would give its width, wide enough.
+    console = Console(width=None if args.is_terminal else 100,
+                      force_terminal=args.is_terminal)
     try:
-        with Bar(args.iteration, args.is_terminal) as bar:
+        with Bar(args.iteration, console) as bar:
             trainer.extend(bar)
             trainer.run()
         if args.is_first:
             samples['trained generator'] = gen.sample(noise, labels), labels
-            finish(args, trainer, gen, dis, samples)
+            finish(args, console, trainer, gen, dis, samples)
     except KeyboardInterrupt:
         return interrupted(args, trainer)
     return 0
 
 
 def finish(
-        args: argparse.Namespace, trainer: training.Trainer, gen: Generator,
-        dis: Discriminator, samples: dict[str, tuple]) -> None:
+        args: argparse.Namespace, console: Console, trainer: training.Trainer,
+        gen: Generator, dis: Discriminator, samples: dict[str, tuple]) -> None:
     """Writes the scores and the networks, and prints the tables."""
     scores = trainer.get_extension('Samples').scorer.scores(samples)
     with open(os.path.join(args.out, 'scores.json'), 'w') as f:
@@ -375,9 +378,6 @@ def finish(
         chainer.serializers.save_npz(
             os.path.join(args.out, f'{name}.npz'), model)
 
-    # Without a terminal, which would give its width, wide enough.
-    console = Console(width=None if args.is_terminal else 100,
-                      force_terminal=args.is_terminal)
     layers = trainer.get_extension('SpectralNormReport').measure()
     print()
     if args.hook != 'none':
