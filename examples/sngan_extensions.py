@@ -6,7 +6,6 @@ import signal
 import sys
 from typing import Any, Callable
 
-import chainer
 import digits_score
 import numpy
 import sample_grid
@@ -43,7 +42,7 @@ class Samples(training.Extension):
     def __call__(self, trainer: training.Trainer) -> None:
         labels = self.images.test_labels[:len(self.noise)]
         distance = self.scorer.distance(self.gen.sample(self.noise, labels))
-        chainer.report({'distance': distance})
+        trainer.observation['distance'] = distance
         sample_grid.draw(
             self.images, self.gen, self.noise,
             f'generated, iteration {trainer.updater.iteration}: '
