@@ -38,7 +38,7 @@ def draw(path: pathlib.Path, rows: Sequence[Any]) -> None:
     """
     from matplotlib.figure import Figure  # without pyplot it draws with Agg
 
-    figure = Figure(figsize=(7, 4.6), dpi=150, layout='constrained')
+    figure = Figure(figsize=(7, 4.6), dpi=150)
     lines = {}
     for axes, (kind, (title, label)) in zip(
             figure.subplots(1, 2), PANELS.items()):
@@ -68,5 +68,6 @@ def draw(path: pathlib.Path, rows: Sequence[Any]) -> None:
     figure.legend(
         [lines[name] for name in STYLES if name in lines],
         [name for name in STYLES if name in lines],
-        loc='outside lower center', ncols=3, fontsize=8, frameon=False)
+        loc='lower center', ncol=3, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.17, 1, 1))
     figure.savefig(path)
