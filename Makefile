@@ -27,8 +27,8 @@ STAMP := $(VENV)/.made-$(shell { echo $(ENVIRONMENT) "$(PYTHON_PATH)"; \
 .NOTPARALLEL:
 
 help:
-	@echo 'make demo     train an SNGAN on real handwritten digits (CPU, 3 minutes)'
-	@echo 'make demo-invertible  train a network that runs backwards (CPU, 2 minutes)'
+	@echo 'make demo     train an SNGAN on real handwritten digits (CPU, 1 to 4 minutes)'
+	@echo 'make demo-invertible  train a network that runs backwards (CPU, 1 to 4 minutes)'
 	@echo 'make check    lint, and the core of the tests (1 minute)'
 	@echo 'make test     the tests but the slow ones, with coverage (3 minutes)'
 	@echo 'make test-all all tests, with coverage (6 minutes)'
