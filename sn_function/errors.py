@@ -1089,11 +1089,12 @@ class SnapshotFileError(SnapshotError):
 class SnapshotPackageError(SnapshotError, ImportError):
     """A file of this kind needs a package that is not installed."""
 
-    def __init__(self, path: str, package: str) -> None:
+    def __init__(self, path: str, package: str, why: str) -> None:
         package = package.split('.')[0]
         super().__init__(
-            path, None, f'it needs the package {package}, which cannot be '
-            f'imported', f'Install it: pip install {package}')
+            path, None, f'a file of this kind needs the package {package}, '
+            f'which cannot be imported: {why}',
+            f'Install it: pip install {package}')
 
 
 class SnapshotEntryError(SnapshotError):

@@ -367,4 +367,5 @@ def import_package(package: str, path: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as e:
-        raise errors.SnapshotPackageError(path, package) from e
+        raise errors.SnapshotPackageError(
+            path, package, first_line(e)) from e

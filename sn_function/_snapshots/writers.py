@@ -132,7 +132,7 @@ class HDF5Writer(Writer):
 class _Forgiving(io.FileIO):
     """Stores the first error of writing, as HDF5 crashes if it sees one."""
 
-    error: OSError | None = None
+    error: BaseException | None = None
 
     def write(self, data: Any) -> int:
         data = memoryview(data).cast('B')
@@ -140,14 +140,14 @@ class _Forgiving(io.FileIO):
         try:
             while n < len(data) and self.error is None:
                 n += super().write(data[n:])
-        except OSError as e:
+        except BaseException as e:  # also an interrupt
             self.error = e
         return len(data)
 
     def truncate(self, size: int | None = None) -> int:
         try:
             return super().truncate(size)
-        except OSError as e:
+        except BaseException as e:
             self.error = self.error or e
             return size or 0
 
@@ -199,12 +199,13 @@ _KINDS = {'.npz': 'npz', '.h5': 'hdf5', '.hdf5': 'hdf5',
           '.safetensors': 'safetensors', '.pt': 'torch', '.pth': 'torch'}
 
 
-def check_output(path: Path, source: Path, overwrite: bool) -> str:
-    """Returns the real path of an output that may be written.
+def check_output(path: Path, source: Path, overwrite: bool) -> None:
+    """Ensures that an output may be written, before any work is done.
 
     Raises:
         SnapshotOutputError: It exists and ``overwrite`` is false, or no file
             can be there.
+        SnapshotPackageError: A file of its kind needs a package.
 
     """
     given = os.fspath(path)
@@ -224,22 +225,28 @@ def check_output(path: Path, source: Path, overwrite: bool) -> str:
     elif not os.path.isdir(os.path.dirname(path)):
         raise errors.SnapshotOutputError(
             given, 'its directory does not exist', 'Make the directory first.')
-    return path
+    kind = _kind(path)
+    if kind in _PACKAGES:
+        import_package(_PACKAGES[kind], given)
+
+
+def _kind(path: str) -> str | None:
+    return _KINDS.get(os.path.splitext(path)[1].lower())
 
 
 @contextlib.contextmanager
-def create(path: str, reader: Reader, compress: bool | None
+def create(path: Path, reader: Reader, compress: bool | None
            ) -> Iterator[Writer]:
     """Writes to a temporary file, which becomes ``path`` if all went well.
 
     The kind is that of the extension, else that of the input; so is, by
     default, whether a .npz is compressed.
     """
-    kind = _KINDS.get(os.path.splitext(path)[1].lower(), reader.kind)
+    given = os.fspath(path)
+    path = os.path.realpath(given)  # what a link points to
+    kind = _kind(path) or reader.kind
     if compress is None:
         compress = getattr(reader, 'is_compressed', True)
-    if kind in _PACKAGES:   # the error names the output
-        import_package(_PACKAGES[kind], path)
     try:
         with _replacement(path, reader.path) as temporary:
             writer = _WRITERS[kind](temporary, compress)
@@ -248,7 +255,7 @@ def create(path: str, reader: Reader, compress: bool | None
                 writer.finish()
     except OSError as e:
         raise errors.SnapshotOutputError(
-            path, f'it cannot be written: {e.strerror or first_line(e)}',
+            given, f'it cannot be written: {e.strerror or first_line(e)}',
             'Nothing was written.') from e
 
 
