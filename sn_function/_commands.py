@@ -19,7 +19,7 @@ from sn_function import _options, _run, doctor
 from sn_function._snapshots.defaults import LAYOUTS, N_WARMUP
 from sn_function._version import __version__
 
-UNHEALTHY, INTERRUPTED = 3, 130
+UNHEALTHY = 3
 
 
 @click.group(context_settings={'help_option_names': ['-h', '--help']})
@@ -49,25 +49,15 @@ def cli() -> None:
     """
 
 
-class _Interrupted(click.ClickException):
-    exit_code = INTERRUPTED
-
-    def show(self, file: Any = None) -> None:
-        click.echo('Interrupted', err=True)
-
-
 def _reports_errors(command: Callable) -> Callable:
     """Turns an error of this package into a message and exit code 1."""
     @functools.wraps(command)
     def wrapper(**kwargs: Any) -> Any:
+        from sn_function import errors
         try:
-            from sn_function import errors
-            try:
-                return command(**kwargs)
-            except errors.SpectralNormalizationError as e:
-                raise click.ClickException(str(e)) from e
-        except KeyboardInterrupt as e:
-            raise _Interrupted('') from e
+            return command(**kwargs)
+        except errors.SpectralNormalizationError as e:
+            raise click.ClickException(str(e)) from e
         except MemoryError as e:
             raise click.ClickException(
                 'there is not enough memory for the largest weight. Nothing '
@@ -96,7 +86,7 @@ def _reports_errors(command: Callable) -> Callable:
 def inspect(
         snapshots: Sequence[str], as_json: bool, certify: bool, rtol: float,
         **settings: Any) -> None:
-    """Report the norm of each weight and whether its vector can be used.
+    """Report each norm, and whether its vector can be used.
 
     sigma is the largest singular value of the weight, in float64; estimate is
     what its vector u gives for it, which is what the weight is divided by in
@@ -138,6 +128,7 @@ def inspect(
                 path, certify=rtol if certify else None,
                 progress=_terminal.progress('Inspecting'), **settings)
         except errors.SnapshotError as e:
+            sys.stdout.flush()  # in this order in one file, too
             click.ClickException(str(e)).show()
         else:
             if not as_json:
@@ -280,7 +271,7 @@ def repair(
     'ignore_unknown_options': True, 'allow_interspersed_args': False})
 @click.option('--hook', is_flag=True)
 @click.option('--doctor', 'with_doctor', is_flag=True)
-@click.argument('args', nargs=-1, type=click.Path())
+@click.argument('args', nargs=-1, type=click.Path(readable=False))
 def run_(hook: bool, with_doctor: bool, args: Sequence[str]) -> None:
     """Run a program on today's Python, with Chainer repaired."""
     sys.exit(_run.main([

@@ -6,12 +6,12 @@ from typing import Any, Callable, Sequence
 
 import click
 
-# Completed by the shell; what is wrong with a file is said by us.
-snapshot = click.argument('snapshot_', metavar='SNAPSHOT', type=click.Path())
+# Completed by the shell; what is wrong with a file is found by the command.
+_FILE = click.Path(readable=False)
+snapshot = click.argument('snapshot_', metavar='SNAPSHOT', type=_FILE)
 snapshots = click.argument(
-    'snapshots', metavar='SNAPSHOT...', nargs=-1, required=True,
-    type=click.Path())
-out = click.argument('out', metavar='OUT', type=click.Path())
+    'snapshots', metavar='SNAPSHOT...', nargs=-1, required=True, type=_FILE)
+out = click.argument('out', metavar='OUT', type=_FILE)
 
 
 def _parse_axes(

@@ -35,6 +35,8 @@ _STYLES = {'ok': 'green', 'lags': 'yellow', 'stale': 'yellow', 'map': 'green',
            'no vector': ''}
 # How far a norm may be from 1 that is said to be 1.
 _NEAR_1 = 0.01
+# Of so many entries a command has the names.
+_FEW = 3
 
 
 # Results
@@ -120,20 +122,26 @@ def _print_summary(
         if not lost:
             _print_command(console, repair)
     if with_vector and not lost + empty + bad:
-        _say(console,
-             f'All {len(with_vector)} vectors can be used ({layouts}).')
-    if with_vector and len(with_vector) < n:
-        _say(console, f'{n - len(with_vector)} of {n} weights have no vector. '
-             f'If they have a hook in the model, make theirs:')
-        _print_command(console, f'{repair} --add PATTERN')
+        which = (f'All {len(with_vector)} vectors' if len(with_vector) > 1
+                 else 'The vector')
+        _say(console, f'{which} can be used ({layouts}).')
+    without = [each.key for each in reports if each.status == 'no vector']
+    if with_vector and without:
+        _say(console, f'{len(without)} of {n} weights without a vector. If '
+             f'the model has a hook there, make it:')
+        keys = without if len(without) <= _FEW else ['PATTERN']
+        _print_command(console, ' '.join([repair, *(
+            f'--add {shlex.quote(key)}' for key in keys)]))
     if not with_vector:
         near = sum(abs((each.sigma or 0) - 1) < _NEAR_1 for each in reports)
+        if near == n:
+            _say(console, f'There are no vectors. All norms are 1 to within '
+                 f'{_NEAR_1:.0%}, as bake leaves them.')
+            return
         _say(console, f'There are no vectors, and {near} of {n} norms are 1 '
-             f'to within {_NEAR_1:.0%}.')
-        if near < n:
-            _say(console, 'The norms of deconvolutions need --axis PATTERN=1. '
-                 'For a model with hooks, make the vectors:')
-            _print_command(console, f"{repair} --add '*'")
+             f'to within {_NEAR_1:.0%}. Deconvolutions need --axis PATTERN=1. '
+             f'For a model with hooks, make the vectors:')
+        _print_command(console, f"{repair} --add '*'")
 
 
 def _report_cells(report: WeightReport) -> Sequence[str | Text]:
@@ -207,7 +215,8 @@ def _print_rows(
             if any(row[i].plain not in ('', '-') for row in cells)]
     names = [columns.split(', ')[i] for i in kept]
     cells = [[row[i] for i in kept] for row in cells]
-    table = Table(box=_ASCII if console.options.ascii_only else SIMPLE)
+    table = Table(box=_ASCII if console.options.ascii_only else SIMPLE,
+                  padding=(0, 0, 0, 1))
     for i, name in enumerate(names):
         width = max(row[i].cell_len for row in cells)
         is_last = kept[i] == len(columns.split(', ')) - 1

@@ -11,6 +11,8 @@ import io
 import os
 import sys
 
+INTERRUPTED = 130
+
 
 def main() -> int:
     """Runs the command line; returns or exits with its exit code."""
@@ -25,8 +27,11 @@ def main() -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()      # so that its errors are seen here
     except KeyboardInterrupt:
+        # Where eval was interrupted, as of a namedtuple, Python would end by
+        # the signal in spite of the code, unless there is another one.
+        eval('0')
         print('Interrupted', file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except OSError as e:
         if e.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
@@ -47,8 +52,17 @@ def _main() -> int:
         from sn_function import doctor
         return doctor.main(sys.argv[2:], name)
     try:
+        import click
+
         from sn_function import _commands
-        return _commands.cli(prog_name=name)
+        try:
+            return _commands.cli.main(
+                prog_name=name, standalone_mode=False) or 0
+        except click.ClickException as e:
+            e.show()
+            return e.exit_code
+        except click.Abort as e:
+            raise KeyboardInterrupt from e
     except ImportError as e:
         if (e.name or '').split('.')[0] not in ('click', 'rich'):
             raise

@@ -9,7 +9,9 @@ import contextlib
 import io
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import zipfile
 from typing import Any, Callable, Iterator
 
@@ -107,7 +109,8 @@ class HDF5Writer(Writer):
 
     def _create(self, key: str, **kwargs: Any) -> None:
         try:
-            self._file.create_dataset('/' + key, **kwargs)
+            with _interrupts_after():
+                self._file.create_dataset('/' + key, **kwargs)
         except (TypeError, ValueError) as e:
             raise OSError(
                 f'HDF5 has no place for {key!r}: {first_line(e)}') from e
@@ -121,18 +124,23 @@ class HDF5Writer(Writer):
         return super().copy(reader, key, new_key)
 
     def finish(self) -> None:
-        self._file.close()
+        with _interrupts_after():
+            self._file.close()
         self._raw.check()
 
     def close(self) -> None:
-        self._file.close()
+        with _interrupts_after():
+            self._file.close()
         self._raw.close()
 
 
 class _Forgiving(io.FileIO):
-    """Stores the first error of writing, as HDF5 crashes if it sees one."""
+    """Stores the first error of writing.
 
-    error: BaseException | None = None
+    HDF5 crashes if it sees one, and PyTorch does not say what it was.
+    """
+
+    error: OSError | None = None
 
     def write(self, data: Any) -> int:
         data = memoryview(data).cast('B')
@@ -140,20 +148,38 @@ class _Forgiving(io.FileIO):
         try:
             while n < len(data) and self.error is None:
                 n += super().write(data[n:])
-        except BaseException as e:  # also an interrupt
+        except OSError as e:
             self.error = e
         return len(data)
 
     def truncate(self, size: int | None = None) -> int:
         try:
             return super().truncate(size)
-        except BaseException as e:
+        except OSError as e:
             self.error = self.error or e
             return size or 0
 
     def check(self) -> None:
         if self.error is not None:
             raise self.error
+
+
+@contextlib.contextmanager
+def _interrupts_after() -> Iterator[None]:
+    """Has an interrupt wait for the end, as HDF5 crashes in one."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or (
+            threading.current_thread() is not threading.main_thread()):
+        yield
+        return
+    seen: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *args: seen.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if seen:
+            handler(*seen[0])
 
 
 class SafetensorsWriter(Writer):
@@ -170,7 +196,9 @@ class SafetensorsWriter(Writer):
     def finish(self) -> None:
         try:
             self._save_all()
-        except Exception as e:  # neither raises an OSError
+        except OSError:
+            raise
+        except Exception as e:  # that of safetensors
             raise OSError(first_line(e)) from e
 
     def _save_all(self) -> None:
@@ -186,8 +214,12 @@ class TorchWriter(SafetensorsWriter):
 
     def _save_all(self) -> None:
         # A copy: tensors are writable, and what was mapped may not be.
-        self._torch.save({key: self._torch.from_numpy(array.copy())
-                          for key, array in self._arrays.items()}, self._path)
+        with contextlib.closing(_Forgiving(self._path, 'w')) as file:
+            with _interrupts_after():
+                self._torch.save({
+                    key: self._torch.from_numpy(array.copy())
+                    for key, array in self._arrays.items()}, file)
+            file.check()
 
 
 _WRITERS: dict[str, Callable[[str, bool], Writer]] = {
@@ -213,7 +245,7 @@ def check_output(path: Path, source: Path, overwrite: bool) -> None:
     if os.path.exists(path):
         if not os.path.isfile(path):
             raise errors.SnapshotOutputError(
-                given, 'it is there and no file', 'Give the path of a file.')
+                given, 'it is not a file', 'Give the path of a file.')
         if not overwrite:
             is_input = (os.path.exists(source)
                         and os.path.samefile(path, source))
