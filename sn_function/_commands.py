@@ -86,7 +86,7 @@ def _reports_errors(command: Callable) -> Callable:
 def inspect(
         snapshots: Sequence[str], as_json: bool, certify: bool, rtol: float,
         **settings: Any) -> None:
-    """Report each norm, and whether its vector can be used.
+    """Report the norms and whether the vectors can be used.
 
     sigma is the largest singular value of the weight, in float64; estimate is
     what its vector u gives for it, which is what the weight is divided by in

@@ -91,10 +91,15 @@ rename = click.option(
 
 def _models(context: Any, parameter: Any, incomplete: str) -> list[str]:
     """Returns the models of a trainer's snapshot, to complete a name."""
+    from sn_function import errors
     from sn_function._snapshots import layouts, readers
-    given = context.params.get('snapshot_') or context.params.get('snapshots')
-    path = given if isinstance(given, str) else (given or ('',))[0]
-    with contextlib.suppress(Exception), readers.open_snapshot(path) as reader:
+    # An option that waits for its value ends the parser: all is in args then.
+    given = context.params
+    paths = [*context.args, given.get('snapshot_'),
+             *(given.get('snapshots') or ())]
+    path = next(filter(None, paths), '')
+    with contextlib.suppress(
+            errors.SnapshotError), readers.open_snapshot(path) as reader:
         return [name for name in layouts.models(reader.keys)
                 if name.startswith(incomplete)]
     return []

@@ -9,8 +9,8 @@ from __future__ import annotations
 import decimal
 import json
 import math
-import os
 import shlex
+import shutil
 import sys
 import time
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
@@ -176,10 +176,9 @@ def _printable(text: str, style: str = '') -> Text:
 # Lines
 
 def _console() -> Console:
-    is_limited = (sys.stdout is not None and sys.stdout.isatty()) or (
-        os.environ.get('COLUMNS', '').isdecimal())
-    return Console(width=None if is_limited else _NO_LIMIT, highlight=False,
-                   emoji=False, markup=False)
+    # That of COLUMNS or of the terminal, if there is one.
+    width = shutil.get_terminal_size((_NO_LIMIT, 1)).columns or _NO_LIMIT
+    return Console(width=width, highlight=False, emoji=False, markup=False)
 
 
 def _print(console: Console, what: Any, is_whole: bool = True) -> None:
