@@ -876,6 +876,10 @@ class TestBadInput:
         with pytest.raises(errors.SnapshotPackageError,
                            match=f'/{name}: .* pip install {package}'):
             snapshot.convert(path, files(name), 'chainer', fill=False)
+        # Before any weight is decomposed.
+        monkeypatch.delattr(snapshot.vectors, 'converged')
+        with pytest.raises(errors.SnapshotPackageError, match=name):
+            snapshot.repair(path, files(name), all=True)
         assert os.listdir(os.path.dirname(path)) == ['in.npz']
 
     def test_names_do_not_control_the_terminal(self, files):
@@ -1097,11 +1101,12 @@ class TestCorners:
             snapshot.convert('in.npz', 'out.h5', 'chainer')
         assert os.listdir() == ['in.npz']
 
-    @pytest.mark.parametrize('name', ['out.h5', 'out.safetensors'])
-    def test_full_disk(self, name):
+    @pytest.mark.parametrize(('name', 'package'), [
+        ('out.npz', 'numpy'), ('out.h5', 'h5py'),
+        ('out.safetensors', 'safetensors'), ('out.pt', 'torch')])
+    def test_full_disk(self, name, package):
         resource = pytest.importorskip('resource')
-        pytest.importorskip(
-            {'out.h5': 'h5py', 'out.safetensors': 'safetensors'}[name])
+        pytest.importorskip(package)
         self.save(l__W=np.random.normal(size=(300, 300)), l__W_u=np.ones(300))
         code = f'''
 import resource, signal
@@ -1110,8 +1115,8 @@ from sn_function import errors, snapshot
 resource.setrlimit(resource.RLIMIT_FSIZE, (100000, {resource.RLIM_INFINITY}))
 try:
     snapshot.repair('in.npz', {name!r})
-except errors.SnapshotOutputError:
-    print('told')
+except errors.SnapshotOutputError as e:
+    print('told' if 'File too large' in str(e) else e)
 '''
         done = subprocess.run(
             [sys.executable, '-c', code], stdout=subprocess.PIPE, check=True)
