@@ -952,7 +952,7 @@ class TestOutput:
         path = saved(files, run(Model()))
         with pytest.raises(errors.SnapshotOutputError, match='directory'):
             snapshot.repair(path, files('no/out.npz'))
-        with pytest.raises(errors.SnapshotOutputError, match='no file'):
+        with pytest.raises(errors.SnapshotOutputError, match='not a file'):
             snapshot.repair(path, os.path.dirname(path), overwrite=True)
 
     def test_one_weight_is_in_memory_at_a_time(self, files):
