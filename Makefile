@@ -224,7 +224,8 @@ DOCS := docs/_build docs/reference/generated
 
 docs: $(STAMP)-docs
 	rm -rf $(DOCS)
-	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
+	$(PY) -m sphinx -W --keep-going -b html \
+		-d docs/_build/doctrees docs docs/_build/html
 	$(PY) -m tests.tools.links docs/_build/html >docs/_build/outside.txt
 
 # Needs a network: whether what docs/_build/outside.txt lists is there.
