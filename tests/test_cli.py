@@ -137,6 +137,19 @@ class TestHelp:
             else:
                 assert result.exit_code == 0, result.output
 
+    def test_examples_in_the_documentation_parse(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        page = (ROOT / 'docs' / 'cli.rst').read_text(encoding='utf-8')
+        examples = [
+            line for line in re.findall(r'(?m)^ +\$ sn-function (.* .*)', page)
+            if line.split()[0] in COMMANDS[:-2]]
+        assert len(examples) > 10
+        for example in examples:
+            # There are no such files.
+            result = run(*shlex.split(example.split('|')[0], comments=True))
+            assert (result.exit_code, 'No such file' in result.output) == (
+                1, True), (example, result.output)
+
     @pytest.mark.parametrize('args', [
         [], ['--version'], *([name, '--help'] for name in COMMANDS)],
         ids=' '.join)
