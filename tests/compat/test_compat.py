@@ -429,7 +429,11 @@ MISSING = {
         sys.modules.pop('numpy.distutils.system_info')
         hide('numpy.distutils')
     ''',
-    'numpy.sctypes': 'del numpy.sctypes',
+    # A SciPy as old as NumPy 1 reads it, too.
+    'numpy.sctypes': '''
+        del numpy.sctypes
+        hide('scipy')
+    ''',
 }
 
 FAIL = '''
