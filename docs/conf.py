@@ -34,6 +34,8 @@ nitpicky = True
 # Types and shapes are in the "Args" of the docstrings.
 autodoc_typehints = 'none'
 autodoc_member_order = 'bysource'
+# Files of these names would be one where case makes no difference.
+autosummary_filename_map = {'sn_function.Summary': 'sn_function.Summary-type'}
 napoleon_numpy_docstring = False
 # Else an attribute of both docstring and class is described twice.
 napoleon_use_ivar = True

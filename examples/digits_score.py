@@ -17,7 +17,7 @@ from rich.table import Table
 from sngan_models import ImageShape
 
 N_FEATURES = 32  # few, so that some hundred images suffice for a covariance
-MAX_SAMPLES = 10000
+MAX_SAMPLES = 2000
 Gaussian = Tuple[numpy.ndarray, numpy.ndarray]
 
 
@@ -94,29 +94,40 @@ def frechet_distance(p: Gaussian, q: Gaussian) -> float:
     return float(((m1 - m2) ** 2).sum() + trace)
 
 
-def score(
-        images: Images, samples: dict[str, tuple],
-        device: chainer.backend.Device) -> dict[str, Any]:
-    """Scores each set of images, with labels, against the held-out images."""
-    model = train_classifier(images, device)
-    real = fit_gaussian(model, images.test)
-    return {
-        'n_features': N_FEATURES,
-        'n_held_out': len(images.test),
-        'accuracy_held_out': accuracy(
-            model, images.test, images.test_labels),
-        'images': {
-            name: {
-                'n': len(x),
-                'frechet_distance': frechet_distance(
-                    fit_gaussian(model, x), real),
-                'accuracy': accuracy(model, x, labels),
-            } for name, (x, labels) in samples.items()},
-    }
+class Scorer:
+    """Scores generated images against the held-out ones.
+
+    The classifier is trained once, when this is made.
+    """
+
+    def __init__(self, images: Images, device: chainer.backend.Device) -> None:
+        self.images = images
+        self.model = train_classifier(images, device)
+        self.real = fit_gaussian(self.model, images.test)
+
+    def distance(self, x: numpy.ndarray) -> float:
+        """Returns the Frechet distance of images to the held-out ones."""
+        return frechet_distance(fit_gaussian(self.model, x), self.real)
+
+    def scores(self, samples: dict[str, tuple]) -> dict[str, Any]:
+        """Scores each set of images, with labels."""
+        images, model = self.images, self.model
+        return {
+            'n_features': N_FEATURES,
+            'n_held_out': len(images.test),
+            'accuracy_held_out': accuracy(
+                model, images.test, images.test_labels),
+            'images': {
+                name: {
+                    'n': len(x),
+                    'frechet_distance': self.distance(x),
+                    'accuracy': accuracy(model, x, labels),
+                } for name, (x, labels) in samples.items()},
+        }
 
 
 def make_table(scores: dict[str, Any]) -> Table:
-    """Returns a table of what ``score`` returns."""
+    """Returns a table of what ``Scorer.scores`` returns."""
     table = Table(
         title=f'Frechet distance to {scores["n_held_out"]} real, held-out '
               f'images, on {scores["n_features"]} features of a classifier')

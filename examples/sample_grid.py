@@ -10,19 +10,22 @@ from sngan_models import N_CLASSES, Generator
 
 
 def draw(
-        images: Images, gen: Generator, noise: Any, path: str,
+        images: Images, gen: Generator, noise: Any, title: str, path: str,
         rows: int = 8) -> None:
-    """Draws real and generated images side by side, a column a class."""
+    """Draws real and generated images side by side, a column a class.
+
+    The title is that of the generated ones.
+    """
     labels = numpy.arange(rows * N_CLASSES, dtype=numpy.int32) % N_CLASSES
     real = numpy.stack(
         [images.test[images.test_labels == label][:rows]
          for label in range(N_CLASSES)], axis=1)
     fake = gen.sample(noise[:len(labels)], labels).reshape(real.shape)
     figure = Figure(figsize=(12, 0.6 * rows + 0.4), layout='constrained')
-    for i, (title, grid) in enumerate(
-            (('real, held out', real), ('generated', fake))):
+    for i, (text, grid) in enumerate(
+            (('real, held out', real), (title, fake))):
         axes = figure.add_subplot(1, 2, i + 1)
-        axes.set_title(title)
+        axes.set_title(text)
         axes.axis('off')
         axes.imshow(_tile(grid), cmap='gray_r', vmin=0, vmax=1,
                     interpolation='bicubic')

@@ -13,7 +13,7 @@ def make_table(layers: list[Layer]) -> Table:
     of = 'normalized weight' if any(map(is_normalized, layers)) else 'weight'
     table = Table(title='Spectral norm of the discriminator\'s layers')
     table.add_column('layer')
-    table.add_column('weight shape')
+    table.add_column('weight shape', no_wrap=True)
     table.add_column('sigma, estimated', justify='right')
     table.add_column(f'true sigma of {of}', justify='right')
     table.add_column('relative error', justify='right')

@@ -12,8 +12,8 @@ These files are written to the directory --out:
     operator.npz,     the trained networks
     matrix.npz
 
-It needs `pip install 'sn_function[examples]'`, and takes one to two minutes on
-a CPU.
+It needs matplotlib, rich and scikit-learn, the extra `examples`, and takes one
+to four minutes on a CPU.
 """
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ import time
 from typing import Any, NamedTuple
 
 # For layers as small as these one thread of BLAS is faster than two, which
-# wait for each other.  It has to be set before NumPy is imported.
-if 'OMP_NUM_THREADS' not in os.environ:
-    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+# wait for each other.  It has to be set before NumPy is imported.  OpenBLAS
+# and MKL read it, where their own variables are not set.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 # Before Chainer: with sn_function, Chainer 7.8.1 can be imported on current
 # versions of NumPy and setuptools.
@@ -44,6 +44,7 @@ import numpy
 from iresnet_models import IResNet, fixed_point
 from matplotlib.figure import Figure  # draws with Agg, needs no display
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from sn_function.extensions import SpectralNormReport
@@ -83,7 +84,8 @@ def train(
         chainer.datasets.TupleDataset(images.train, images.train_labels),
         args.batchsize)
     steps = []
-    for _ in range(args.iteration):
+    for _ in track(range(args.iteration), 'training',
+                   disable=not sys.stdout.isatty()):
         x, t = chainer.dataset.concat_examples(next(iterator))
         loss = F.softmax_cross_entropy(model(x), t)
         model.cleargrads()
@@ -163,7 +165,7 @@ def print_layers(
     """Prints what bounds each convolution as it is used, and each g."""
     table = Table(title=f'Convolutions divided by the {NORMS[norm]}')
     table.add_column('layer')
-    table.add_column('weight shape')
+    table.add_column('weight shape', no_wrap=True)
     for column in (NORMS[norm], 'certified norm as used',
                    'Lipschitz constant of g'):
         table.add_column(column, justify='right')
@@ -259,4 +261,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)   # as a shell has it after Ctrl-C

@@ -5,7 +5,7 @@ The layers of the discriminator are normalized, and the loss is the hinge loss,
 as in Miyato et al., https://arxiv.org/abs/1802.05957.  Both networks get the
 class of each image.  These files are written to the directory --out:
 
-    samples.png       real and generated digits, side by side
+    samples.png       real and generated digits, with a score of these
     sigma.png         the spectral norm of each layer over training
     scores.json       how far generated digits are from real ones
     log               what LogReport recorded
@@ -13,8 +13,10 @@ class of each image.  These files are written to the directory --out:
     gen.npz, dis.npz  the trained networks
     dis_plain.npz     the discriminator with its normalized weights, no hook
 
-It needs `pip install 'sn_function[examples]'`, and takes two to three minutes
-on two CPU cores.  With the extra `mpi` it runs on several processes or
+Ctrl-C ends it with a snapshot, and prints the command that goes on from there.
+
+It needs matplotlib, rich and scikit-learn, the extra `examples`, and takes one
+to four minutes on a CPU.  With the extra `mpi` it runs on several processes or
 machines, which share each batch:
 
     mpiexec -n 2 python examples/train_sngan_digits.py --communicator naive
@@ -25,13 +27,14 @@ import argparse
 import json
 import os
 import random
+import shlex
 import sys
 from typing import Any, Callable
 
 # For layers as small as these one thread of BLAS is faster than two, which
-# wait for each other.  It has to be set before NumPy is imported.
-if 'OMP_NUM_THREADS' not in os.environ:
-    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+# wait for each other.  It has to be set before NumPy is imported.  OpenBLAS
+# and MKL read it, where their own variables are not set.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 # Before Chainer: with sn_function, Chainer 7.8.1 can be imported on current
 # versions of NumPy and setuptools.
@@ -44,11 +47,17 @@ import chainer.link_hooks
 import digits_data
 import digits_score
 import numpy
-import sample_grid
 import sigma_report
 from chainer import training
 from chainer.training import extensions
 from rich.console import Console
+from sngan_extensions import (
+    Bar,
+    PlainOutput,
+    RandomState,
+    Samples,
+    Snapshots,
+)
 from sngan_models import (
     Discriminator,
     Generator,
@@ -109,36 +118,6 @@ class SNGANUpdater(training.updaters.StandardUpdater):
         return value
 
 
-class RandomState(training.Extension):
-    """Keeps NumPy's random state in snapshots.
-
-    With it a resumed run draws the same noise and the same batches as a run
-    without a stop, and ends with the same numbers.
-    """
-
-    def __call__(self, trainer: training.Trainer) -> None:
-        pass
-
-    def serialize(self, serializer: Any) -> None:
-        state = numpy.random.get_state(legacy=False)
-        inner = state['state']
-        inner['key'] = serializer('key', inner['key'])
-        inner['pos'] = int(serializer('pos', inner['pos']))
-        state['has_gauss'] = int(serializer('has_gauss', state['has_gauss']))
-        state['gauss'] = float(serializer('gauss', state['gauss']))
-        numpy.random.set_state(state)
-
-
-class PlainOutput:
-    """Standard output without the terminal codes of ``PrintReport``."""
-
-    def write(self, text: str) -> None:
-        sys.stdout.write(text.replace('\033[J', ''))
-
-    def flush(self) -> None:
-        sys.stdout.flush()
-
-
 def every(interval: int, last: int) -> Callable[[training.Trainer], bool]:
     """Returns a trigger: each ``interval`` iterations, and the last one."""
     def trigger(trainer: training.Trainer) -> bool:
@@ -169,15 +148,17 @@ def make_iterator(
         args.batchsize // args.comm.size)
 
 
-def make_snapshot(args: argparse.Namespace) -> training.Extension:
+def make_snapshots(
+        args: argparse.Namespace, trigger: Callable) -> training.Extension:
     if args.comm is None:
-        return extensions.snapshot()
+        return Snapshots(trigger)
     import chainermn
     # One for each rank, as each has its own order of images.
     own = extensions.snapshot()
     snapshot = chainermn.extensions.multi_node_snapshot(
         args.comm, own, list(range(args.comm.size)))
     snapshot.priority = own.priority    # after all other extensions
+    snapshot.trigger = trigger
     return snapshot
 
 
@@ -211,18 +192,11 @@ def make_trainer(
             trigger=display)
         trainer.extend(extensions.LogReport(trigger=display))
         trainer.extend(extensions.PrintReport(
-            ['epoch', 'iteration', 'gen/loss', 'dis/loss', 'elapsed_time'],
-            out=sys.stdout if args.is_terminal else PlainOutput()),
-            trigger=display)
-        if args.is_terminal:  # useless in a file or a pipe
-            trainer.extend(extensions.ProgressBar(
-                update_interval=10, out=sys.stdout))
-        trainer.extend(
-            lambda _: sample_grid.draw(
-                images, gen, noise, os.path.join(args.out, 'samples.png')),
-            name='draw_samples', trigger=snapshot)
+            ['epoch', 'iteration', 'gen/loss', 'dis/loss', 'distance',
+             'elapsed_time'], out=PlainOutput()), trigger=display)
+        trainer.extend(Samples(images, gen, noise), trigger=snapshot)
     trainer.extend(RandomState())
-    trainer.extend(make_snapshot(args), trigger=snapshot)
+    trainer.extend(make_snapshots(args, snapshot))
     return trainer
 
 
@@ -282,6 +256,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('--display-interval', type=positive_int, default=100,
         help='iterations between lines of the log')
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     if not 0 <= args.seed < 2 ** 32:
         parser.error(f'argument --seed: {args.seed} is not in 0 to 2^32 - 1')
     if not 0 <= args.beta1 < 1:
@@ -333,8 +308,7 @@ def give_up(args: argparse.Namespace, message: str) -> int:
     return 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def run(args: argparse.Namespace) -> int:
     random.seed(args.seed)
     numpy.random.seed(args.seed)
     try:
@@ -377,12 +351,26 @@ def main(argv: list[str] | None = None) -> int:
                 args, f'Cannot resume from {args.resume}: '
                 f'{type(e).__name__}: {e}. Is it a snapshot of a run with '
                 f'the same --dataset and --hook?')
-    trainer.run()
-    if not args.is_first:
-        return 0
+    # Without a terminal, which would give its width, wide enough.
+    console = Console(width=None if args.is_terminal else 100,
+                      force_terminal=args.is_terminal)
+    try:
+        with Bar(args.iteration, console) as bar:
+            trainer.extend(bar)
+            trainer.run()
+        if args.is_first:
+            samples['trained generator'] = gen.sample(noise, labels), labels
+            finish(args, console, trainer, gen, dis, samples)
+    except KeyboardInterrupt:
+        return interrupted(args, trainer)
+    return 0
 
-    samples['trained generator'] = gen.sample(noise, labels), labels
-    scores = digits_score.score(images, samples, args.device)
+
+def finish(
+        args: argparse.Namespace, console: Console, trainer: training.Trainer,
+        gen: Generator, dis: Discriminator, samples: dict[str, tuple]) -> None:
+    """Writes the scores and the networks, and prints the tables."""
+    scores = trainer.get_extension('Samples').scorer.scores(samples)
     with open(os.path.join(args.out, 'scores.json'), 'w') as f:
         json.dump(scores, f, indent=4)
     plain = dis if args.hook == 'none' else sn_function.bake(dis)
@@ -390,17 +378,54 @@ def main(argv: list[str] | None = None) -> int:
         chainer.serializers.save_npz(
             os.path.join(args.out, f'{name}.npz'), model)
 
-    # Without a terminal, which would give its width, wide enough.
-    console = Console(width=None if args.is_terminal else 100,
-                      force_terminal=args.is_terminal)
     layers = trainer.get_extension('SpectralNormReport').measure()
+    print()
     if args.hook != 'none':
         print(f'{sn_function.summary(dis)}\n')
     console.print(digits_score.make_table(scores),
                   sigma_report.make_table(layers),
                   sigma_report.verdict(layers))
-    print(f'Pictures, scores, log, snapshots and networks: {args.out}')
-    return 0
+    print(f'Trained for {trainer.elapsed_time:.0f} s. Pictures, scores, log, '
+          f'snapshots and networks: {args.out}')
+
+
+def interrupted(
+        args: argparse.Namespace, trainer: training.Trainer = None) -> int:
+    """Says how to go on, in an ``except`` block; returns an exit code."""
+    if args.comm is not None:
+        raise       # ends the other ranks
+    newest = trainer and trainer.get_extension('Snapshots').newest
+    if newest:
+        print(f'\nInterrupted. There is a snapshot; this goes on from it:\n\n'
+              f'{resume_command(args, newest)}\n', file=sys.stderr)
+    elif trainer and trainer.updater.iteration:
+        print('\nInterrupted at once, without a snapshot.', file=sys.stderr)
+    else:
+        print('\nInterrupted. Nothing has been trained yet, so there is no '
+              'snapshot.', file=sys.stderr)
+    return 130      # as a shell has it after Ctrl-C
+
+
+def resume_command(args: argparse.Namespace, snapshot: str) -> str:
+    """Returns the command that was given, with another ``--resume``."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument('--resume', '-r')
+    _, others = parser.parse_known_args(args.argv)
+    return shlex.join([
+        shortest(sys.executable), shortest(__file__), *others,
+        '--resume', snapshot])
+
+
+def shortest(path: str) -> str:
+    return min(path, os.path.relpath(path), key=len)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        return interrupted(args)
 
 
 if __name__ == '__main__':

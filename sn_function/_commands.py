@@ -1,7 +1,11 @@
 """The commands of :mod:`sn_function.cli`, by click.
 
 Exit codes: 0, all is well; 1, an error, and nothing was written; 2, wrong
-arguments; 3, ``inspect`` found something that ``repair`` is for.
+arguments; 3, ``inspect`` found a vector, or a weight, that cannot be used;
+130, interrupted.
+
+What imports Chainer is imported where it is used: so help, completion and
+wrong arguments do not wait for it.
 """
 from __future__ import annotations
 
@@ -11,8 +15,8 @@ from typing import Any, Callable, Sequence
 
 import click
 
-from sn_function import _run, doctor, errors, snapshot
-from sn_function._terminal import print_outcome, print_reports, progress
+from sn_function import _options, _run, doctor
+from sn_function._snapshots.defaults import LAYOUTS, N_WARMUP
 from sn_function._version import __version__
 
 UNHEALTHY = 3
@@ -29,8 +33,8 @@ def cli() -> None:
     \b
     Examples:
       sn-function inspect result/dis.npz
-      sn-function bake result/dis.npz dis-plain.npz
-      sn-function convert dis.npz dis.safetensors --to torch
+      sn-function bake result/dis.npz plain.npz
+      sn-function convert result/dis.npz dis.safetensors --to torch
       sn-function repair broken.npz repaired.npz
       sn-function repair plain.npz with-u.npz --add '*'
       sn-function run --hook train.py
@@ -40,111 +44,16 @@ def cli() -> None:
       0  all is well
       1  an error; nothing was written
       2  wrong arguments
-      3  inspect: a vector or a weight is not healthy, or there is no vector
+      3  inspect: a vector, or a weight, cannot be used
+    130  interrupted; nothing was written
     """
-
-
-# Options of several commands
-
-def _parse_axes(
-        context: Any, parameter: Any, values: Sequence[str],
-) -> dict[str, int]:
-    axes = {}
-    for value in values:
-        pattern, _, axis = value.rpartition('=')
-        if not pattern or not axis.isdecimal():
-            raise click.BadParameter(
-                f'{value!r} is not PATTERN=N, such as "deconv*/W=1".')
-        axes[pattern] = int(axis)
-    return axes
-
-
-def _parse_renames(
-        context: Any, parameter: Any, values: Sequence[str],
-) -> dict[str, str]:
-    renames = {}
-    for value in values:
-        old, is_there, new = value.partition('=')
-        if not is_there:
-            raise click.BadParameter(
-                f'{value!r} is not OLD=NEW, such as "main.0=l1".')
-        if old in renames:
-            raise click.BadParameter(f'{old!r} is given twice.')
-        renames[old] = new
-    return renames
-
-
-_axis = click.option(
-    '--axis', 'axes', metavar='PATTERN=N', multiple=True,
-    callback=_parse_axes,
-    help='Output axis of the weights whose entry fits the pattern: 1 for '
-         'deconvolutions, else 0. Needed only where the shape and the vector '
-         'leave it open. May be repeated; the first that fits counts.')
-
-
-def _parse_numbers(
-        context: Any, parameter: Any, values: Sequence[str],
-) -> dict[str, Any] | None:
-    numbers: dict[str, Any] = {}
-    for value in values:
-        pattern, _, text = value.rpartition('=')
-        parts = text.split(',')
-        if ('=' in value and not pattern) or not (
-                all(part.isdecimal() for part in parts)
-                or (parameter.name, text) == ('groups', 'depthwise')):
-            raise click.BadParameter(
-                f'{value!r} is not N or PATTERN=N, such as "convs/*/W=2".')
-        numbers[pattern or '*'] = text if not text[0].isdecimal() else (
-            int(text) if len(parts) == 1 else tuple(map(int, parts)))
-    return numbers or None
-
-
-def _map_options(command: Callable) -> Callable:
-    """Adds what a snapshot does not hold of convolutions."""
-    for name, what in (
-            ('groups', 'Their number of groups, or "depthwise".'),
-            ('dilate', 'Their dilation.'),
-            ('pad', "Their padding; only vectors of norm='operator' need it."),
-            ('stride', 'Stride of the convolutions whose entry fits the '
-             'pattern, or of all; 2,1 has one for each axis. May be '
-             'repeated; the first that fits counts.')):
-        command = click.option(
-            f'--{name}', metavar='[PATTERN=]N', multiple=True,
-            callback=_parse_numbers, help=what)(command)
-    return command
-
-
-_rename = click.option(
-    '--rename', metavar='OLD=NEW', multiple=True, callback=_parse_renames,
-    help='New path for the entries below the path OLD in SNAPSHOT, in whole '
-         'parts; dots and slashes are the same. May be repeated; the longest '
-         'OLD that fits counts.')
-_model = click.option(
-    '--model', metavar='NAME',
-    help="Only this model of a trainer's snapshot (updater/model:NAME), or "
-         "what is below this path.")
-_iterations = click.option(
-    '--n-power-iteration', '-k', type=click.IntRange(1), default=1,
-    show_default=True, metavar='K',
-    help='That of the hook, which a snapshot does not hold.')
-_json = click.option(
-    '--json', 'as_json', is_flag=True, help='Print the result as JSON.')
-
-
-def _output_options(command: Callable) -> Callable:
-    overwrite = click.option(
-        '--overwrite', is_flag=True,
-        help='Allow OUT to exist, or to be SNAPSHOT.')
-    compress = click.option(
-        '--compress/--no-compress', default=None,
-        help='Of a .npz or HDF5 file.  [default: as SNAPSHOT is]')
-    return compress(overwrite(command))
 
 
 def _reports_errors(command: Callable) -> Callable:
     """Turns an error of this package into a message and exit code 1."""
     @functools.wraps(command)
     def wrapper(**kwargs: Any) -> Any:
+        from sn_function import errors
         try:
             return command(**kwargs)
         except errors.SpectralNormalizationError as e:
@@ -159,9 +68,9 @@ def _reports_errors(command: Callable) -> Callable:
 # Commands
 
 @cli.command()
-@click.argument('snapshot_', metavar='SNAPSHOT')
-@_model
-@_axis
+@_options.snapshots
+@_options.model
+@_options.axis
 @click.option('--certify', is_flag=True,
               help='Add intervals that surely hold the norm, as a map of '
                    'images of every size, also of weights without a vector.')
@@ -171,13 +80,13 @@ def _reports_errors(command: Callable) -> Callable:
 @click.option('--time-limit', type=click.FloatRange(0), default=10.0,
               show_default=True, metavar='S',
               help='The most seconds of one; when they are over, it is wider.')
-@_map_options
-@_json
+@_options.map_options
+@_options.json
 @_reports_errors
 def inspect(
-        snapshot_: str, as_json: bool, certify: bool, rtol: float,
+        snapshots: Sequence[str], as_json: bool, certify: bool, rtol: float,
         **settings: Any) -> None:
-    """Report the norm of each weight and whether its vector can be used.
+    """Report the norms and whether the vectors can be used.
 
     sigma is the largest singular value of the weight, in float64; estimate is
     what its vector u gives for it, which is what the weight is divided by in
@@ -199,33 +108,45 @@ def inspect(
     dilation and groups; give them for a tight one.
 
     Weights of a model without any vector are listed with --certify, or if no
-    model has one. All entries are read, and their checksums compared. The
-    exit code is 3 if a vector is not usable, or if there is none and
-    --certify is not given.
+    model has one, as after bake. All entries are read, and their checksums
+    compared. The exit code is 3 if a vector, or a weight, cannot be used; of
+    several files, 1 if one is not read, and the others are reported.
 
     \b
     Examples:
-      sn-function inspect dis.npz
+      sn-function inspect result/dis.npz
       sn-function inspect result/snapshot_iter_2000 --model dis
-      sn-function inspect dis.npz --json | jq '.[].sigma'
-      sn-function inspect dis.npz --certify --stride 'convs/*/W=2'
+      sn-function inspect result/*.npz
+      sn-function inspect result/dis.npz --json | jq '.[].sigma'
+      sn-function inspect result/dis.npz --certify --stride 'convs/*/W=2'
     """
-    reports = snapshot.inspect(
-        snapshot_, certify=rtol if certify else None,
-        progress=progress('Inspecting'), **settings)
-    print_reports(snapshot_, reports, as_json)
-    have_none = all(report.status == 'no vector' for report in reports)
-    if (have_none and not certify) or not all(
-            report.healthy for report in reports):
+    from sn_function import _terminal, errors, snapshot
+    found = {}
+    for path in dict.fromkeys(snapshots):
+        try:
+            found[path] = snapshot.inspect(
+                path, certify=rtol if certify else None,
+                progress=_terminal.progress('Inspecting'), **settings)
+        except errors.SnapshotError as e:
+            sys.stdout.flush()  # in this order in one file, too
+            click.ClickException(str(e)).show()
+        else:
+            if not as_json:
+                _terminal.print_reports(path, found[path], len(found) > 1)
+    if as_json and found:
+        _terminal.print_json(found, as_list=len(snapshots) > 1)
+    if len(found) < len(set(snapshots)):
+        sys.exit(1)
+    if not all(each.healthy for reports in found.values() for each in reports):
         sys.exit(UNHEALTHY)
 
 
 @cli.command()
-@click.argument('snapshot_', metavar='SNAPSHOT')
-@click.argument('out', metavar='OUT')
-@_iterations
+@_options.snapshot
+@_options.out
+@_options.iterations
 @click.option('--n-warmup', type=click.IntRange(0),
-              default=snapshot.N_WARMUP, show_default=True, metavar='N',
+              default=N_WARMUP, show_default=True, metavar='N',
               help="That of the hook; 0 for Chainer's own hook.")
 @click.option('--factor', type=float, metavar='F',
               help='That of the hook.  [default: 1]')
@@ -233,12 +154,12 @@ def inspect(
               metavar='E', help='That of the hook, the floor on sigma.')
 @click.option('--cap', type=float, metavar='C',
               help='That of the hook: only norms above C are brought down.')
-@_model
-@_axis
-@_map_options
-@_rename
-@_output_options
-@_json
+@_options.model
+@_options.axis
+@_options.map_options
+@_options.rename
+@_options.output_options
+@_options.json
 @_reports_errors
 def bake(
         snapshot_: str, out: str, as_json: bool, **settings: Any) -> None:
@@ -251,20 +172,22 @@ def bake(
 
     \b
     Examples:
-      sn-function bake dis.npz dis-plain.npz -k 5
-      sn-function bake snapshot_iter_2000 gen.npz --model gen
+      sn-function bake result/dis.npz plain.npz -k 5
+      sn-function bake result/snapshot_iter_2000 plain.npz --model dis
       sn-function bake gen.npz plain.npz --axis 'deconvs/*/W=1'
       sn-function bake flow.npz plain.npz --stride 1 --pad 1
     """
-    print_outcome(snapshot.bake(
-        snapshot_, out, progress=progress('Baking'), **settings), as_json)
+    from sn_function import _terminal, snapshot
+    _terminal.print_outcome(snapshot.bake(
+        snapshot_, out, progress=_terminal.progress('Baking'), **settings),
+        as_json)
 
 
 @cli.command()
-@click.argument('snapshot_', metavar='SNAPSHOT')
-@click.argument('out', metavar='OUT')
+@_options.snapshot
+@_options.out
 @click.option('--to', 'layout', required=True,
-              type=click.Choice(snapshot.LAYOUTS),
+              type=click.Choice(LAYOUTS),
               help='chainer is also the layout of this package.')
 @click.option('--converge', is_flag=True,
               help='Give each weight converged vectors, instead of those '
@@ -273,12 +196,12 @@ def bake(
               help='Make vectors for weights that have none, or leave them '
                    'so, as of layers without a hook. Where a model of '
                    'Chainer has them for some weights only, one is needed.')
-@_iterations
-@_model
-@_axis
-@_rename
-@_output_options
-@_json
+@_options.iterations
+@_options.model
+@_options.axis
+@_options.rename
+@_options.output_options
+@_options.json
 @_reports_errors
 def convert(
         snapshot_: str, out: str, layout: str, as_json: bool,
@@ -292,29 +215,30 @@ def convert(
 
     \b
     Examples:
-      sn-function convert dis.npz dis.pt --to torch-parametrized
+      sn-function convert result/dis.npz dis.pt --to torch-parametrized
       sn-function convert dis.safetensors dis.npz --to chainer
       sn-function convert ResNetDiscriminator_450000.npz dis.npz --to chainer
       sn-function convert old.npz dis.npz --to chainer --fill
-      sn-function convert dis.npz dis.h5 --to chainer
+      sn-function convert result/dis.npz dis.h5 --to chainer
       sn-function convert dis.pt dis.npz --to chainer --rename main.0=l1
     """
-    print_outcome(snapshot.convert(
-        snapshot_, out, layout, progress=progress('Converting'),
+    from sn_function import _terminal, snapshot
+    _terminal.print_outcome(snapshot.convert(
+        snapshot_, out, layout, progress=_terminal.progress('Converting'),
         **settings), as_json)
 
 
 @cli.command()
-@click.argument('snapshot_', metavar='SNAPSHOT')
-@click.argument('out', metavar='OUT')
+@_options.snapshot
+@_options.out
 @click.option('--all', 'all_', is_flag=True,
               help='Replace every vector, not only those that need it.')
 @click.option('add_u', '--add', metavar='PATTERN', multiple=True,
               help='Give a vector to the weights that have none and whose '
                    'entry fits the pattern, such as "*". May be repeated.')
-@_axis
-@_output_options
-@_json
+@_options.axis
+@_options.output_options
+@_options.json
 @_reports_errors
 def repair(
         snapshot_: str, out: str, as_json: bool, all_: bool,
@@ -331,24 +255,31 @@ def repair(
     \b
     Examples:
       sn-function repair broken.npz repaired.npz
-      sn-function repair snapshot_iter_2000 snapshot_iter_2000 --overwrite
+      sn-function repair snapshot_iter_9 snapshot_iter_9 --overwrite
       sn-function repair plain.npz with-u.npz --add 'convs/*/W'
     """
-    print_outcome(snapshot.repair(
-        snapshot_, out, all=all_, progress=progress('Repairing'),
+    from sn_function import _terminal, snapshot
+    _terminal.print_outcome(snapshot.repair(
+        snapshot_, out, all=all_, progress=_terminal.progress('Repairing'),
         **settings), as_json)
 
 
+# The command line calls these two itself; here they are for help, completion
+# and programs.
+
 @cli.command('run', add_help_option=False, context_settings={
     'ignore_unknown_options': True, 'allow_interspersed_args': False})
-@click.argument('args', nargs=-1, type=click.UNPROCESSED)
-def run_(args: Sequence[str]) -> None:
+@click.option('--hook', is_flag=True)
+@click.option('--doctor', 'with_doctor', is_flag=True)
+@click.argument('args', nargs=-1, type=click.Path(readable=False))
+def run_(hook: bool, with_doctor: bool, args: Sequence[str]) -> None:
     """Run a program on today's Python, with Chainer repaired."""
-    sys.exit(_run.main(list(args)))
+    sys.exit(_run.main([
+        *['--hook'] * hook, *['--doctor'] * with_doctor, *args]))
 
 
 @cli.command('doctor')
-@_json
+@_options.json
 def doctor_(as_json: bool) -> None:
     """Report what this machine has and what will not work."""
-    sys.exit(doctor.main(['doctor', *['--json'] * as_json]))
+    sys.exit(doctor.main(['--json'] * as_json))

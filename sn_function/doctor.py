@@ -112,12 +112,15 @@ def describe(report: Dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def main(args: List[str]) -> int:
+def main(args: List[str], program: str = 'sn-function') -> int:
+    """Prints the report; returns the exit code.
+
+    `program` is the name of the command that `doctor` belongs to.
+    """
     parser = argparse.ArgumentParser(
-        prog='python -m sn_function',
-        description='doctor: report what this machine has, what is repaired '
-                    'in Chainer, and what does not work.')
-    parser.add_argument('command', choices=['doctor'])
+        prog=f'{program} doctor',
+        description='Report what this machine has, what is repaired in '
+                    'Chainer, and what does not work.')
     parser.add_argument('--json', action='store_true',
                         help='print it as JSON')
     options = parser.parse_args(args)

@@ -1089,11 +1089,12 @@ class SnapshotFileError(SnapshotError):
 class SnapshotPackageError(SnapshotError, ImportError):
     """A file of this kind needs a package that is not installed."""
 
-    def __init__(self, path: str, package: str) -> None:
+    def __init__(self, path: str, package: str, why: str) -> None:
         package = package.split('.')[0]
         super().__init__(
-            path, None, f'it needs the package {package}, which cannot be '
-            f'imported', f'Install it: pip install {package}')
+            path, None, f'a file of this kind needs the package {package}, '
+            f'which cannot be imported: {why}',
+            f'Install it: pip install {package}')
 
 
 class SnapshotEntryError(SnapshotError):
@@ -1200,11 +1201,15 @@ class SnapshotModelError(SnapshotError):
                  models: Sequence[str]) -> None:
         what = ('it holds several models' if model is None
                 else f'it has no entries below {model!r}')
-        known = ', '.join(models) or 'none, as the file is of one model'
-        super().__init__(
-            path, None, f'{what}. Its models: {known}',
-            'Name one of them, or the path of a link: --model NAME, or '
-            'model=NAME.')
+        name = 'or the path of a link: --model NAME, or model=NAME.'
+        if models:
+            super().__init__(
+                path, None, f'{what}. Its models: {", ".join(models)}',
+                f'Name one of them, {name}')
+        else:
+            super().__init__(
+                path, None, f'{what}, as it is of one model',
+                f'Give no name, {name}')
 
 
 class SnapshotWeightError(SnapshotError):

@@ -24,6 +24,7 @@ from sn_function._arithmetic import singular
 from sn_function._arithmetic.convolution import Convolution
 from sn_function._certificate.interval import norm_interval
 from sn_function._snapshots import (
+    defaults,
     entries,
     finding,
     given,
@@ -49,8 +50,10 @@ LAYOUTS = layouts.LAYOUTS
 # The largest relative error of an estimate of sigma that is not reported.
 LAG = 0.1
 # Those of the hook, where they are not given.
-N_WARMUP = 15
+N_WARMUP = defaults.N_WARMUP
 EPS = 1e-6
+# The status of a weight that no vector can help.
+LOST = 'the weight holds NaN or Inf'
 
 
 class WeightReport(NamedTuple):
@@ -245,7 +248,7 @@ def _report(
         None if arrays.is_unknown_map else axis,
         note='; '.join(filter(None, _notes(reader, weight, arrays))))
     if not numpy.isfinite(W).all():
-        return report._replace(status='the weight holds NaN or Inf')
+        return report._replace(status=LOST)
     with numpy.errstate(all='ignore'):
         if arrays.map_shape is None:
             sigma, condition = singular.singular_values(W, axis)
@@ -408,8 +411,8 @@ def bake(
     factor_, eps_, _ = _checks.check_settings(
         n_power_iteration, 1.0 if factor is None else factor, eps, cap)
     _checks.check_count('n_warmup', n_warmup, 0)
-    path = writers.check_output(dst, src, overwrite)
     with readers.open_snapshot(src) as reader:
+        writers.check_output(dst, src, overwrite)
         plan = Plan(layouts.prefix_of(reader, model))
 
         def bake_weight(weight: WeightKeys) -> Entries:
@@ -438,7 +441,7 @@ def bake(
         changes += [
             WeightChange(plan.name_of(names.other(key)[0]), 'kept',
                          note='it has no vector') for key in others]
-        left_out = plan.write(reader, path, compress, progress)
+        left_out = plan.write(reader, dst, compress, progress)
     return _outcome(dst, changes, left_out)
 
 
@@ -539,9 +542,9 @@ def convert(
         raise errors.LayoutNameError(layout, LAYOUTS)
     _checks.check_count('n_power_iteration', n_power_iteration, 1)
     known, changes = given.make(axes), []
-    path = writers.check_output(dst, src, overwrite)
     to_torch = layout in layouts.OF_TORCH
     with readers.open_snapshot(src) as reader:
+        writers.check_output(dst, src, overwrite)
         plan = Plan(finding.prefix_for(reader, model, layout))
 
         def convert_weight(weight: WeightKeys, new: WeightKeys) -> Entries:
@@ -589,7 +592,7 @@ def convert(
         unknown = _rename_others(plan, reader, names)
         for key, name in moved.items():
             plan.rename(key, name)
-        left_out = plan.write(reader, path, compress, progress)
+        left_out = plan.write(reader, dst, compress, progress)
     changes += [WeightChange(
         plan.name_of(moved.get(weight.W, weight.W)), 'kept',
         note=_note_of_map(reader, weight, converge))
@@ -716,8 +719,8 @@ def repair(
 
     """
     known, changes = given.make(axes), []
-    path = writers.check_output(dst, src, overwrite)
     with readers.open_snapshot(src) as reader:
+        writers.check_output(dst, src, overwrite)
         plan = Plan()
         patterns = [add_u] if isinstance(add_u, str) else add_u
         for weight in progress(entries.find(
@@ -726,7 +729,7 @@ def repair(
             if reader.entry(weight.W).is_plain:
                 changes.append(_repair_weight(
                     plan, reader, weight, known, all))
-        left_out = plan.write(reader, path, compress, iter)
+        left_out = plan.write(reader, dst, compress, iter)
     return _outcome(dst, changes, left_out)
 
 

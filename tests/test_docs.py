@@ -10,8 +10,6 @@ import sn_function  # isort: skip  # before chainer, which it repairs
 
 import pytest
 
-from tests.tools import defects
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Without what Sphinx writes.
 DOCS = [path for path in sorted(ROOT.glob('docs/**/*.rst'))
@@ -21,7 +19,13 @@ PAGES = [*DOCS, *MARKDOWN]
 MODULES = sorted(ROOT.glob('sn_function/**/*.py'))
 
 # What comes with an extra of its own.
-NEEDS = {'docs/shipping.rst': ['onnx', 'onnxruntime']}
+NEEDS = {
+    'docs/shipping.rst': ['onnx', 'onnxruntime'],
+    'docs/tutorials/builtin.rst': ['matplotlib'],
+    'docs/tutorials/digits.rst': ['matplotlib', 'sklearn'],
+    'docs/tutorials/shipping.rst': [
+        'matplotlib', 'onnx', 'onnxruntime', 'sklearn'],
+}
 
 
 def name_of(path):
@@ -147,15 +151,6 @@ def test_make_targets_exist(path):
     text = path.read_text(encoding='utf-8')
     named = re.findall(r'(?m)(?:`|^ {4}|\$ |PYTHON=\S+ )make ([a-z]+)', text)
     assert set(named) - targets == set()
-
-
-def test_readme_has_every_defect_with_its_test():
-    text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    text = text.split('## What it does better')[1].split('Beyond that')[0]
-    rows = [line.strip('| ').split(' | ') for line in text.splitlines()
-            if line.startswith('| ') and not line.startswith('| ---')]
-    assert {(row[0], row[-1].strip('`')) for row in rows[1:]} == {
-        (case.name, case.run.__name__) for case in defects.CASES}
 
 
 def test_pictures_are_shown():

@@ -1,13 +1,19 @@
 import argparse
+import io
 import json
 import os
+import shlex
+import signal
+import subprocess
 import sys
+import types
 import urllib.error
 
 import chainer
 import numpy as np
 import pytest
 from chainer import training
+from rich.console import Console
 
 EXAMPLES = os.path.join(os.path.dirname(__file__), '..', 'examples')
 sys.path.insert(0, os.path.abspath(EXAMPLES))
@@ -15,7 +21,9 @@ sys.path.insert(0, os.path.abspath(EXAMPLES))
 import digits_data  # noqa: E402
 import digits_score  # noqa: E402
 import iresnet_models  # noqa: E402
+import sample_grid  # noqa: E402
 import sigma_report  # noqa: E402
+import sngan_extensions  # noqa: E402
 import sngan_models  # noqa: E402
 import train_iresnet_digits as invertible  # noqa: E402
 import train_sngan_digits as example  # noqa: E402
@@ -140,14 +148,181 @@ def test_verdict(norms, expected):
     assert sigma_report.verdict(layers).startswith(expected)
 
 
-class TestMain:
+@pytest.fixture
+def quick_classifier(monkeypatch):
+    train = digits_score.train_classifier
+    monkeypatch.setattr(
+        digits_score, 'train_classifier',
+        lambda images, device: train(images, device, iterations=20))
+
+
+def trainer_at(iteration, out='out'):
+    updater = types.SimpleNamespace(iteration=iteration)
+    return types.SimpleNamespace(updater=updater, out=out, observation={})
+
+
+class TestSnapshots:
 
     @pytest.fixture(autouse=True)
-    def _fewer_steps_of_the_classifier(self, monkeypatch):
-        train = digits_score.train_classifier
-        monkeypatch.setattr(
-            digits_score, 'train_classifier',
-            lambda images, device: train(images, device, iterations=20))
+    def _interrupts_raise(self, monkeypatch):
+        # In the background Python may have started with them ignored.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
+    @pytest.fixture
+    def saved(self):
+        return []
+
+    @pytest.fixture
+    def snapshots(self, saved):
+        result = sngan_extensions.Snapshots(
+            lambda trainer: trainer.updater.iteration == 2)
+        filename = result.save.filename
+        result.save = lambda trainer: saved.append(trainer.updater.iteration)
+        result.save.filename = filename
+        result.initialize(trainer_at(0))
+        return result
+
+    def test_after_an_interrupt_at_the_end_of_the_iteration(
+            self, snapshots, saved):
+        for i in 1, 2, 3:
+            snapshots(trainer_at(i))
+        assert saved == [2]
+        assert snapshots.newest == os.path.join('out', 'snapshot_iter_2')
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            snapshots(trainer_at(4))
+        assert saved == [2, 4]
+        assert snapshots.newest == os.path.join('out', 'snapshot_iter_4')
+
+    def test_second_interrupt_is_heard_at_once(self, snapshots):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    def test_interrupts_raise_after_training(self, snapshots):
+        snapshots.finalize()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    def test_ignored_interrupts_stay_ignored(self, saved):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        snapshots = sngan_extensions.Snapshots(lambda trainer: False)
+        snapshots.initialize(trainer_at(0))
+        signal.raise_signal(signal.SIGINT)
+        snapshots(trainer_at(1))
+        snapshots.finalize()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+class TestResumeCommand:
+
+    @pytest.mark.parametrize(('argv', 'others'), [
+        ([], []),
+        (['-i', '5', '--resume', 'old', '--out', 'a b'],
+         ['-i', '5', '--out', 'a b']),
+        (['-rold', '-b8'], ['-b8']),
+        (['--resume=old', '--n-dis', '2'], ['--n-dis', '2']),
+    ])
+    def test_has_the_same_other_arguments(
+            self, argv, others, tmp_path, monkeypatch):
+        (tmp_path / 'old').touch()
+        monkeypatch.chdir(tmp_path)
+        python, script, *rest = shlex.split(example.resume_command(
+            example.parse_args(argv), 'new'))
+        assert os.path.samefile(python, sys.executable)
+        assert os.path.samefile(script, example.__file__)
+        assert rest == [*others, '--resume', 'new']
+
+    def test_paths_below_the_directory_are_short(self, monkeypatch):
+        monkeypatch.chdir(os.path.join(EXAMPLES, '..'))
+        assert example.shortest(example.__file__) == os.path.join(
+            'examples', 'train_sngan_digits.py')
+
+
+class TestBar:
+
+    def show(self, console):
+        with sngan_extensions.Bar(40, console) as bar:
+            print('a line')
+            bar(trainer_at(30))
+
+    def test_below_what_is_printed(self):
+        file = io.StringIO()
+        self.show(Console(file=file, force_terminal=True, width=80))
+        text = file.getvalue()
+        assert 'preparing' in text
+        assert text.index('a line') < text.index('training')
+        *_, last = text.rsplit('training', 1)
+        assert '30/40' in last
+
+    def test_not_in_a_pipe(self, capsys):
+        file = io.StringIO()
+        self.show(Console(file=file, width=80))
+        assert file.getvalue() == ''
+        assert capsys.readouterr().out == 'a line\n'
+
+
+def test_samples_have_the_score_of_their_iteration(
+        tmp_path, monkeypatch, quick_classifier):
+    images = make_images((1, 8, 8), 40)
+    gen = sngan_models.Generator((1, 8, 8), ch=2)
+    noise = gen.make_noise(40)
+    titles = []
+    monkeypatch.setattr(
+        sample_grid, 'draw', lambda *args: titles.append(args[3:]))
+    samples = sngan_extensions.Samples(images, gen, noise)
+    trainer = trainer_at(7, str(tmp_path))
+    samples.initialize(trainer)
+    samples(trainer)
+    scores = samples.scorer.scores({
+        'these': (gen.sample(noise, images.test_labels), images.test_labels)})
+    expected = scores['images']['these']['frechet_distance']
+    assert trainer.observation == {'distance': expected}
+    assert titles == [(
+        f'generated, iteration 7: Frechet distance {expected:.2f}',
+        str(tmp_path / 'samples.png'))]
+
+
+# Runs the example, which interrupts itself in the middle of an iteration.
+INTERRUPTED = """
+import os, signal, sys
+sys.path.insert(0, {examples!r})
+import train_sngan_digits as example
+train = example.digits_score.train_classifier
+example.digits_score.train_classifier = (
+    lambda *args: train(*args, iterations=20))
+step = example.SNGANUpdater.report
+def report(*args):
+    example.n_calls = getattr(example, 'n_calls', 0) + 1
+    if example.n_calls == {call}:
+        for _ in range({times}):
+            os.kill(os.getpid(), signal.SIGINT)
+    return step(*args)
+example.SNGANUpdater.report = staticmethod(report)
+sys.exit(example.main({argv!r}))
+"""
+
+
+def interrupted(argv, call, times=1):
+    """Runs the example, and interrupts it in a call of a loss function."""
+    def hear_interrupts():
+        # What a shell starts in the background ignores them.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    done = subprocess.run(
+        [sys.executable, '-c', INTERRUPTED.format(
+            examples=os.path.abspath(EXAMPLES), call=call, times=times,
+            argv=argv)], capture_output=True, text=True, timeout=300,
+        preexec_fn=hear_interrupts, cwd=os.path.join(EXAMPLES, '..'))
+    assert done.returncode == 130, done.stderr
+    assert 'Traceback' not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.usefixtures('quick_classifier')
+class TestMain:
 
     @pytest.mark.slow
     def test_writes_its_files_and_resumes_exactly(self, tmp_path, capsys):
@@ -170,10 +345,15 @@ class TestMain:
             assert text in out
         assert '\033' not in out
 
+        # The third of five iterations calls the losses a fifth time.
+        err = interrupted(['-i', '5', '--out', resumed, *SHORT], call=5)
+        _, script, *argv = shlex.split(err.split(':', 1)[1])
+        assert script.endswith('train_sngan_digits.py')
+        assert argv[-2:] == [
+            '--resume', os.path.join(resumed, 'snapshot_iter_3')]
+        assert not os.path.exists(os.path.join(resumed, 'gen.npz'))
         np.random.normal(size=3)  # the state is that of the snapshot
-        snapshot = os.path.join(whole, 'snapshot_iter_2')
-        assert example.main(['-i', '5', '--out', resumed, '--resume',
-                             snapshot, *SHORT]) == 0
+        assert example.main(argv) == 0
         for name in ('gen.npz', 'dis.npz'):
             a = load(os.path.join(whole, name))
             b = load(os.path.join(resumed, name))
@@ -188,6 +368,25 @@ class TestMain:
                      if key != 'elapsed_time'} for entry in json.load(f)])
         assert logs[0] == logs[1]
         assert [entry['iteration'] for entry in logs[0]] == [2, 4, 5]
+        assert logs[0][-1]['distance'] == scores['images'][
+            'trained generator']['frechet_distance']
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(('call', 'text'), [
+        (1, 'Nothing has been trained yet'), (3, 'without a snapshot')])
+    def test_second_interrupt_ends_it_at_once(self, call, text, tmp_path):
+        err = interrupted(
+            ['-i', '5', '--out', str(tmp_path), *SHORT], call, times=2)
+        assert text in err
+        assert os.listdir(tmp_path) == []
+
+    def test_interrupt_before_training(self, tmp_path, monkeypatch, capsys):
+        def load(name):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(digits_data, 'load', load)
+        assert example.main(['--out', str(tmp_path)]) == 130
+        assert 'Nothing has been trained yet' in capsys.readouterr().err
 
     @pytest.mark.parametrize('make', [
         lambda path: path.write_bytes(b'not a snapshot'),

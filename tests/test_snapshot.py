@@ -650,7 +650,7 @@ class TestPyTorch:
     def test_from_chainer(self, files, modules, layout):
         model = run(Model(n_warmup=0))
         snapshot.convert(saved(files, model), files('b.pt'), layout,
-                         axes={'square/W': 1})
+                         axes={'square/W': 1}, fill=False)
         self.load(modules, files('b.pt'))
         theirs = self.normalized(modules)
         for name, Y in model.normalized().items():
@@ -660,7 +660,7 @@ class TestPyTorch:
     def test_converged(self, files, modules, layout):
         model = run(Model())
         snapshot.convert(saved(files, model), files('b.pt'), layout,
-                         axes={'square/W': 1}, converge=True)
+                         axes={'square/W': 1}, converge=True, fill=False)
         self.load(modules, files('b.pt'))
         for name, Y in self.normalized(modules).items():
             assert reference.true_norm(
@@ -876,6 +876,10 @@ class TestBadInput:
         with pytest.raises(errors.SnapshotPackageError,
                            match=f'/{name}: .* pip install {package}'):
             snapshot.convert(path, files(name), 'chainer', fill=False)
+        # Before any weight is decomposed.
+        monkeypatch.delattr(snapshot.vectors, 'converged')
+        with pytest.raises(errors.SnapshotPackageError, match=name):
+            snapshot.repair(path, files(name), all=True)
         assert os.listdir(os.path.dirname(path)) == ['in.npz']
 
     def test_names_do_not_control_the_terminal(self, files):
@@ -940,7 +944,7 @@ class TestOutput:
                 'sn_function._snapshots.writers.NpzWriter.write', fail)
             with pytest.raises(expected):
                 snapshot.bake(path, path, overwrite=True,
-                              axes={'square/W': 1})
+                              axes={'square/W': 1}, fill=False)
             assert pathlib.Path(path).read_bytes() == good
             assert os.listdir(os.path.dirname(path)) == ['in.npz']
 
@@ -948,7 +952,7 @@ class TestOutput:
         path = saved(files, run(Model()))
         with pytest.raises(errors.SnapshotOutputError, match='directory'):
             snapshot.repair(path, files('no/out.npz'))
-        with pytest.raises(errors.SnapshotOutputError, match='no file'):
+        with pytest.raises(errors.SnapshotOutputError, match='not a file'):
             snapshot.repair(path, os.path.dirname(path), overwrite=True)
 
     def test_one_weight_is_in_memory_at_a_time(self, files):
@@ -1097,11 +1101,12 @@ class TestCorners:
             snapshot.convert('in.npz', 'out.h5', 'chainer')
         assert os.listdir() == ['in.npz']
 
-    @pytest.mark.parametrize('name', ['out.h5', 'out.safetensors'])
-    def test_full_disk(self, name):
+    @pytest.mark.parametrize(('name', 'package'), [
+        ('out.npz', 'numpy'), ('out.h5', 'h5py'),
+        ('out.safetensors', 'safetensors'), ('out.pt', 'torch')])
+    def test_full_disk(self, name, package):
         resource = pytest.importorskip('resource')
-        pytest.importorskip(
-            {'out.h5': 'h5py', 'out.safetensors': 'safetensors'}[name])
+        pytest.importorskip(package)
         self.save(l__W=np.random.normal(size=(300, 300)), l__W_u=np.ones(300))
         code = f'''
 import resource, signal
@@ -1110,8 +1115,8 @@ from sn_function import errors, snapshot
 resource.setrlimit(resource.RLIMIT_FSIZE, (100000, {resource.RLIM_INFINITY}))
 try:
     snapshot.repair('in.npz', {name!r})
-except errors.SnapshotOutputError:
-    print('told')
+except errors.SnapshotOutputError as e:
+    print('told' if 'File too large' in str(e) else e)
 '''
         done = subprocess.run(
             [sys.executable, '-c', code], stdout=subprocess.PIPE, check=True)

@@ -80,12 +80,17 @@ def matrices(W: Any, axis: int, groups: Groups | None) -> Any:
 
 
 def singular_values(W: Any, axis: int) -> tuple[float, float | None]:
-    """Returns the largest one, and the condition."""
+    """Returns the largest one, and the condition.
+
+    That is ``inf`` where the smallest one is below what an SVD in float64
+    leaves of a zero, whatever the dtype of the weight: it is a matrix of that
+    dtype as it is, and not one that rounding has made regular.
+    """
     A = as_matrix(W, axis)
     if min(A.shape) > LARGE:
         return largest(A)[0], None
     values = numpy.linalg.svd(A, compute_uv=False)
-    zero = values[0] * max(A.shape) * float(numpy.finfo(W.dtype).eps)
+    zero = values[0] * max(A.shape) * numpy.finfo(A.dtype).eps
     condition = values[0] / values[-1] if values[-1] > zero else math.inf
     return float(values[0]), float(condition)
 

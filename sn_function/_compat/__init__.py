@@ -25,10 +25,11 @@ the repair of Deconvolution2D and of MultiprocessIterator's pool, which every
 stack needs.
 
 Import `sn_function` before `chainer`.  The other order works as well where
-Chainer can be imported by itself.  A worker process started by `spawn` or
-`forkserver` imports Chainer anew, but the script that started it first: so
-that script has to import `sn_function` before `chainer`, at its top level, or
-:func:`sn_function.install` is called before the worker starts.
+Chainer can be imported by itself; and after an `import chainer` that failed,
+as what it left in `sys.modules` is dropped.  A worker process started by
+`spawn` or `forkserver` imports Chainer anew, but the script that started it
+first: so that script has to import `sn_function` before `chainer`, at its top
+level, or :func:`sn_function.install` is called before the worker starts.
 """
 import contextlib
 import importlib

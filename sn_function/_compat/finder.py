@@ -1,5 +1,6 @@
 """A part in the import of other modules, without importing them."""
 import contextlib
+import importlib
 import importlib.util
 import itertools
 import sys
@@ -48,13 +49,19 @@ class Finder:
         finder = cls()
         imported = [name for name in cls.names
                     if sys.modules.get(name) is not None]
-        for name in imported:
-            finder.repair(name)
         # By name: after a reload of its module the class is another one.
         names = [(type(f).__module__, type(f).__name__) for f in sys.meta_path]
-        if (len(imported) < len(cls.names)
-                and (cls.__module__, cls.__name__) not in names):
+        if (cls.__module__, cls.__name__) not in names:
             sys.meta_path.insert(0, finder)
+        for name in cls.names:
+            _drop_leftovers(name)
+        for name in imported:
+            # Another thread may be at it.  Where that fails, this one imports
+            # it again, by the finder.
+            importlib.import_module(name)
+            finder.repair(name)
+        if finder in sys.meta_path and len(imported) == len(cls.names):
+            sys.meta_path.remove(finder)
 
 
 class _Loader:
@@ -65,6 +72,8 @@ class _Loader:
         self._finder = finder
 
     def create_module(self, spec: Any) -> Any:
+        # A reload does not come here.
+        _drop_leftovers(spec.name)
         if self._is_old():
             return None
         return self._loader.create_module(spec)
@@ -86,6 +95,21 @@ class _Loader:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
+
+
+def _drop_leftovers(package: str) -> None:
+    """Forgets the submodules that a failed import of a package left behind.
+
+    They refer to the package of that import, which never became complete.
+    """
+    # None forbids a module, and a stand-in of others has no spec.
+    names = [name for name, module in list(sys.modules.items())
+             if name.startswith(package + '.')
+             and getattr(module, '__spec__', None) is not None]
+    # Asked afterwards: another thread may begin to import it.
+    if package not in sys.modules:
+        for name in names:
+            sys.modules.pop(name, None)
 
 
 def is_there(package: str) -> bool:

@@ -30,12 +30,11 @@ import re
 from typing import Any, Iterable, NamedTuple
 
 from sn_function import errors
-from sn_function._snapshots import readers
+from sn_function._snapshots import defaults, readers
 
-CHAINER, SNGAN = 'chainer', 'sngan-projection'
-TORCH, PARAMETRIZED = 'torch', 'torch-parametrized'
+LAYOUTS = defaults.LAYOUTS
+CHAINER, SNGAN, TORCH, PARAMETRIZED = LAYOUTS
 OF_TORCH = TORCH, PARAMETRIZED
-LAYOUTS = CHAINER, SNGAN, *OF_TORCH
 # Those that are read alone: of PyTorch before 1.0, of the module that wraps
 # a layer (christiancosgrove/pytorch-spectral-normalization-gan), and of
 # ajbrock/BigGAN-PyTorch.

@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterable
 
 from sn_function import errors
 from sn_function._snapshots import writers
-from sn_function._snapshots.readers import Reader
+from sn_function._snapshots.readers import Path, Reader
 
 Entries = Iterable['tuple[str, Any]']  # names, and their arrays
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # passes them on
@@ -56,7 +56,7 @@ class Plan:
         return key[len(self.prefix):]
 
     def write(
-            self, reader: Reader, path: str, compress: bool | None,
+            self, reader: Reader, path: Path, compress: bool | None,
             progress: Progress) -> list[str]:
         """Writes the output, and returns the entries that it cannot hold.
 

@@ -267,7 +267,8 @@ class TorchReader(Reader):
             # CVE-2025-32434, CVE-2026-24747: there weights_only is not safe.
             raise errors.SnapshotFileError(
                 self.path, f'PyTorch {torch.__version__} may run code that '
-                f'is in a .pt file', 'Install PyTorch 2.10 or newer.')
+                f'is in a .pt file', 'Install PyTorch 2.10 or newer, or save '
+                'the state dict by safetensors.torch.save_file.')
         is_zip = zipfile.is_zipfile(self.path)
         if is_zip:
             # PyTorch does not compare the checksums of what it maps.
@@ -318,10 +319,10 @@ def _kind_of_content(path: str) -> str:
     known = {b'\x93NUMPY': 'one array in a .npy file',
              b'\x1f\x8b': 'compressed by gzip; run gunzip on it first',
              b'\x80': 'a pickle, which may run code and is never opened'}
-    what = next((what for magic, what in known.items()
-                 if head.startswith(magic)), 'none of these')
+    what = next((f' but {what}' for magic, what in known.items()
+                 if head.startswith(magic)), '')
     raise errors.SnapshotFileError(
-        path, f'it is no .npz, HDF5, safetensors or .pt file: it is {what}',
+        path, f'it is no .npz, HDF5, safetensors or .pt file{what}',
         'Give a snapshot by chainer.serializers.save_npz or save_hdf5, or by '
         'the trainer, or a state dict.')
 
@@ -367,4 +368,5 @@ def import_package(package: str, path: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as e:
-        raise errors.SnapshotPackageError(path, package) from e
+        raise errors.SnapshotPackageError(
+            path, package, first_line(e)) from e

@@ -9,7 +9,9 @@ import contextlib
 import io
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import zipfile
 from typing import Any, Callable, Iterator
 
@@ -107,7 +109,8 @@ class HDF5Writer(Writer):
 
     def _create(self, key: str, **kwargs: Any) -> None:
         try:
-            self._file.create_dataset('/' + key, **kwargs)
+            with _interrupts_after():
+                self._file.create_dataset('/' + key, **kwargs)
         except (TypeError, ValueError) as e:
             raise OSError(
                 f'HDF5 has no place for {key!r}: {first_line(e)}') from e
@@ -121,16 +124,21 @@ class HDF5Writer(Writer):
         return super().copy(reader, key, new_key)
 
     def finish(self) -> None:
-        self._file.close()
+        with _interrupts_after():
+            self._file.close()
         self._raw.check()
 
     def close(self) -> None:
-        self._file.close()
+        with _interrupts_after():
+            self._file.close()
         self._raw.close()
 
 
 class _Forgiving(io.FileIO):
-    """Stores the first error of writing, as HDF5 crashes if it sees one."""
+    """Stores the first error of writing.
+
+    HDF5 crashes if it sees one, and PyTorch does not say what it was.
+    """
 
     error: OSError | None = None
 
@@ -156,6 +164,24 @@ class _Forgiving(io.FileIO):
             raise self.error
 
 
+@contextlib.contextmanager
+def _interrupts_after() -> Iterator[None]:
+    """Has an interrupt wait for the end, as HDF5 crashes in one."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or (
+            threading.current_thread() is not threading.main_thread()):
+        yield
+        return
+    seen: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *args: seen.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if seen:
+            handler(*seen[0])
+
+
 class SafetensorsWriter(Writer):
     # Both this format and the next are written in one piece.
 
@@ -170,7 +196,9 @@ class SafetensorsWriter(Writer):
     def finish(self) -> None:
         try:
             self._save_all()
-        except Exception as e:  # neither raises an OSError
+        except OSError:
+            raise
+        except Exception as e:  # that of safetensors
             raise OSError(first_line(e)) from e
 
     def _save_all(self) -> None:
@@ -186,8 +214,12 @@ class TorchWriter(SafetensorsWriter):
 
     def _save_all(self) -> None:
         # A copy: tensors are writable, and what was mapped may not be.
-        self._torch.save({key: self._torch.from_numpy(array.copy())
-                          for key, array in self._arrays.items()}, self._path)
+        with contextlib.closing(_Forgiving(self._path, 'w')) as file:
+            with _interrupts_after():
+                self._torch.save({
+                    key: self._torch.from_numpy(array.copy())
+                    for key, array in self._arrays.items()}, file)
+            file.check()
 
 
 _WRITERS: dict[str, Callable[[str, bool], Writer]] = {
@@ -199,12 +231,13 @@ _KINDS = {'.npz': 'npz', '.h5': 'hdf5', '.hdf5': 'hdf5',
           '.safetensors': 'safetensors', '.pt': 'torch', '.pth': 'torch'}
 
 
-def check_output(path: Path, source: Path, overwrite: bool) -> str:
-    """Returns the real path of an output that may be written.
+def check_output(path: Path, source: Path, overwrite: bool) -> None:
+    """Ensures that an output may be written, before any work is done.
 
     Raises:
         SnapshotOutputError: It exists and ``overwrite`` is false, or no file
             can be there.
+        SnapshotPackageError: A file of its kind needs a package.
 
     """
     given = os.fspath(path)
@@ -212,7 +245,7 @@ def check_output(path: Path, source: Path, overwrite: bool) -> str:
     if os.path.exists(path):
         if not os.path.isfile(path):
             raise errors.SnapshotOutputError(
-                given, 'it is there and no file', 'Give the path of a file.')
+                given, 'it is not a file', 'Give the path of a file.')
         if not overwrite:
             is_input = (os.path.exists(source)
                         and os.path.samefile(path, source))
@@ -224,22 +257,28 @@ def check_output(path: Path, source: Path, overwrite: bool) -> str:
     elif not os.path.isdir(os.path.dirname(path)):
         raise errors.SnapshotOutputError(
             given, 'its directory does not exist', 'Make the directory first.')
-    return path
+    kind = _kind(path)
+    if kind in _PACKAGES:
+        import_package(_PACKAGES[kind], given)
+
+
+def _kind(path: str) -> str | None:
+    return _KINDS.get(os.path.splitext(path)[1].lower())
 
 
 @contextlib.contextmanager
-def create(path: str, reader: Reader, compress: bool | None
+def create(path: Path, reader: Reader, compress: bool | None
            ) -> Iterator[Writer]:
     """Writes to a temporary file, which becomes ``path`` if all went well.
 
     The kind is that of the extension, else that of the input; so is, by
     default, whether a .npz is compressed.
     """
-    kind = _KINDS.get(os.path.splitext(path)[1].lower(), reader.kind)
+    given = os.fspath(path)
+    path = os.path.realpath(given)  # what a link points to
+    kind = _kind(path) or reader.kind
     if compress is None:
         compress = getattr(reader, 'is_compressed', True)
-    if kind in _PACKAGES:   # the error names the output
-        import_package(_PACKAGES[kind], path)
     try:
         with _replacement(path, reader.path) as temporary:
             writer = _WRITERS[kind](temporary, compress)
@@ -248,7 +287,7 @@ def create(path: str, reader: Reader, compress: bool | None
                 writer.finish()
     except OSError as e:
         raise errors.SnapshotOutputError(
-            path, f'it cannot be written: {e.strerror or first_line(e)}',
+            given, f'it cannot be written: {e.strerror or first_line(e)}',
             'Nothing was written.') from e
 
 

@@ -88,6 +88,28 @@ def test_zero():
     np.testing.assert_allclose(u @ u, 1)
 
 
+@pytest.mark.parametrize('condition', [1e3, 1e6, 1e9, 1e12])
+def test_condition(condition):
+    # Of float32 too, whose own precision ends at 1e7: the weight is what it
+    # is, and not rounded again.
+    U, V = (np.linalg.qr(np.random.RandomState(i).normal(size=(300, 300)))[0]
+            for i in range(2))
+    A = U * np.geomspace(1, 1 / condition, 300) @ V
+    assert singular.singular_values(A, 0)[1] == pytest.approx(
+        condition, rel=1e-3)
+    W = np.diag(np.geomspace(1, 1 / condition, 300)).astype('f')
+    assert singular.singular_values(W, 0)[1] == pytest.approx(
+        condition, rel=1e-3)
+
+
+@pytest.mark.parametrize('dtype', 'efd')
+def test_condition_of_a_singular_matrix(dtype):
+    W = np.random.RandomState(0).normal(size=(200, 200)).astype(dtype)
+    assert singular.singular_values(W, 0)[1] < 1e6
+    W[7] = W[3]
+    assert singular.singular_values(W, 0)[1] == np.inf
+
+
 @pytest.mark.parametrize('axis', [0, 1])
 def test_a_large_weight_has_no_condition(axis, monkeypatch):
     W = np.random.normal(size=(300, 70, 2, 2)).astype('f')

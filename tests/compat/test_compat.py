@@ -418,6 +418,182 @@ class TestImport:
         ''')
 
 
+# What OLD_STACK has is taken from it again, one by one.
+MISSING = {
+    'setuptools': '''
+        sys.modules.pop('pkg_resources')
+        hide('setuptools', 'pkg_resources')
+    ''',
+    'numpy.distutils': '''
+        sys.modules.pop('numpy.distutils')
+        sys.modules.pop('numpy.distutils.system_info')
+        hide('numpy.distutils')
+    ''',
+    'numpy.sctypes': 'del numpy.sctypes',
+}
+
+FAIL = '''
+    def fail(name):
+        import importlib
+        try:
+            importlib.import_module(name)
+        except (AttributeError, ImportError):
+            pass
+        else:
+            raise AssertionError
+        assert name not in sys.modules
+'''
+
+TRAIN = '''
+    def train():
+        import chainer
+        import chainer.functions as F
+        import chainer.links as L
+        from chainer.link_hooks import SpectralNormalization as builtin
+        import sn_function
+        link = L.Linear(3, 2).add_hook(sn_function.SpectralNormalization())
+        assert isinstance(link, chainer.Link)
+        assert isinstance(link, sys.modules['chainer.link'].Link)
+        assert builtin is chainer.link_hooks.SpectralNormalization
+        optimizer = chainer.optimizers.Adam().setup(link)
+        W = link.W.array.copy()
+        x = numpy.ones((4, 3), 'f')
+        optimizer.update(lambda: F.sum(F.relu(link(x)) + link(x) ** 2))
+        assert abs(link.W.array - W).max() > 0
+'''
+
+
+class TestAfterAFailedImport:
+    """As in a notebook, whose user imports sn_function after the error."""
+
+    @pytest.mark.parametrize('what', MISSING)
+    def test_of_chainer(self, what):
+        run(OLD_STACK, HIDE, FAIL, TRAIN, MISSING[what], '''
+            fail('chainer')
+            assert [name for name in sys.modules if name[:8] == 'chainer.']
+            import sn_function
+            from chainer.functions import relu
+            import chainer
+            assert chainer.functions.relu is relu
+            train()
+            assert sn_function._compat.applied[0] in (
+                'pkg_resources', 'numpy.distutils.system_info',
+                'numpy.sctypes')
+        ''')
+
+    def test_of_chainer_by_a_name_of_this_package(self):
+        run(OLD_STACK, HIDE, FAIL, TRAIN, MISSING['numpy.sctypes'], '''
+            fail('chainer')
+            from sn_function import SpectralNormalization
+            train()
+        ''')
+
+    def test_when_sn_function_came_first(self):
+        run(HIDE, FAIL, TRAIN, '''
+            import numpy
+            import sn_function
+            hide('chainer.training')
+            fail('chainer')
+            assert 'chainer.functions' in sys.modules
+            sys.meta_path.pop(0)
+            train()
+        ''')
+
+    def test_of_chainermn(self):
+        run(OLD_STACK, HIDE, FAIL, TRAIN, MISSING['numpy.sctypes'], '''
+            module('mpi4py.MPI', FLOAT=None)
+            module('mpi4py', MPI=sys.modules['mpi4py.MPI'])
+            fail('chainermn')
+            import sn_function
+            import chainermn
+            assert chainermn.links.MultiNodeBatchNormalization
+            train()
+        ''')
+
+    def test_of_onnx_chainer(self):
+        pytest.importorskip('onnx')
+        pytest.importorskip('onnx_chainer')
+        run(OLD_STACK, HIDE, FAIL, TRAIN, MISSING['numpy.sctypes'], '''
+            fail('onnx_chainer')
+            import sn_function
+            import onnx_chainer
+            assert onnx_chainer.export
+            train()
+        ''')
+
+    @pytest.mark.parametrize('fails', [True, False])
+    def test_of_chainer_in_another_thread(self, fails):
+        # It is in the middle of the import when this one begins.
+        run(OLD_STACK, HIDE, TRAIN, MISSING['numpy.sctypes'] if fails else '',
+            '''
+            import importlib, threading, time
+            from importlib.machinery import PathFinder
+            started = threading.Event()
+            class Slow:
+                def find_spec(self, name, path=None, target=None):
+                    if name != 'chainer.functions.array':
+                        return None
+                    spec = PathFinder.find_spec(name, path)
+                    execute = spec.loader.exec_module
+                    def execute_slowly(module):
+                        started.set()
+                        for _ in range(1000):
+                            if 'sn_function.bake' not in sys.modules:
+                                time.sleep(.01)
+                        time.sleep(.2)
+                        execute(module)
+                    spec.loader.exec_module = execute_slowly
+                    return spec
+            sys.meta_path.insert(0, Slow())
+            done = []
+            def other():
+                try:
+                    importlib.import_module('chainer')
+                except AttributeError as error:
+                    done.append(error)
+                else:
+                    done.append(None)
+            thread = threading.Thread(target=other)
+            thread.start()
+            assert started.wait(60)
+            assert 'chainer' in sys.modules
+            import sn_function
+            import chainer
+            train()
+            thread.join()
+            assert (done[0] is not None) == ''' f'{fails}')
+
+    def test_a_good_chainer_is_left_alone(self):
+        run('''
+            import importlib, sys
+            import sn_function, chainer
+
+            def modules():
+                return {name: module for name, module in sys.modules.items()
+                        if name.split('.')[0] == 'chainer'}
+
+            before = modules()
+            importlib.reload(chainer)
+            importlib.reload(sn_function)
+            finder, = [each for each in sys.meta_path
+                       if type(each).__name__ == '_ChainerFinder']
+            importlib.util.module_from_spec(finder.find_spec('chainer', None))
+            after = modules()
+            assert before.items() <= after.items()
+        ''')
+
+    def test_what_others_put_there_stays(self):
+        run('''
+            import sys, types
+            stand_in = types.ModuleType('chainer.stand_in')
+            sys.modules['chainer.stand_in'] = stand_in
+            sys.modules['chainer.links.caffe'] = None
+            import sn_function, chainer
+            assert sys.modules['chainer.stand_in'] is stand_in
+            assert sys.modules['chainer.links.caffe'] is None
+        ''')
+
+
 class TestLazyImport:
 
     def test_imports_neither_numpy_nor_chainer(self):

@@ -5,6 +5,7 @@ import csv
 import gc
 import importlib.util
 import math
+import pathlib
 
 import sn_function  # isort: skip  # before chainer, which it repairs
 import chainer
@@ -12,12 +13,20 @@ import chainer.links as L
 import numpy as np
 import pytest
 
-from tests.tools.benchmarks import contenders, cpu, models, settings, tried
+from tests.tools.benchmarks import (
+    contenders,
+    cpu,
+    models,
+    picture,
+    settings,
+    tried,
+)
 
 assert sn_function
 MODEL_CONTENDERS = [
     cpu.BUILT_IN, 'hook', 'hook, cached', 'chain hook', 'chain hook, cached']
 CASE_OF = cpu.case_of
+RESULTS = pathlib.Path(__file__).parents[2] / 'docs' / 'benchmarks'
 
 
 def distance(x, y):
@@ -445,6 +454,30 @@ def test_a_run(tmp_path, capsys, in_this_process, monkeypatch):
         assert 'cpu.png is not drawn' in complaint
     else:
         assert (out / 'cpu.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_committed_picture_is_that_of_the_numbers(tmp_path):
+    pytest.importorskip('matplotlib')
+    csv_file = RESULTS / 'cpu.csv'
+    rows = cpu.read_csv(csv_file)
+    with csv_file.open() as file:
+        for row, fields in zip(rows, csv.DictReader(file)):
+            for name in 'threads', 'kind', 'name', 'contender', 'note':
+                assert getattr(row, name) == fields[name]
+            for name in 'K', 'p20', 'median', 'added', 'ratio':
+                assert getattr(row, name) == pytest.approx(
+                    float(fields[name] or 'nan'), nan_ok=True)
+            assert row.kept == pytest.approx(
+                float(fields['retained bytes'] or 'nan'), nan_ok=True)
+    drawn = {
+        picture.LABELS.get(row.contender, row.contender)
+        for row in rows if row.kind in picture.PANELS}
+    assert drawn == set(picture.STYLES)
+    colors = [color for color, _ in picture.STYLES.values()]
+    assert len(set(colors)) == len(colors)
+    (tmp_path / 'cpu.csv').write_bytes(csv_file.read_bytes())
+    cpu.main(['--draw', str(tmp_path)])
+    assert (tmp_path / 'cpu.png').read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.mark.slow

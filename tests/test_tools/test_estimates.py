@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -178,10 +179,11 @@ def test_train(monkeypatch):
     pytest.importorskip('sklearn')
     program = estimates.example()
     trained = {'n': 1, 'frechet_distance': 3., 'accuracy': .5}
-    monkeypatch.setattr(program.sample_grid, 'draw', lambda *args: None)
-    monkeypatch.setattr(program.digits_score, 'score', lambda *args: {
-        'n_features': 1, 'n_held_out': 1, 'accuracy_held_out': 1.,
-        'images': {'trained generator': trained}})
+    monkeypatch.setattr(program.Samples, '__call__', lambda *args: None)
+    monkeypatch.setattr(program.digits_score, 'Scorer', mock.Mock(**{
+        'return_value.scores.return_value': {
+            'n_features': 1, 'n_held_out': 1, 'accuracy_held_out': 1.,
+            'images': {'trained generator': trained}}}))
     before = []
 
     def step(update, dis):

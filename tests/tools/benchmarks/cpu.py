@@ -4,6 +4,7 @@
 compositions, and PyTorch and JAX where they are installed, and prints tables:
 first with the threads that these take by default, as a user has them, then
 with one.  ``--out DIR`` keeps them as ``cpu.csv``, ``cpu.md`` and ``cpu.png``.
+``--draw DIR`` draws ``cpu.png`` from the ``cpu.csv`` there.
 
 Contenders take turns in one process.  Peers have processes of their own: each
 brings a pool of threads, and these pools would wait for one another.
@@ -53,6 +54,7 @@ from tests.tools.benchmarks.models import (
     model_makers,
     nbytes_of,
 )
+from tests.tools.benchmarks.picture import draw
 from tests.tools.benchmarks.report import (
     DTYPES,
     Budget,
@@ -468,29 +470,13 @@ def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
                 for x in row])
 
 
-def draw(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    """Time over the number of layers and over the side of a weight."""
-    from matplotlib.figure import Figure  # without pyplot it draws with Agg
-
-    figure = Figure(figsize=(11, 4.5), dpi=100)
-    for axes, (kind, title) in zip(figure.subplots(1, 2), GROWTH.items()):
-        of_kind = [row for row in rows if row.kind == kind
-                   and row.threads == rows[0].threads]
-        for name in dict.fromkeys(row.contender for row in of_kind):
-            points = [(int(row.name), row.median) for row in of_kind
-                      if row.contender == name and row.median == row.median]
-            if points:
-                axes.plot(*zip(*points), marker='o', markersize=3, label=name)
-        axes.set_xscale('log', base=2)
-        axes.set_yscale('log')
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel(kind)
-        axes.set_ylabel('us')
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(path)
+def read_csv(path: pathlib.Path) -> list[Row]:
+    with path.open(encoding='utf-8', newline='') as file:
+        _, *lines = csv.reader(file)
+    return [
+        Row(*line[:4], int(line[4]), line[5],
+            *[float(x or 'nan') for x in line[6:-1]], line[-1])
+        for line in lines]
 
 
 # The run
@@ -529,6 +515,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help='likewise')
     parser.add_argument('--rounds', type=int, help='number of times each')
     parser.add_argument('--out', type=pathlib.Path, help='folder of results')
+    parser.add_argument(
+        '--draw', type=pathlib.Path, metavar='OUT',
+        help='measure nothing, draw the picture of a folder of results')
     args = parser.parse_args(argv)
     few: Any = slice(1 if args.quick else None)
     for name, value in {
@@ -551,6 +540,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure_package(*options[1:])
         return
     args = parse(argv)
+    if args.draw is not None:
+        draw(args.draw / 'cpu.png', read_csv(args.draw / 'cpu.csv'))
+        return
     print(machine())
     peers = list(dict.fromkeys(
         package for peer, package in PEERS.items() if why_not(peer) is None))
