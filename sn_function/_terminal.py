@@ -221,7 +221,6 @@ def _print_rows(
         is_last = kept[i] == len(columns.split(', ')) - 1
         table.add_column(
             name.lstrip('>'), justify='right' if name[0] == '>' else 'left',
-            no_wrap=not is_last,
             min_width=min(width, _NOTE) if is_last else width)
     for row in cells:
         table.add_row(*row)
@@ -260,7 +259,7 @@ def progress(what: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
     def pass_on(items: Iterable[Any]) -> Iterator[Any]:
         items, started = list(items), time.monotonic()
         bar = Progress(console=Console(stderr=True), transient=True,
-                       disable=not sys.stderr.isatty())
+                       disable=sys.stderr is None or not sys.stderr.isatty())
         task = bar.add_task(f'{what} ...', total=len(items))
         try:
             for item in items:

@@ -72,7 +72,7 @@ class WeightReport(NamedTuple):
         estimate: What its vectors give for sigma, in test mode, by a hook
             with the default settings.
         condition: ``sigma`` over the smallest singular value; ``inf`` where
-            that is zero up to rounding.
+            that is zero, up to the rounding of an SVD in float64.
         status: ``'ok'``; ``'lags'``, for an estimate more than 10% too low;
             ``'stale'``, where the hook first iterates to a vector of this
             weight, as the stored one alone gives 10% less than the estimate;

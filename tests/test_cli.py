@@ -711,6 +711,14 @@ class TestProcess:
         assert b'\\u0436/W' in done.stdout
         assert done.stdout.isascii()
 
+    def test_without_standard_error(self, path):
+        done = subprocess.run(
+            [sys.executable, '-m', 'sn_function', 'inspect', path],
+            stdout=subprocess.PIPE, preexec_fn=lambda: os.close(2),
+            env={**os.environ, 'PYTHONPATH': str(ROOT)})
+        assert done.returncode == 0
+        assert b'All 2 vectors' in done.stdout
+
     @pytest.mark.parametrize('name', ['out.npz', 'out.h5'])
     def test_interrupted(self, path, name):
         # While it writes, which HDF5 does from C.
