@@ -56,7 +56,7 @@ class Summary(NamedTuple):
     * ``'no matrix'``: a bias, or another parameter with fewer than 2
       dimensions;
     * ``'unknown'``: as ``'unsupported'`` or ``'no matrix'``, and not
-      initialized.
+      initialized, nor by ``run``.
 
     """
 
@@ -69,12 +69,11 @@ class Summary(NamedTuple):
 
         For an ``assert``.  It is true if at least one weight is
         ``'normalized'``, each other one is ``'filtered out'``, and there are
-        no remarks.  So ``'no hook'``, ``'unsupported'``, ``'partly'`` and
-        ``'never'`` make it false.  Only with ``run`` are weights found that
-        are used without a call of their link.
+        no remarks.  So ``'no hook'``, ``'unsupported'``, ``'partly'``,
+        ``'never'`` and ``'unknown'`` make it false.  Only with ``run`` are
+        weights found that are used without a call of their link.
         """
-        found = {row.status for row in self.rows} - {
-            NO_MATRIX, UNKNOWN, FILTERED_OUT}
+        found = {row.status for row in self.rows} - {NO_MATRIX, FILTERED_OUT}
         return found == {NORMALIZED} and not self.remarks
 
     def __str__(self) -> str:
@@ -145,7 +144,9 @@ def summary(
         for name in sorted(link._params):
             full = f'{path.rstrip("/")}/{name}'
             shape = _shape(link.__dict__[name])
-            status, note = structure.status(link, name, shape)
+            ndim = len(shape) if shape is not None else (
+                usage and usage.ndims.get(full))
+            status, note = structure.status(link, name, ndim)
             if usage is not None and status == NORMALIZED:
                 status, note = _amend(usage, full, note)
             rows.append(SummaryRow(full, shape, status, note))
@@ -202,13 +203,13 @@ class _Structure:
             if n_step.is_n_step(link) for layer in link.children()}
 
     def status(
-            self, link: chainer.Link, name: str,
-            shape: tuple[int, ...] | None) -> tuple[str, str]:
+            self, link: chainer.Link, name: str, ndim: int | None,
+    ) -> tuple[str, str]:
         """Returns the status of a parameter of the link, and the note."""
         for key, hook in link.local_link_hooks.items():
             if isinstance(hook, HOOKS) and hook.weight_name == name:
                 return self._status_of_hooked(link, key, hook)
-        if shape is not None and len(shape) < 2:
+        if ndim is not None and ndim < 2:
             return NO_MATRIX, ''
         owner = self.owners.get(id(link))
         if owner is not None and name in n_step.weight_names(owner):
@@ -216,7 +217,7 @@ class _Structure:
         is_left_out = id(link) in self.filtered_out
         if (is_left_out or _models.is_supported(link)) and name == 'W':
             return FILTERED_OUT if is_left_out else NO_HOOK, ''
-        return (UNKNOWN if shape is None else UNSUPPORTED,
+        return (UNKNOWN if ndim is None else UNSUPPORTED,
                 type(link).__name__)
 
     def _status_of_hooked(
