@@ -144,8 +144,9 @@ def summary(
         for name in sorted(link._params):
             full = f'{path.rstrip("/")}/{name}'
             shape = _shape(link.__dict__[name])
-            ndim = len(shape) if shape is not None else (
-                usage and usage.ndims.get(full))
+            ndim = None if shape is None else len(shape)
+            if usage is not None:
+                ndim = usage.ndims.get(full)
             status, note = structure.status(link, name, ndim)
             if usage is not None and status == NORMALIZED:
                 status, note = _amend(usage, full, note)
