@@ -8,6 +8,7 @@ import chainer
 from sn_function import _models, _table
 from sn_function._links import n_step
 from sn_function._links.bypass import bypasses_hooks
+from sn_function._links.gamma import LargestSingularValue
 from sn_function._usage import Usage
 from sn_function.chain import ChainSpectralNormalization
 from sn_function.link_hooks import HOOKS
@@ -143,9 +144,10 @@ def summary(
     for path, link in model.namedlinks():
         for name in sorted(link._params):
             full = f'{path.rstrip("/")}/{name}'
-            shape = _shape(link.__dict__[name])
-            ndim = None if shape is None else len(shape)
-            if usage is not None:
+            parameter = link.__dict__[name]
+            shape = None if parameter.array is None else parameter.shape
+            ndim = _ndim(parameter)
+            if ndim is None and usage is not None:
                 ndim = usage.ndims.get(full)
             status, note = structure.status(link, name, ndim)
             if usage is not None and status == NORMALIZED:
@@ -179,8 +181,11 @@ def _remarks(usage: Usage, rows: list[SummaryRow]) -> tuple[str, ...]:
     return tuple(remarks)
 
 
-def _shape(parameter: chainer.Parameter) -> tuple[int, ...] | None:
-    return None if parameter.array is None else parameter.shape
+def _ndim(parameter: chainer.Parameter) -> int | None:
+    """Returns the number of dimensions, or ``None`` where it is unknown."""
+    if isinstance(parameter.initializer, LargestSingularValue):
+        return 0  # a gamma
+    return None if parameter.array is None else parameter.ndim
 
 
 class _Structure:

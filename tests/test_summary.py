@@ -485,8 +485,11 @@ def test_links_of_other_kinds():
 
 
 def test_gamma_is_no_matrix():
-    link = L.Linear(3, 2).add_hook(SpectralNormalization(use_gamma=True))
-    assert rows(link)['/gamma'] == ('no matrix', '')
+    for in_size in 3, None:
+        link = L.Linear(in_size, 2).add_hook(
+            SpectralNormalization(use_gamma=True))
+        assert rows(link)['/gamma'] == ('no matrix', '')
+        assert sn_function.summary(link).all_normalized
 
 
 def test_text():
