@@ -13,7 +13,8 @@ def norms(model: chainer.Link) -> layers.Layers:
     For a layer with a hook, this package's or Chainer's: the estimate of
     sigma that the next call in test mode divides by, the true value, and the
     norm of the weight as the layer uses it, which is 1 for a perfect estimate,
-    times what gamma, factor and cap make of it.  For another one of the kinds
+    times what gamma, factor and cap make of it.  (:func:`~sn_function.summary`
+    tells of hooks without an effect.)  For another one of the kinds
     that :class:`~sn_function.ChainSpectralNormalization` takes, the norm of
     its weight.  With ``norm='operator'`` it is that of the map of images.
 

@@ -8,6 +8,7 @@ import chainer
 from sn_function import _models, _table
 from sn_function._links import n_step
 from sn_function._links.bypass import bypasses_hooks
+from sn_function._links.gamma import LargestSingularValue
 from sn_function._usage import Usage
 from sn_function.chain import ChainSpectralNormalization
 from sn_function.link_hooks import HOOKS
@@ -56,7 +57,7 @@ class Summary(NamedTuple):
     * ``'no matrix'``: a bias, or another parameter with fewer than 2
       dimensions;
     * ``'unknown'``: as ``'unsupported'`` or ``'no matrix'``, and not
-      initialized.
+      initialized, nor by ``run``.
 
     """
 
@@ -69,12 +70,11 @@ class Summary(NamedTuple):
 
         For an ``assert``.  It is true if at least one weight is
         ``'normalized'``, each other one is ``'filtered out'``, and there are
-        no remarks.  So ``'no hook'``, ``'unsupported'``, ``'partly'`` and
-        ``'never'`` make it false.  Only with ``run`` are weights found that
-        are used without a call of their link.
+        no remarks.  So ``'no hook'``, ``'unsupported'``, ``'partly'``,
+        ``'never'`` and ``'unknown'`` make it false.  Only with ``run`` are
+        weights found that are used without a call of their link.
         """
-        found = {row.status for row in self.rows} - {
-            NO_MATRIX, UNKNOWN, FILTERED_OUT}
+        found = {row.status for row in self.rows} - {NO_MATRIX, FILTERED_OUT}
         return found == {NORMALIZED} and not self.remarks
 
     def __str__(self) -> str:
@@ -144,8 +144,12 @@ def summary(
     for path, link in model.namedlinks():
         for name in sorted(link._params):
             full = f'{path.rstrip("/")}/{name}'
-            shape = _shape(link.__dict__[name])
-            status, note = structure.status(link, name, shape)
+            parameter = link.__dict__[name]
+            shape = None if parameter.array is None else parameter.shape
+            ndim = _ndim(parameter)
+            if ndim is None and usage is not None:
+                ndim = usage.ndims.get(full)
+            status, note = structure.status(link, name, ndim)
             if usage is not None and status == NORMALIZED:
                 status, note = _amend(usage, full, note)
             rows.append(SummaryRow(full, shape, status, note))
@@ -177,8 +181,11 @@ def _remarks(usage: Usage, rows: list[SummaryRow]) -> tuple[str, ...]:
     return tuple(remarks)
 
 
-def _shape(parameter: chainer.Parameter) -> tuple[int, ...] | None:
-    return None if parameter.array is None else parameter.shape
+def _ndim(parameter: chainer.Parameter) -> int | None:
+    """Returns the number of dimensions, or ``None`` where it is unknown."""
+    if isinstance(parameter.initializer, LargestSingularValue):
+        return 0  # a gamma
+    return None if parameter.array is None else parameter.ndim
 
 
 class _Structure:
@@ -202,13 +209,13 @@ class _Structure:
             if n_step.is_n_step(link) for layer in link.children()}
 
     def status(
-            self, link: chainer.Link, name: str,
-            shape: tuple[int, ...] | None) -> tuple[str, str]:
+            self, link: chainer.Link, name: str, ndim: int | None,
+    ) -> tuple[str, str]:
         """Returns the status of a parameter of the link, and the note."""
         for key, hook in link.local_link_hooks.items():
             if isinstance(hook, HOOKS) and hook.weight_name == name:
                 return self._status_of_hooked(link, key, hook)
-        if shape is not None and len(shape) < 2:
+        if ndim is not None and ndim < 2:
             return NO_MATRIX, ''
         owner = self.owners.get(id(link))
         if owner is not None and name in n_step.weight_names(owner):
@@ -216,7 +223,7 @@ class _Structure:
         is_left_out = id(link) in self.filtered_out
         if (is_left_out or _models.is_supported(link)) and name == 'W':
             return FILTERED_OUT if is_left_out else NO_HOOK, ''
-        return (UNKNOWN if shape is None else UNSUPPORTED,
+        return (UNKNOWN if ndim is None else UNSUPPORTED,
                 type(link).__name__)
 
     def _status_of_hooked(

@@ -28,6 +28,8 @@ class Usage:
             the path of the parameter.
         unregistered (list of str): Classes of the links with parameters that
             were called, and that the model has outside of ``namedlinks()``.
+        ndims (dict): Number of dimensions of each parameter that is
+            initialized after the run, by its path.
 
     """
 
@@ -35,6 +37,7 @@ class Usage:
         self.called: set[str] = set()
         self.raw: dict[str, str] = {}
         self.unregistered: list[str] = []
+        self.ndims: dict[str, int] = {}
 
     @classmethod
     def of(cls, model: chainer.Link, run: Callable[..., Any]) -> Usage:
@@ -55,6 +58,8 @@ class Usage:
             run(twin.model)
         if not (links.has_called or usage.raw):
             raise errors.RunArgumentError(model, None)
+        usage.ndims = {path: parameter.ndim for path, parameter
+                       in twin.model.namedparams(include_uninit=False)}
         return usage
 
 

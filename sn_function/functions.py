@@ -443,7 +443,8 @@ def spectral_norm(
     begin at the left singular vector of the largest singular value, which is
     found in float64 on the host, and is a constant of the gradient.  For a
     small matrix that takes as long as a singular value decomposition, for a
-    large one less.  A weight is normalized once by ``W / spectral_norm(W)``.
+    large one less.  A weight of float32 or float64, other than zero, is
+    normalized once by ``W / spectral_norm(W)``.
 
     **With u** it is an estimate, for penalties and for logging: each step of
     training goes on from the ``u`` of the one before.  Except for rounding,
@@ -496,7 +497,9 @@ def spectral_norm(
 
     """
     split = _checks.check_groups(groups)
-    if u is None and not update_u:
+    if u is None:
+        if update_u:
+            raise errors.VectorUpdateError(u)
         u = _leading(W, axis, split)
     settings = normalize.make_settings(
         n_power_iteration, axis, detach_uv, 1.0, 0.0, None,

@@ -487,7 +487,7 @@ class TestNormWithoutU:
             F.spectral_norm(random(4, 3), axis=2)
         with pytest.raises(errors.GroupCountError):
             F.spectral_norm(random(4, 3), groups=3)
-        with pytest.raises(errors.VectorTypeError, match='NoneType'):
+        with pytest.raises(errors.VectorUpdateError, match='is a NoneType'):
             F.spectral_norm(random(4, 3), update_u=True)
 
 

@@ -94,14 +94,38 @@ class TestAllNormalized:
         assert sn_function.summary(model).all_normalized
 
     @pytest.mark.parametrize(('other', 'expected'), [
-        (L.BatchNormalization(3), True),
-        (L.BatchNormalization(axis=(0, 2)), True), (L.Linear(3, 3), False),
+        (L.BatchNormalization(3), True), (L.Linear(3, 3), False),
         (L.Bilinear(2, 3, 4), False)])
     def test_other_links(self, other, expected):
         """Those without a matrix, and those that a chain does not take."""
         model = chainer.Sequential(
             L.Linear(3, 3).add_hook(SpectralNormalization()), other)
         assert sn_function.summary(model).all_normalized is expected
+
+    def test_not_initialized(self):
+        """What it will be, only a run can tell."""
+        class Lazy(chainer.Link):
+
+            def __init__(self, *shape):
+                super().__init__()
+                self.shape = shape
+                with self.init_scope():
+                    self.V = chainer.Parameter(0)
+
+            def forward(self, x):
+                if not self.V.is_initialized:
+                    self.V.initialize(self.shape)
+                return x * F.sum(self.V)
+
+        for ndim, expected in (1, True), (2, False):
+            model = chainer.Sequential(
+                L.Linear(3).add_hook(SpectralNormalization()),
+                Lazy(*[3] * ndim))
+            assert not sn_function.summary(model).all_normalized
+            found = sn_function.summary(
+                model, lambda model: model(np.ones((1, 3), 'f')))
+            assert found.all_normalized is expected, found
+            assert found.rows[-1].shape is None
 
     def test_nothing_to_normalize(self):
         assert not sn_function.summary(L.BatchNormalization(3)).all_normalized
@@ -461,8 +485,11 @@ def test_links_of_other_kinds():
 
 
 def test_gamma_is_no_matrix():
-    link = L.Linear(3, 2).add_hook(SpectralNormalization(use_gamma=True))
-    assert rows(link)['/gamma'] == ('no matrix', '')
+    for in_size in 3, None:
+        link = L.Linear(in_size, 2).add_hook(
+            SpectralNormalization(use_gamma=True))
+        assert rows(link)['/gamma'] == ('no matrix', '')
+        assert sn_function.summary(link).all_normalized
 
 
 def test_text():

@@ -116,8 +116,10 @@ def _largest(
             found = value * scale, u, v
             if residual <= rtol * value or min(A.m, A.n) > LARGE:
                 return found
-    u, values, v = numpy.linalg.svd(
-        A.tdot_all(numpy.eye(A.m)), full_matrices=False)
+    # A row or a column of A for each unit vector, of which there are few.
+    dense = (A.tdot_all(numpy.eye(A.m)) if A.m <= A.n
+             else A.dot_all(numpy.eye(A.n)).T)
+    u, values, v = numpy.linalg.svd(dense, full_matrices=False)
     return float(values[0]) * scale, u[:, 0], v[0]
 
 

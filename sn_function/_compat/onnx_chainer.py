@@ -9,12 +9,13 @@ what is wrong without each repair, and when it is needed.
 One thing is no repair: with any onnx the exporter refuses models with hooks,
 as it has no converter for spectral normalization.  See :mod:`.guards`.
 """
+import collections
 import functools
 import importlib
 import sys
 import types
 import warnings
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Container, Iterator, List
 
 import numpy
 
@@ -120,13 +121,24 @@ def _repair_inputs() -> None:
             nodes: Any, name: str, inputs: Any, outputs: Any,
             initializer: Any = (), **kwargs: Any) -> Any:
         used = {*_names_of_inputs(nodes), *(each.name for each in outputs)}
-        known = {each.name for each in initializer}
+        # What is shared is listed twice, in both; what is a parameter and an
+        # argument as well, once as an initializer.
+        arguments = _count(inputs) - _count(initializer)
         return make_graph(
-            nodes, name, [each for each in inputs if each.name not in known],
-            outputs, [each for each in initializer if each.name in used],
-            **kwargs)
+            nodes, name, _once(inputs, arguments), outputs,
+            _once(initializer, used - arguments.keys()), **kwargs)
 
     export.helper = _richer(export.helper, make_graph=_make_graph)
+
+
+def _count(described: Any) -> 'collections.Counter[str]':
+    return collections.Counter(each.name for each in described)
+
+
+def _once(described: Any, names: Container) -> List[Any]:
+    """Those with one of the names, each once."""
+    return list({each.name: each for each in described
+                 if each.name in names}.values())
 
 
 def _names_of_inputs(nodes: Any) -> Iterator[str]:
@@ -136,6 +148,31 @@ def _names_of_inputs(nodes: Any) -> Iterator[str]:
         for attribute in node.attribute:
             for graph in (attribute.g, *attribute.graphs):
                 yield from _names_of_inputs(graph.node)
+
+
+# The exporter gives each output its name where the graph computes it, and
+# lists them in that order.
+
+def _try_outputs() -> None:
+    from chainer import functions
+    graph = _graph(lambda x: (functions.relu(x), functions.sigmoid(x)), 1)
+    if graph.output[0].name != 'ReLU_0':
+        raise WrongResultError
+
+
+def _repair_outputs() -> None:
+    cls = _module('graph').Graph
+    to_onnx_graph = cls.to_onnx_graph
+
+    def _to_onnx_graph(self: Any) -> None:
+        nodes = [each.node for each in self.network_outputs.values()]
+        to_onnx_graph(self)
+        names = {each.node: name
+                 for name, each in self.network_outputs.items()}
+        for node in nodes:
+            self.network_outputs.move_to_end(names[node])
+
+    cls.to_onnx_graph = _to_onnx_graph
 
 
 # Converters.
@@ -192,6 +229,10 @@ REPAIRS = (
            'onnx_chainer lists each parameter as an input, of which '
            'onnxruntime warns', 'with Chainer 7.8.1',
            _try_inputs, WrongResultError, _repair_inputs),
+    Repair('graph_outputs',
+           'onnx_chainer lists the outputs of a model in another order',
+           'with Chainer 7.8.1',
+           _try_outputs, WrongResultError, _repair_outputs),
     Repair('convert_Unpooling2D',
            'onnx_chainer exports F.unpooling_2d without outsize wrong, and '
            'refuses it with one', 'with Chainer 7.8.1',

@@ -1,4 +1,6 @@
 """The largest singular value and its vectors, by NumPy's decomposition."""
+import tracemalloc
+
 import sn_function  # isort: skip  # before chainer, which it repairs
 import numpy as np
 import pytest
@@ -80,6 +82,21 @@ def test_too_few_steps(n_starts, monkeypatch):
     np.testing.assert_allclose(A @ v, value * u, atol=1e-12 * value)
     np.testing.assert_allclose(
         value, np.linalg.svd(A, compute_uv=False)[0], rtol=1e-13)
+
+
+@pytest.mark.parametrize('shape', [(3000, 3), (3, 3000)])
+def test_memory_of_a_narrow_matrix(shape):
+    """An EmbedID of many words: no square of the long side."""
+    A = np.random.normal(size=shape)
+    tracemalloc.start()
+    try:
+        value, u, v = singular.largest(A)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * A.nbytes
+    np.testing.assert_allclose(value, np.linalg.norm(A, 2), rtol=1e-13)
+    np.testing.assert_allclose(A @ v, value * u, atol=1e-12 * value)
 
 
 def test_zero():

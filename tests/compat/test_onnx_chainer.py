@@ -258,6 +258,41 @@ class TestRepairs:
             [node], 'graph', [], [], initializer=tensors)
         assert [each.name for each in graph.initializer] == ['W']
 
+    def test_shared_parameters(self):
+        """The exporter lists them twice, and its own check refuses that."""
+        first, norm = L.Linear(3, 3), L.BatchNormalization(3)
+        second = L.Linear(3, 3)
+        second.W = first.W
+        model = chainer.Sequential(
+            first, norm, F.relu, first, norm, F.relu, second)
+        with chainer.using_config('train', False):
+            expected = model(x(2, 3)).array
+        model_ = onnx_chainer.export(model, x(2, 3))
+        names = [each.name for each in model_.graph.initializer]
+        assert len(names) == len(set(names)) == 7
+        y, = run(model_, x(2, 3))
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+        graph = onnx_chainer.export(
+            model, x(2, 3), export_params=False).graph
+        assert {each.name for each in graph.input} == {*names, 'Input_0'}
+
+    def test_a_parameter_that_is_an_argument(self):
+        """It is an input, not a constant."""
+        link = L.Linear(3, 3)
+        model = Function(lambda W: F.matmul(link(x(2, 3)), W))
+        model.add_link('link_', link)
+        model = onnx_chainer.export(model, link.W)
+        assert [each.name for each in model.graph.input] == ['Input_0']
+        assert 'Input_0' not in {
+            each.name for each in model.graph.initializer}
+        y, = run(model, 0 * x(3, 3))
+        np.testing.assert_array_equal(y, np.zeros((2, 3)))
+
+    def test_outputs_are_in_order(self):
+        model = Function(lambda x: (2 * x, F.relu(x) - 1, F.sigmoid(x)))
+        check(model, x(2, 3))
+        check(model, x(2, 3), output_names=['c', 'b', 'a'])
+
     def test_onnxruntime_warns_of_nothing(self):
         done = self.python('''
             import sn_function, numpy, chainer
@@ -355,7 +390,7 @@ class TestRepairs:
             import sn_function, onnx_chainer
             from sn_function._compat import onnx_chainer as repaired
             assert repaired.applied == [
-                'graph_inputs', 'convert_Unpooling2D',
+                'graph_inputs', 'graph_outputs', 'convert_Unpooling2D',
                 'convert_MeanAbsoluteError', 'dilations']
             for name in 'export', 'context':
                 assert sys.modules['onnx_chainer.' + name].onnx is onnx
