@@ -944,7 +944,7 @@ class TestOutput:
                 'sn_function._snapshots.writers.NpzWriter.write', fail)
             with pytest.raises(expected):
                 snapshot.bake(path, path, overwrite=True,
-                              axes={'square/W': 1}, fill=False)
+                              axes={'square/W': 1})
             assert pathlib.Path(path).read_bytes() == good
             assert os.listdir(os.path.dirname(path)) == ['in.npz']
 
