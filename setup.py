@@ -89,7 +89,8 @@ def with_links(text):
         return text
     return re.sub(
         r'(?ms)(^```.*?^```|^ {4}[^\n]*|`[^`]*`)'
-        r'|(\]\(|^\[[^]\n]+\]: *|\b(?:href|src)=")([^\s)"<>]+)', absolute, text)
+        r'|(\]\(|^\[[^]\n]+\]: *|\b(?:href|src)=")([^\s)"<>]+)',
+        absolute, text)
 
 
 setup(

@@ -114,8 +114,8 @@ class TestAddress:
 
     @pytest.mark.parametrize('remote', [
         '', '../b.git', './a.b/c', '/srv/example.org/b.git', 'server:a/b',
-        'file:///srv/b.git', 'git@example.org:/srv/b.git', 'C:\\a\\b', 'C:/a/b',
-        'git://example.org/a/b.git', 'https://[::1]:8/a/b', 'gh:a/b',
+        'file:///srv/b.git', 'git@example.org:/srv/b.git', 'C:\\a\\b',
+        'C:/a/b', 'git://example.org/a/b.git', 'https://[::1]:8/a/b', 'gh:a/b',
         'git@example.org-work:a/b.git', 'ssh://git@server/a/b.git',
         'https://example.org/a/b?token=c', 'https://example.org/a b',
         'user.name:token@example.org/a/b', 'https://user:1/2@example.org/a'])
