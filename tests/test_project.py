@@ -258,6 +258,14 @@ class TestYaml:
                                          step.get('run', '')):
                     assert target in targets
 
+    @pytest.mark.parametrize('name', [
+        'CONTRIBUTING.md', 'README.md', 'docs/install.rst'])
+    def test_targets_that_are_named(self, name):
+        named = re.findall(r'(?m)(?:^ +(?:\$ )?|`)make ([\w-]+)', read(name))
+        targets = re.findall(r'(?m)^([\w-]+):', read('Makefile'))
+        assert named
+        assert set(named) <= set(targets)
+
     def test_bug_report_asks_the_doctor(self):
         form = yaml.safe_load(read('.github/ISSUE_TEMPLATE/bug_report.yml'))
         assert any('python -m sn_function doctor' in
