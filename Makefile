@@ -234,4 +234,4 @@ linkcheck: $(STAMP)-docs
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info $(DOCS) result \
-		.pytest_cache .mypy_cache .ruff_cache .coverage
+		.pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
