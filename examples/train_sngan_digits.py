@@ -312,13 +312,13 @@ def give_up(args: argparse.Namespace, message: str) -> int:
 def run(args: argparse.Namespace) -> int:
     random.seed(args.seed)
     numpy.random.seed(args.seed)
-    os.makedirs(args.out, exist_ok=True)
-    with tempfile.TemporaryFile(dir=args.out):  # fails here, before any work
-        pass
     try:
         images = digits_data.load(args.dataset)
     except digits_data.DatasetUnavailableError as e:
         return give_up(args, str(e))
+    os.makedirs(args.out, exist_ok=True)
+    with tempfile.TemporaryFile(dir=args.out):  # fails here, before training
+        pass
     if args.epoch is not None:
         args.iteration = max(1, round(
             args.epoch * len(images.train) / args.batchsize / args.n_dis))
