@@ -29,6 +29,7 @@ import os
 import random
 import shlex
 import sys
+import tempfile
 from typing import Any, Callable
 
 # For layers as small as these one thread of BLAS is faster than two, which
@@ -315,6 +316,9 @@ def run(args: argparse.Namespace) -> int:
         images = digits_data.load(args.dataset)
     except digits_data.DatasetUnavailableError as e:
         return give_up(args, str(e))
+    os.makedirs(args.out, exist_ok=True)
+    with tempfile.TemporaryFile(dir=args.out):  # fails here, before training
+        pass
     if args.epoch is not None:
         args.iteration = max(1, round(
             args.epoch * len(images.train) / args.batchsize / args.n_dis))
@@ -349,7 +353,7 @@ def run(args: argparse.Namespace) -> int:
         except Exception as e:  # its class depends on the fault
             return give_up(
                 args, f'Cannot resume from {args.resume}: '
-                f'{type(e).__name__}: {e}. Is it a snapshot of a run with '
+                f'{type(e).__name__}: {e}\nIs it a snapshot of a run with '
                 f'the same --dataset and --hook?')
     # Without a terminal, which would give its width, wide enough.
     console = Console(width=None if args.is_terminal else 100,
@@ -426,6 +430,8 @@ def main(argv: list[str] | None = None) -> int:
         return run(args)
     except KeyboardInterrupt:
         return interrupted(args)
+    except OSError as e:    # no such directory, or a full disk
+        return give_up(args, f'Cannot write to {args.out}: {e}')
 
 
 if __name__ == '__main__':

@@ -45,7 +45,7 @@ def cli() -> None:
       1  an error; nothing was written
       2  wrong arguments
       3  inspect: a vector, or a weight, cannot be used
-    130  interrupted; nothing was written
+    130  interrupted; OUT is complete, or as it was
     """
 
 

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sn_function import errors, snapshot
+from sn_function._snapshots import layouts
 from sn_function.snapshot import Outcome, WeightReport
 
 # SIMPLE, for terminals that have no such lines.
@@ -31,6 +32,8 @@ _ASCII = Box('    \n    \n -- \n    \n    \n    \n    \n    \n', ascii=True)
 # The last column is folded down to so many characters.
 _NOTE = 16
 _NO_LIMIT = 1 << 16
+# In fewer columns words would be broken, and what is indented left out.
+_LEAST = 20
 _STYLES = {'ok': 'green', 'lags': 'yellow', 'stale': 'yellow', 'map': 'green',
            'no vector': ''}
 # How far a norm may be from 1 that is said to be 1.
@@ -106,7 +109,7 @@ def _print_summary(
     n = len(reports)
     repair = f'sn-function repair {shlex.quote(path)} OUT'
     with_vector = [each for each in reports if each.status != 'no vector']
-    layouts = ', '.join(sorted({each.layout for each in with_vector}))
+    kinds = ', '.join(sorted({each.layout for each in with_vector}))
     lost = sum(each.status == snapshot.LOST for each in reports)
     empty = sum(each.shape is None for each in reports)
     bad = sum(not each.healthy for each in reports) - lost - empty
@@ -117,19 +120,20 @@ def _print_summary(
         _say(console, f'{empty} of {n} weights not initialized: call the '
              f'model once, and save it again.', 'red')
     if bad:
-        _say(console, f'{bad} of {n} vectors cannot be used ({layouts}).'
+        _say(console, f'{bad} of {n} vectors cannot be used ({kinds}).'
              f'{"" if lost else " Make them anew:"}', 'red')
         if not lost:
             _print_command(console, repair)
     if with_vector and not lost + empty + bad:
         which = (f'All {len(with_vector)} vectors' if len(with_vector) > 1
                  else 'The vector')
-        _say(console, f'{which} can be used ({layouts}).')
+        _say(console, f'{which} can be used ({kinds}).')
     without = [each.key for each in reports if each.status == 'no vector']
-    if with_vector and without:
+    if with_vector and without and not lost:
         _say(console, f'{len(without)} of {n} weights without a vector. If '
              f'the model has a hook there, make it:')
-        keys = without if len(without) <= _FEW else ['PATTERN']
+        is_short = len(without) <= _FEW and all(map(str.isprintable, without))
+        keys = without if is_short else ['PATTERN']
         _print_command(console, ' '.join([repair, *(
             f'--add {shlex.quote(key)}' for key in keys)]))
     if not with_vector:
@@ -141,7 +145,10 @@ def _print_summary(
         _say(console, f'There are no vectors, and {near} of {n} norms are 1 '
              f'to within {_NEAR_1:.0%}. Deconvolutions need --axis PATTERN=1. '
              f'For a model with hooks, make the vectors:')
-        _print_command(console, f"{repair} --add '*'")
+        # Of a trainer's snapshot it may be one model that was asked for.
+        models = {layouts.model_of(each.key) for each in reports}
+        pattern = f'{models.pop()}*' if len(models) == 1 else '*'
+        _print_command(console, f'{repair} --add {shlex.quote(pattern)}')
 
 
 def _report_cells(report: WeightReport) -> Sequence[str | Text]:
@@ -178,7 +185,8 @@ def _printable(text: str, style: str = '') -> Text:
 def _console() -> Console:
     # That of COLUMNS or of the terminal, if there is one.
     width = shutil.get_terminal_size((_NO_LIMIT, 1)).columns or _NO_LIMIT
-    return Console(width=width, highlight=False, emoji=False, markup=False)
+    return Console(width=max(width, _LEAST), highlight=False, emoji=False,
+                   markup=False)
 
 
 def _print(console: Console, what: Any, is_whole: bool = True) -> None:
@@ -258,8 +266,11 @@ def progress(what: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
     """Returns what shows a bar, on a terminal, after the first second."""
     def pass_on(items: Iterable[Any]) -> Iterator[Any]:
         items, started = list(items), time.monotonic()
-        bar = Progress(console=Console(stderr=True), transient=True,
-                       disable=sys.stderr is None or not sys.stderr.isatty())
+        console = Console(stderr=True)
+        # At its end, a terminal that shows no bar would get an empty line.
+        bar = Progress(console=console, transient=True, disable=(
+            sys.stderr is None or not sys.stderr.isatty()
+            or console.is_dumb_terminal))
         task = bar.add_task(f'{what} ...', total=len(items))
         try:
             for item in items:

@@ -287,6 +287,11 @@ class TestInspect:
         assert 'Take an earlier snapshot.' in result.output
         assert '1 of 2 vectors cannot be used (chainer).' in result.output
         assert 'repair lost.npz' not in result.output
+        arrays['l3/W'] = arrays['l1/W']
+        np.savez('lost.npz', **arrays)
+        result = run('inspect', 'lost.npz')
+        assert 'no vector' in result.output
+        assert 'repair lost.npz' not in result.output
         assert run('repair', 'lost.npz', 'out.npz').exit_code == 1
 
     def test_a_weight_without_an_array(self, path):
@@ -327,7 +332,8 @@ class TestWidth:
                                     ('', 2 * np.eye(3)), ('_u', np.ones(3)))})
         return 'long.npz'
 
-    @pytest.mark.parametrize('columns', ['', '20', '60', '80', '300', '0'])
+    @pytest.mark.parametrize(
+        'columns', ['', '1', '20', '60', '80', '300', '0'])
     @pytest.mark.parametrize('args', [
         ['inspect'], ['bake', 'a.npz'], ['convert', 'a.npz', '--to', 'chainer',
                                          '--converge'],
@@ -563,6 +569,30 @@ class TestOthers:
         assert 'All norms are 1' in run(
             'inspect', 'a.npz', '--axis', '*=1').output
 
+    def test_advice_for_one_model_leaves_the_others(
+            self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        np.savez('trainer', **{
+            f'updater/model:{name}/{link}/W': 2 * np.eye(3)
+            for name in ('dis', 'gen') for link in ('l1', 'l2')})
+        assert "--add '*'\n" in run('inspect', 'trainer.npz').output
+        *_, advice = run('inspect', 'trainer.npz', '--model',
+                         'gen').output.splitlines()
+        assert advice == (
+            "  sn-function repair trainer.npz OUT --add 'updater/model:gen/*'")
+        assert run(*shlex.split(advice.replace('OUT', 'out.npz'))[1:]
+                   ).exit_code == 0
+        with np.load('out.npz') as file:
+            assert {key for key in file if key.endswith('_u')} == {
+                'updater/model:gen/l1/W_u', 'updater/model:gen/l2/W_u'}
+
+    def test_advice_has_no_name_that_cannot_be_copied(
+            self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        np.savez('a', **{'l1/W': np.eye(3), 'l1/W_u': np.ones(3),
+                         'two\nlines/W': np.eye(3)})
+        assert run('inspect', 'a.npz').output.endswith('--add PATTERN\n')
+
     def test_layout_that_is_only_read(self, tmp_path):
         np.savez(tmp_path / 'a.npz', **{
             'l.weight_orig': np.eye(3), 'l.weight': np.eye(3),
@@ -668,6 +698,14 @@ class TestProgress:
         monkeypatch.setenv('TERM', 'xterm')
         assert list(_terminal.progress('Baking')('abc')) == list('abc')
         assert ('Baking' in capsys.readouterr().err) == shown
+
+
+    def test_nothing_on_a_terminal_without_cursor(self, capsys, monkeypatch):
+        monkeypatch.setattr(
+            sys.stderr, 'isatty', lambda: True, raising=False)
+        monkeypatch.setenv('TERM', 'dumb')
+        assert list(_terminal.progress('Baking')('abc')) == list('abc')
+        assert capsys.readouterr().err == ''
 
 
 class TestProcess:

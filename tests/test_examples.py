@@ -1,4 +1,5 @@
 import argparse
+import errno
 import io
 import json
 import os
@@ -398,6 +399,26 @@ class TestMain:
             ['-i', '1', '--out', str(tmp_path / 'out'),
              '--resume', str(tmp_path / 'x.npz')]) == 1
         assert 'x.npz: ' in capsys.readouterr().err
+
+    def test_output_that_is_no_directory(self, tmp_path, capsys):
+        path = tmp_path / 'file'
+        path.touch()
+        assert example.main(['--out', str(path)]) == 1
+        out, err = capsys.readouterr()
+        assert out == ''
+        assert err.startswith(f'Cannot write to {path}: ')
+
+    def test_full_disk(self, tmp_path, monkeypatch, capsys):
+        def full(*args):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+
+        monkeypatch.setattr(chainer.serializers, 'save_npz', full)
+        monkeypatch.setattr(training.Trainer, 'run', lambda trainer: None)
+        monkeypatch.setattr(example, 'finish', full)
+        assert example.main(['-i', '1', '--out', str(tmp_path)]) == 1
+        assert capsys.readouterr().err.endswith(
+            f'Cannot write to {tmp_path}: [Errno {errno.ENOSPC}] No space '
+            f'left on device\n')
 
     @pytest.mark.slow
     def test_runs_without_a_hook(self, tmp_path, capsys):

@@ -144,6 +144,13 @@ class TestInspect:
             assert report.layout == 'chainer'
             assert report.healthy
 
+    @pytest.mark.parametrize('scale', [1e-320, 1e-300, 1., 1e307])
+    def test_condition_near_the_limits_of_float64(self, files, scale):
+        W = scale * np.diag([8., 4., 1.])
+        path = write(files('a.npz'), {'W': W, 'W_u': np.ones(3)})
+        report, = snapshot.inspect(path)
+        assert report.condition == pytest.approx(8, rel=1e-2)
+
     def test_rank_deficient_weight(self, files):
         W = np.outer(np.arange(1., 4), np.ones(4)).astype('f')
         path = write(files('a.npz'), {'W': W, 'W_u': W[:, 0]})

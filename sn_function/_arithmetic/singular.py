@@ -90,7 +90,7 @@ def singular_values(W: Any, axis: int) -> tuple[float, float | None]:
     if min(A.shape) > LARGE:
         return largest(A)[0], None
     values = numpy.linalg.svd(A, compute_uv=False)
-    zero = values[0] * max(A.shape) * numpy.finfo(A.dtype).eps
+    zero = values[0] * (max(A.shape) * numpy.finfo(A.dtype).eps)
     condition = values[0] / values[-1] if values[-1] > zero else math.inf
     return float(values[0]), float(condition)
 
