@@ -224,7 +224,7 @@ DOCS := docs/_build docs/reference/generated
 
 docs: $(STAMP)-docs
 	rm -rf $(DOCS)
-	$(PY) -m sphinx -W --keep-going -b html \
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PY) -m sphinx -W --keep-going -b html \
 		-d docs/_build/doctrees docs docs/_build/html
 	$(PY) -m tests.tools.links docs/_build/html >docs/_build/outside.txt
 
@@ -234,4 +234,4 @@ linkcheck: $(STAMP)-docs
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info $(DOCS) result \
-		.pytest_cache .mypy_cache .ruff_cache .coverage
+		.pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov

@@ -1,9 +1,11 @@
+import atexit
 import email
 import os
 import pathlib
 import re
 import shutil
 import subprocess
+import tempfile
 
 from setuptools import find_packages, setup
 from setuptools.command.build import build
@@ -20,27 +22,33 @@ VERSION = re.search(
 
 
 class Build(build):
-    """Packs no module that was deleted after an earlier build."""
+    """Makes each wheel in a directory of its own.
 
-    def run(self):
-        shutil.rmtree(self.build_lib, ignore_errors=True)
-        super().run()
+    One in the checkout may have modules that were deleted since, and another
+    pip may be at work in it.
+    """
+
+    def initialize_options(self):
+        super().initialize_options()
+        if 'bdist_wheel' in self.distribution.commands:
+            self.build_base = tempfile.mkdtemp(prefix='sn_function-')
+            atexit.register(shutil.rmtree, self.build_base, ignore_errors=True)
 
 
 def web_address(remote):
     """The page of a repository, without user and password; '' for none."""
     # git@example.org:a/b.git is ssh://git@example.org/a/b.git.
-    remote = re.sub(r'^(?:[\w.-]+@)?([\w-]+\.[\w.-]+):(?!/)', r'ssh://\1/',
-                    remote)
+    remote = re.sub(r'^(?:[\w.-]+@)?([\w.-]+):(?![/\\])', r'ssh://\1/', remote)
     found = re.fullmatch(
-        r'(https?|ssh)://(?:[^/@]*@)?([^/@:]+)(:\d+)?/(.+?)(?:\.git)?/?',
+        r'(https?|ssh)://(?:[^/@]*@)?([\w.-]+)(:\d+)?/([^\s?#@]+?)(?:\.git)?/?',
         remote)
     if found is None:
         return ''
     scheme, host, port, path = found.groups()
-    if scheme == 'ssh':
-        return f'https://{host}/{path}'
-    return f'{scheme}://{host}{port or ""}/{path}'
+    if scheme != 'ssh':
+        return f'{scheme}://{host}{port or ""}/{path}'
+    # A host without a domain, as github.com-work, is one of ~/.ssh/config.
+    return f'https://{host}/{path}' if re.search(r'\.\w+$', host) else ''
 
 
 def repository():
@@ -70,12 +78,19 @@ REVISION = 'HEAD' if 'dev' in VERSION else f'v{VERSION}'
 
 def with_links(text):
     """Markdown whose links to files can be followed outside of a checkout."""
+    def absolute(found):
+        code, start, target = found.groups()
+        if code or re.match(r'[a-z]+:|[#/]', target):
+            return found[0]
+        image = target.endswith(('.gif', '.jpg', '.png', '.svg'))
+        return f'{start}{URL}/{"raw" if image else "blob"}/{REVISION}/{target}'
+
     if not URL:
         return text
-    text = re.sub(r'(!\[[^]]*\]\()(?!https?:|#)', rf'\1{URL}/raw/{REVISION}/',
-                  text)
-    return re.sub(r'((?<!!)\[[^]]*\]\()(?!https?:|#)',
-                  rf'\1{URL}/blob/{REVISION}/', text)
+    return re.sub(
+        r'(?ms)(^```.*?^```|^ {4}[^\n]*|`[^`]*`)'
+        r'|(\]\(|^\[[^]\n]+\]: *|\b(?:href|src)=")([^\s)"<>]+)',
+        absolute, text)
 
 
 setup(

@@ -70,7 +70,7 @@ plot_rcparams = {
 plot_apply_rcparams = True
 
 # Prompts are not copied, nor what is printed.
-copybutton_prompt_text = r'>>> |\.\.\. |\$ '
+copybutton_prompt_text = r'>>> |\.\.\.(?: |$)|\$ '
 copybutton_prompt_is_regexp = True
 
 html_theme = 'furo'

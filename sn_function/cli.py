@@ -11,6 +11,8 @@ import io
 import os
 import sys
 
+__all__ = ['main']
+
 INTERRUPTED = 130
 
 

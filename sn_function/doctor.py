@@ -22,6 +22,8 @@ from typing import Any, Dict, List, Sequence
 from sn_function import _probes
 from sn_function._version import __version__
 
+__all__ = ['describe', 'examine', 'main', 'probe']
+
 _PROBES = pathlib.Path(_probes.__file__)
 _WIDTH = 79
 _SECONDS = 120

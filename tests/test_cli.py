@@ -47,6 +47,12 @@ def run(*args):
     return result
 
 
+@pytest.fixture(autouse=True)
+def no_columns(monkeypatch):
+    """As in a pipe, however wide the terminal is that the tests run in."""
+    monkeypatch.delenv('COLUMNS', raising=False)
+
+
 @pytest.fixture
 def path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

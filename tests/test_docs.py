@@ -1,4 +1,5 @@
 """Every example in the documentation runs; what it points to exists."""
+import codeop
 import doctest
 import importlib
 import inspect
@@ -98,6 +99,30 @@ def test_a_lost_example_is_noticed():
     text = '>>> 1 + 1  # doctest: +SKIP\n3\n'
     with pytest.raises(AssertionError, match='skipped'):
         check([parse(text, 'text')], text)
+
+
+def endless(text):
+    """Lines at which Python's prompt waits for the end of a statement."""
+    lines = text.split('\n')
+    return [end for example in doctest.DocTestParser().get_examples(text)
+            for end in [example.lineno + example.source.count('\n')]
+            if lines[end].strip() not in ('', '...')
+            and codeop.compile_command(
+                example.source[:-1], symbol='single') is None]
+
+
+# In pieces as the button copies them: a blank line ends a piece.
+@pytest.mark.parametrize('path', [*PAGES, *MODULES], ids=name_of)
+def test_examples_can_be_pasted(path):
+    assert endless(path.read_text(encoding='utf-8')) == []
+
+
+def test_what_cannot_be_pasted_is_noticed():
+    block = '>>> for _ in range(2):\n...     x = 1\n'
+    assert endless(block + '>>> x\n1\n') == [2]
+    assert endless(block + '...\n>>> x\n1\n') == []
+    assert endless(block + '\n>>> x\n1\n') == []
+    assert endless(block.replace('x = 1', 'x') + '1\n1\n') == [2]
 
 
 @pytest.mark.parametrize('path', PAGES, ids=name_of)

@@ -1,14 +1,22 @@
 """What users see: by ``dir``, ``help`` and ``from ... import *``."""
 import importlib
+import pathlib
 import pydoc
 
 import pytest
 
 import sn_function
 
+ROOT = pathlib.Path(sn_function.__file__).parent
 MODULES = [
-    'bake', 'chain', 'distributed', 'errors', 'extensions', 'functions',
-    'link_hooks', 'optimizer_hooks']
+    'bake', 'chain', 'cli', 'distributed', 'doctor', 'errors', 'extensions',
+    'functions', 'link_hooks', 'optimizer_hooks', 'snapshot']
+
+
+def test_every_public_module_is_among_them():
+    assert sorted(
+        path.stem for path in ROOT.glob('*.py') if path.stem[0] != '_'
+    ) == MODULES
 
 
 def test_dir():

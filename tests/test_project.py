@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import types
+import zipfile
 
 import pytest
 import yaml
@@ -102,7 +103,8 @@ class TestAddress:
         'ssh://git@example.org/a/b.git', 'ssh://git@example.org:22/a/b.git',
         ADDRESS, f'{ADDRESS}/', f'{ADDRESS}.git',
         'https://token@example.org/a/b.git',
-        'https://user:password@example.org/a/b'])
+        'https://user:password@example.org/a/b',
+        'ssh://user:password@example.org:22/a/b.git/'])
     def test_of_a_remote(self, setup, remote):
         assert setup()['web_address'](remote) == ADDRESS
 
@@ -112,7 +114,11 @@ class TestAddress:
 
     @pytest.mark.parametrize('remote', [
         '', '../b.git', './a.b/c', '/srv/example.org/b.git', 'server:a/b',
-        'file:///srv/b.git', 'git@example.org:/srv/b.git'])
+        'file:///srv/b.git', 'git@example.org:/srv/b.git', 'C:\\a\\b',
+        'C:/a/b', 'git://example.org/a/b.git', 'https://[::1]:8/a/b', 'gh:a/b',
+        'git@example.org-work:a/b.git', 'ssh://git@server/a/b.git',
+        'https://example.org/a/b?token=c', 'https://example.org/a b',
+        'user.name:token@example.org/a/b', 'https://user:1/2@example.org/a'])
     def test_of_a_remote_that_has_no_page(self, setup, remote):
         assert setup()['web_address'](remote) == ''
 
@@ -128,10 +134,36 @@ class TestAddress:
 
     def test_links_of_the_readme(self, setup, monkeypatch):
         monkeypatch.setenv('SN_FUNCTION_URL', ADDRESS)
-        text = '[a](b.md) ![c\nd](e.png) [f](https://g) [h](#i)'
-        assert setup()['with_links'](text) == (
-            f'[a]({ADDRESS}/blob/HEAD/b.md) ![c\nd]({ADDRESS}/raw/HEAD/e.png) '
-            '[f](https://g) [h](#i)')
+        text = """\
+[a](b.md#c) ![c
+d](e.png) [![f](g.svg)](h.rst) [i][j] <a href="k"><img src="l.png">
+[n](https://o) [p](#q) [r](mailto:s@t) [u](//v) `w[x](y)` <https://z>
+
+[j]: a/b.rst
+[k]: https://l
+
+    a[0](b)
+
+```python
+a[0](b), href="c"
+```
+"""
+        blob, raw = f'{ADDRESS}/blob/HEAD', f'{ADDRESS}/raw/HEAD'
+        assert setup()['with_links'](text) == f"""\
+[a]({blob}/b.md#c) ![c
+d]({raw}/e.png) [![f]({raw}/g.svg)]({blob}/h.rst) [i][j] """ f"""\
+<a href="{blob}/k"><img src="{raw}/l.png">
+[n](https://o) [p](#q) [r](mailto:s@t) [u](//v) `w[x](y)` <https://z>
+
+[j]: {blob}/a/b.rst
+[k]: https://l
+
+    a[0](b)
+
+```python
+a[0](b), href="c"
+```
+"""
 
     def test_comes_from_the_remote(self, setup, copy):
         # A repository around the copy is another's.
@@ -164,16 +196,42 @@ class TestBuild:
         for name in ('docs/install.rst', 'Makefile', 'MANIFEST.in'):
             assert 'build-constraints.txt' in read(name)
 
+    def test_first_commands_are_the_same(self):
+        commands = []
+        for name in ('README.md', 'docs/index.rst', 'docs/quickstart.rst'):
+            block = re.search(r'(?m)^    (?:\$ )?git clone .*\n(?:    .*\n)+',
+                              read(name))[0]
+            commands.append([line.split('#')[0].strip(' $')
+                             for line in block.splitlines()])
+        assert commands[0] == commands[1] == commands[2]
+        for command in commands[0]:
+            assert f'    $ {command}' in read('docs/install.rst')
+
     def test_packs_no_module_that_was_deleted(self, copy):
-        package = copy / 'build' / 'lib' / 'sn_function'
+        def packed():
+            run_setup(copy, 'bdist_wheel')
+            wheel, = (copy / 'dist').glob('*.whl')
+            with zipfile.ZipFile(str(wheel)) as file:
+                return set(file.namelist())
+
         (copy / 'sn_function' / '_gone.py').write_text('')
-        run_setup(copy, 'build')
-        assert (package / '_gone.py').exists()
+        assert 'sn_function/_gone.py' in packed()
         (copy / 'sn_function' / '_gone.py').unlink()
-        run_setup(copy, 'build')
-        assert not (package / '_gone.py').exists()
-        assert (package / 'py.typed').exists()
-        assert [*(package / '_arithmetic').glob('*.cuh')]
+        names = packed()
+        assert 'sn_function/_gone.py' not in names
+        assert {'sn_function/py.typed', 'sn_function/__init__.py',
+                'sn_function/_arithmetic/block.cuh'} <= names
+        # Another build at the same time would find it there.
+        assert not (copy / 'build').exists()
+
+    def test_deletes_nothing_where_the_user_wants_it(self, copy):
+        before = {path for path in copy.rglob('*') if path.is_file()}
+        (copy / 'sn_function' / 'mine.txt').write_text('')
+        run_setup(copy, 'build', '--build-lib', '.')
+        assert (copy / 'sn_function' / 'mine.txt').exists()
+        assert {path for path in before if not path.exists()} == set()
+        run_setup(copy, 'build', '--build-base', 'there', 'bdist_wheel')
+        assert (copy / 'there' / 'lib' / 'sn_function').exists()
 
     @pytest.mark.slow
     @pytest.mark.skipif(not (ROOT / '.git').exists(),
@@ -210,6 +268,14 @@ class TestYaml:
                 for target in re.findall(r'make ([\w-]+)',
                                          step.get('run', '')):
                     assert target in targets
+
+    @pytest.mark.parametrize('name', [
+        'CONTRIBUTING.md', 'README.md', 'docs/install.rst'])
+    def test_targets_that_are_named(self, name):
+        named = re.findall(r'(?m)(?:^ +(?:\$ )?|`)make ([\w-]+)', read(name))
+        targets = re.findall(r'(?m)^([\w-]+):', read('Makefile'))
+        assert named
+        assert set(named) <= set(targets)
 
     def test_bug_report_asks_the_doctor(self):
         form = yaml.safe_load(read('.github/ISSUE_TEMPLATE/bug_report.yml'))

@@ -842,6 +842,41 @@ class TestBadInput:
             assert arrays['x'] is not None
         assert os.path.exists(mark)  # so it would have shown
 
+    def test_small_files_that_take_all_memory(self, files):
+        # By bzip2, with a small weight; by a chunk that was never written.
+        path = files('in.npz')
+        np.savez(path, **{'W': np.eye(3, dtype='f'), 'W_u': np.ones(3, 'f')})
+        with zipfile.ZipFile(path, 'a', zipfile.ZIP_BZIP2) as file:
+            file.writestr('x', bytes(10 ** 7))
+        for command in self.COMMANDS[1:]:
+            with pytest.raises(errors.SnapshotEntryError,
+                               match='compressed as no'):
+                command(path, files('out.npz'))
+        h5py = pytest.importorskip('h5py')
+        with h5py.File(path, 'w') as file:
+            file.create_dataset('W', (10 ** 5, 10 ** 5), 'f', chunks=(9, 9))
+            file['W_u'] = np.ones(10 ** 5, 'f')
+        self.refused(path, files, errors.SnapshotEntryError, 'more than')
+
+    @pytest.mark.parametrize('kind', ['external', 'virtual'])
+    def test_no_other_file_is_read(self, files, kind):
+        h5py = pytest.importorskip('h5py')
+        path, other = files('in.h5'), files('other')
+        with h5py.File(other, 'w') as file:
+            file['x'] = np.eye(3, dtype='f')
+            offset = file['x'].id.get_offset()
+        with h5py.File(path, 'w') as file:
+            file['W_u'] = np.ones(3, 'f')
+            if kind == 'external':
+                file.create_dataset(
+                    'W', (3, 3), 'f', external=[(other, offset, 36)])
+            else:
+                layout = h5py.VirtualLayout((3, 3), 'f')
+                layout[:] = h5py.VirtualSource(other, 'x', (3, 3))
+                file.create_virtual_dataset('W', layout)
+            assert file['W'][1, 1] == 1
+        self.refused(path, files, errors.SnapshotEntryError, 'another file')
+
     def test_gamma_of_either(self, files):
         eye, u = np.eye(3, dtype='f'), np.ones(3, 'f')
         path = write(files('in.npz'), {

@@ -88,6 +88,7 @@ def train(model: Model, x: Any) -> Model:
 
 
 def ship(path: str, out: str) -> List[str]:
+    assert 'torch' in snapshot.LAYOUTS
     try:
         reports: List[snapshot.WeightReport] = snapshot.inspect(path)
         done: snapshot.Outcome = snapshot.bake(path, out, overwrite=True)

@@ -153,6 +153,8 @@ def import_chainer() -> None:
         if error.name != 'chainer':
             raise
         raise ImportError(_INSTALL_CHAINER, name='chainer') from None
+    if not applied:     # this package was imported in the middle of Chainer
+        install()
 
 
 def explain(name: str) -> Tuple[str, str]:

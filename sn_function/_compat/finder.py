@@ -53,14 +53,19 @@ class Finder:
         names = [(type(f).__module__, type(f).__name__) for f in sys.meta_path]
         if (cls.__module__, cls.__name__) not in names:
             sys.meta_path.insert(0, finder)
-        for name in cls.names:
-            _drop_leftovers(name)
+            for name in cls.names:
+                _drop_leftovers(name)
+        repaired = 0
         for name in imported:
             # Another thread may be at it.  Where that fails, this one imports
             # it again, by the finder.
-            importlib.import_module(name)
-            finder.repair(name)
-        if finder in sys.meta_path and len(imported) == len(cls.names):
+            module = importlib.import_module(name)
+            # It may be what imports this package, by something in between.
+            spec = getattr(module, '__spec__', None)
+            if not getattr(spec, '_initializing', False):
+                finder.repair(name)
+                repaired += 1
+        if finder in sys.meta_path and repaired == len(cls.names):
             sys.meta_path.remove(finder)
 
 
@@ -103,13 +108,14 @@ def _drop_leftovers(package: str) -> None:
     They refer to the package of that import, which never became complete.
     """
     # None forbids a module, and a stand-in of others has no spec.
-    names = [name for name, module in list(sys.modules.items())
-             if name.startswith(package + '.')
-             and getattr(module, '__spec__', None) is not None]
+    leftovers = [(name, module) for name, module in list(sys.modules.items())
+                 if name.startswith(package + '.')
+                 and getattr(module, '__spec__', None) is not None]
     # Asked afterwards: another thread may begin to import it.
     if package not in sys.modules:
-        for name in names:
-            sys.modules.pop(name, None)
+        for name, module in leftovers:
+            if sys.modules.get(name) is module:
+                sys.modules.pop(name, None)
 
 
 def is_there(package: str) -> bool:

@@ -23,6 +23,8 @@ from sn_function import errors
 
 Path = Any  # str or os.PathLike
 _CHUNK = 1 << 20
+# What gzip makes of one byte at most.  No writer of snapshots packs denser.
+_EXPANSION = 1032
 # Those of weights, by their names in NumPy and PyTorch, and in safetensors.
 _FLOATS = ('float16', 'float32', 'float64', 'bfloat16',
            'F16', 'F32', 'F64', 'BF16')
@@ -62,7 +64,13 @@ class Reader:
         pass
 
     def entry(self, key: str) -> Entry:
-        return self.guarded(key, self._entry)
+        entry: Entry = self.guarded(key, self._entry)
+        # Or a small file takes all memory, or fills the disk.
+        if entry.nbytes > _EXPANSION * os.path.getsize(self.path):
+            raise errors.SnapshotEntryError(
+                self.path, key, f'it would be {entry.nbytes} bytes, more than '
+                f'a file of this size can hold')
+        return entry
 
     def read(self, key: str) -> Any:
         """Returns an array of the machine's byte order, C-contiguous."""
@@ -119,6 +127,10 @@ class NpzReader(Reader):
     def _entry(self, key: str) -> Entry:
         if key not in self._entries:
             info = self.members[key]
+            # zipfile unpacks the others in one go, whatever their size.
+            if info.compress_type not in (
+                    zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError('it is compressed as no .npz is')
             if not info.filename.endswith('.npy'):
                 self._entries[key] = Entry(None, 'bytes', info.file_size)
             else:
@@ -138,6 +150,7 @@ class NpzReader(Reader):
 
     def copy(self, key: str, file: Any) -> None:
         """Copies the bytes of an entry, whatever they are."""
+        self.entry(key)     # raises where it is compressed too much
         with self._zip.open(self.members[key]) as source:
             for chunk in iter(lambda: source.read(_CHUNK), b''):
                 if file is not None:
@@ -186,6 +199,8 @@ class HDF5Reader(Reader):
 
     def _entry(self, key: str) -> Entry:
         dataset = self._file[key]
+        if dataset.external or dataset.is_virtual:
+            raise ValueError('its data is in another file, which is not read')
         if dataset.shape is None or dataset.dtype.hasobject:
             return Entry(None, 'object')
         return Entry(dataset.shape, dataset.dtype.name,
@@ -273,6 +288,8 @@ class TorchReader(Reader):
         if is_zip:
             # PyTorch does not compare the checksums of what it maps.
             with zipfile.ZipFile(self.path) as file:
+                if any(each.compress_type for each in file.infolist()):
+                    raise ValueError('it is compressed as no .pt is')
                 damaged = file.testzip()
             if damaged:
                 raise ValueError(f'its part {damaged} is damaged')

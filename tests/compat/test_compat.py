@@ -586,6 +586,45 @@ class TestAfterAFailedImport:
             assert before.items() <= after.items()
         ''')
 
+    def test_a_good_chainer_is_left_alone_where_a_module_of_it_fails(self):
+        run(HIDE, FAIL, '''
+            import sn_function, chainer
+            before = dict(sys.modules)
+            hide('chainer.links.caffe.caffe_function')
+            fail('chainer.nosuch')
+            fail('chainer.links.caffe')
+            # By someone who puts it back.
+            del sys.modules['chainer']
+            import importlib
+            importlib.reload(sn_function)
+            sys.modules['chainer'] = chainer
+            import sn_function, chainer
+            assert before.items() <= sys.modules.items()
+        ''')
+
+    def test_in_the_middle_of_an_import(self):
+        # A module of another package may import both.
+        run(OLD_STACK, TRAIN, '''
+            from importlib.machinery import PathFinder
+            class Both:
+                def find_spec(self, name, path=None, target=None):
+                    if name != 'chainer.functions.array':
+                        return None
+                    spec = PathFinder.find_spec(name, path)
+                    execute = spec.loader.exec_module
+                    def execute_both(module):
+                        import sn_function
+                        execute(module)
+                    spec.loader.exec_module = execute_both
+                    return spec
+            sys.meta_path.insert(0, Both())
+            import chainer
+            from sn_function import _compat
+            assert _compat.applied == ()
+            train()
+            assert 'deconvolution_2d' in _compat.applied
+        ''')
+
     def test_what_others_put_there_stays(self):
         run('''
             import sys, types

@@ -459,7 +459,8 @@ class TestSettings:
         """It has no such settings, and the axis of its link."""
         link = deconvolution()
         hook = hook_of(link)
-        del hook.given_axis, hook.update_u
+        for name in 'given_axis', 'update_u':
+            del vars(hook)[name]
         other = pickle.loads(pickle.dumps(link))
         other(x_of(2, 6, 4, 4))
         assert other.W_u.shape == (3,)

@@ -161,8 +161,6 @@ def build_wheels(python):
     for requirement in ('chainer==7.8.1', '.'):
         run(log, *pip, 'wheel', '--no-deps', '--no-build-isolation',
             '--wheel-dir', env, requirement)
-    # The next build would pack what setuptools leaves in the checkout.
-    shutil.rmtree(ROOT / 'build', ignore_errors=True)
     chainer, = env.glob('chainer-*.whl')
     ours, = env.glob('sn_function-*.whl')
     return [str(chainer), f'{ours}[examples,lint,test]']
