@@ -78,6 +78,7 @@ def normalized(*models: chainer.Link) -> Iterator[None]:
         ...     sn_function.SpectralNormalization())
         >>> with sn_function.normalized(layer):
         ...     loss = F.sum(layer.W ** 2)
+        ...
         >>> print('%.3f' % loss.array)
         1.250
         >>> loss.backward()

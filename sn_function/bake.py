@@ -106,6 +106,7 @@ def bake(
         >>> x = np.ones((1, 4), np.float32)
         >>> with chainer.using_config('train', False):
         ...     bool((plain(x).array == layer(x).array).all())
+        ...
         True
 
         With a certificate, as a map of images of every size:

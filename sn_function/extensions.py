@@ -130,6 +130,7 @@ class SpectralNormReport(training.Extension):
         >>> report = extensions.SpectralNormReport(model)
         >>> for layer in report.measure():
         ...     print('%s %s %.4f' % (layer.name, layer.shape, layer.sigma))
+        ...
         0 (4, 3) 6.9282
 
     """

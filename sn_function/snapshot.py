@@ -213,6 +213,7 @@ def inspect(
         ...     path = os.path.join(directory, 'model.npz')
         ...     serializers.save_npz(path, layer)
         ...     report, = snapshot.inspect(path)
+        ...
         >>> report.key, report.shape, report.status
         ('W', (3, 4), 'ok')
         >>> abs(report.estimate / report.sigma - 1) < 1e-3
@@ -401,6 +402,7 @@ def bake(
         ...     serializers.save_npz(src, layer)
         ...     _ = snapshot.bake(src, dst)
         ...     serializers.load_npz(dst, plain)
+        ...
         >>> print('%.3f' % np.linalg.norm(plain.W.array, 2))
         1.000
 
@@ -534,6 +536,7 @@ def convert(
         ...     _ = snapshot.convert(
         ...         src, dst, 'chainer', rename={'main.0': 'l1'})
         ...     serializers.load_npz(dst, model)
+        ...
         >>> float(model.l1.W.array[0, 0])
         3.0
 
@@ -714,6 +717,7 @@ def repair(
         ...     serializers.save_npz(src, L.Linear(4, 3))
         ...     outcome = snapshot.repair(src, dst, add_u=['*'])
         ...     serializers.load_npz(dst, hooked)
+        ...
         >>> outcome.weights[0].note
         'it had no vector'
 

@@ -1,4 +1,5 @@
 """Every example in the documentation runs; what it points to exists."""
+import codeop
 import doctest
 import importlib
 import inspect
@@ -98,6 +99,30 @@ def test_a_lost_example_is_noticed():
     text = '>>> 1 + 1  # doctest: +SKIP\n3\n'
     with pytest.raises(AssertionError, match='skipped'):
         check([parse(text, 'text')], text)
+
+
+def endless(text):
+    """Lines at which Python's prompt waits for the end of a statement."""
+    lines = text.split('\n')
+    return [end for example in doctest.DocTestParser().get_examples(text)
+            for end in [example.lineno + example.source.count('\n')]
+            if lines[end].strip() not in ('', '...')
+            and codeop.compile_command(
+                example.source[:-1], symbol='single') is None]
+
+
+# In pieces as the button copies them: a blank line ends a piece.
+@pytest.mark.parametrize('path', [*PAGES, *MODULES], ids=name_of)
+def test_examples_can_be_pasted(path):
+    assert endless(path.read_text(encoding='utf-8')) == []
+
+
+def test_what_cannot_be_pasted_is_noticed():
+    block = '>>> for _ in range(2):\n...     x = 1\n'
+    assert endless(block + '>>> x\n1\n') == [2]
+    assert endless(block + '...\n>>> x\n1\n') == []
+    assert endless(block + '\n>>> x\n1\n') == []
+    assert endless(block.replace('x = 1', 'x') + '1\n1\n') == [2]
 
 
 @pytest.mark.parametrize('path', PAGES, ids=name_of)
@@ -212,12 +237,22 @@ def broken_rows(text):
     return found
 
 
+def accidental_lists(text):
+    """Lines that begin a list where a dash or a name is meant.
+
+    As the only text of a cell, a dash begins an empty one.  An initial is a
+    number, unless the next line goes on with the item.
+    """
+    return [match.group(0) for match in re.finditer(
+        r'(?m)^ .*(?:, |- )"?[-+*]"?(?:,.*)?$'
+        r'|^( *)(?:[*-] +)+[A-Za-z]\. .*(?!\n\1 +\S)$', text)]
+
+
 @pytest.mark.parametrize('path', DOCS, ids=name_of)
 def test_a_row_of_a_table_is_one_row(path):
     text = path.read_text(encoding='utf-8') + '\n'
     assert broken_rows(text) == []
-    # As the only text of a cell, a dash begins an empty list.
-    assert re.findall(r'(?m)^ .*(?:, |- )-(?:,.*)?$', text) == []
+    assert accidental_lists(text) == []
 
 
 @pytest.mark.parametrize(('rows', 'broken'), [
@@ -231,3 +266,15 @@ def test_a_broken_row_of_a_table_is_noticed(rows, broken):
     table = [rule, 'head          head', rule, *rows, rule]
     assert broken_rows('\n'.join(['x', '', *table, '', 'x'])) == [
         rows[i] for i in broken]
+
+
+@pytest.mark.parametrize(('line', 'found'), [
+    ('    a, -, b', True), ('    a, "-", b', True), ('    a, -', True),
+    ('      - -', True), ('      - \\-', False), ('    a, -1, b', False),
+    ('* G. H. Golub: Matrix Computations', True),
+    ('      - T. Miyato: cGANs', True),
+    ('* \\G. H. Golub: Matrix Computations', False),
+    ('* J. Kuczynski: Estimating\n  the Largest Eigenvalue', False),
+])
+def test_an_accidental_list_is_noticed(line, found):
+    assert bool(accidental_lists(f'x\n\n{line}\n\nx\n')) is found

@@ -196,6 +196,17 @@ class TestBuild:
         for name in ('docs/install.rst', 'Makefile', 'MANIFEST.in'):
             assert 'build-constraints.txt' in read(name)
 
+    def test_first_commands_are_the_same(self):
+        commands = []
+        for name in ('README.md', 'docs/index.rst', 'docs/quickstart.rst'):
+            block = re.search(r'(?m)^    (?:\$ )?git clone .*\n(?:    .*\n)+',
+                              read(name))[0]
+            commands.append([line.split('#')[0].strip(' $')
+                             for line in block.splitlines()])
+        assert commands[0] == commands[1] == commands[2]
+        for command in commands[0]:
+            assert f'    $ {command}' in read('docs/install.rst')
+
     def test_packs_no_module_that_was_deleted(self, copy):
         def packed():
             run_setup(copy, 'bdist_wheel')
