@@ -76,9 +76,12 @@ copybutton_prompt_is_regexp = True
 html_theme = 'furo'
 html_title = f'sn_function {version}'
 html_css_files = ['custom.css']
+html_favicon = '_static/favicon.svg'
 pygments_dark_style = 'github-dark'
 html_show_sourcelink = False
 html_copy_source = False
+# No page leads to them; the reference has all names.
+html_use_index = html_domain_indices = False
 
 
 def repository():

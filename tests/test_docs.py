@@ -237,12 +237,22 @@ def broken_rows(text):
     return found
 
 
+def accidental_lists(text):
+    """Lines that begin a list where a dash or a name is meant.
+
+    As the only text of a cell, a dash begins an empty one.  An initial is a
+    number, unless the next line goes on with the item.
+    """
+    return [match.group(0) for match in re.finditer(
+        r'(?m)^ .*(?:, |- )"?[-+*]"?(?:,.*)?$'
+        r'|^( *)(?:[*-] +)+[A-Za-z]\. .*(?!\n\1 +\S)$', text)]
+
+
 @pytest.mark.parametrize('path', DOCS, ids=name_of)
 def test_a_row_of_a_table_is_one_row(path):
     text = path.read_text(encoding='utf-8') + '\n'
     assert broken_rows(text) == []
-    # As the only text of a cell, a dash begins an empty list.
-    assert re.findall(r'(?m)^ .*(?:, |- )-(?:,.*)?$', text) == []
+    assert accidental_lists(text) == []
 
 
 @pytest.mark.parametrize(('rows', 'broken'), [
@@ -256,3 +266,15 @@ def test_a_broken_row_of_a_table_is_noticed(rows, broken):
     table = [rule, 'head          head', rule, *rows, rule]
     assert broken_rows('\n'.join(['x', '', *table, '', 'x'])) == [
         rows[i] for i in broken]
+
+
+@pytest.mark.parametrize(('line', 'found'), [
+    ('    a, -, b', True), ('    a, "-", b', True), ('    a, -', True),
+    ('      - -', True), ('      - \\-', False), ('    a, -1, b', False),
+    ('* G. H. Golub: Matrix Computations', True),
+    ('      - T. Miyato: cGANs', True),
+    ('* \\G. H. Golub: Matrix Computations', False),
+    ('* J. Kuczynski: Estimating\n  the Largest Eigenvalue', False),
+])
+def test_an_accidental_list_is_noticed(line, found):
+    assert bool(accidental_lists(f'x\n\n{line}\n\nx\n')) is found

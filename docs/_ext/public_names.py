@@ -1,5 +1,9 @@
 """Names of the package: each is documented once, at its public home."""
 import re
+from html import escape
+
+from docutils import nodes
+from sphinx.domains.python import PyObject
 
 import sn_function
 
@@ -45,11 +49,25 @@ def without_source(app, pagename, templatename, context, doctree):
         context['page_source_suffix'] = ''
 
 
+def describe(app, pagename, templatename, context, doctree):
+    """The first paragraph of a page is what search engines show of it."""
+    text = next((paragraph.astext() for paragraph in
+                 doctree.findall(nodes.paragraph)), '') if doctree else ''
+    if text:
+        text = escape(' '.join(text.split()))
+        context['metatags'] += f'<meta name="description" content="{text}">'
+
+
 def setup(app):
+    # "Variables" would be those of Chainer.
+    for field in PyObject.doc_field_types:
+        if field.name == 'variable':
+            field.label = 'Attributes'
     app.setup_extension('sphinx.ext.autodoc')
     app.connect('missing-reference', resolve)
     app.connect('autodoc-process-signature', readable)
     app.connect('autodoc-process-docstring', from_the_top)
     app.connect('autodoc-skip-member', skip_fields)
     app.connect('html-page-context', without_source)
+    app.connect('html-page-context', describe)
     return {'parallel_read_safe': True}

@@ -34,7 +34,7 @@ def measure(seed: int, n_iterations: int) -> dict[str, list[float]]:
 def draw(norms: dict[str, list[float]], path: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 2.9), facecolor='white')
+    figure = Figure(figsize=(6, 2.9), facecolor='white')
     axes = figure.add_subplot()
     for (name, y), colour in zip(norms.items(), COLOURS):
         x = [estimates.EVERY * (i + 1) for i in range(len(y))]
@@ -48,7 +48,7 @@ def draw(norms: dict[str, list[float]], path: str) -> None:
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(frameon=False, loc='upper center', ncol=len(norms))
-    figure.savefig(path, dpi=110, bbox_inches='tight')
+    figure.savefig(path, dpi=132, bbox_inches='tight')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
