@@ -33,7 +33,7 @@ help:
 	@echo 'make test     the tests but the slow ones, with coverage (3 minutes)'
 	@echo 'make test-all all tests, with coverage (6 minutes)'
 	@echo 'make test-mpi ChainerMN on 2 to 4 ranks, CPU (2 minutes)'
-	@echo 'make ci       what is run for each change (15 minutes)'
+	@echo 'make ci       what is run for each change (20 minutes)'
 	@echo 'make matrix   the tests with all supported versions (an hour, 2 cores)'
 	@echo 'make upstream CHAINER=DIR  the tests of a checkout of Chainer (CPU, half an hour)'
 	@echo 'make defects  the built-in hook beside this one, fault by fault'
