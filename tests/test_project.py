@@ -44,7 +44,13 @@ def setup(monkeypatch):
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of what a wheel is made of."""
+    """A copy of what a wheel is made of, where one can be made."""
+    # Not here: the real setuptools changes things that Chainer looks at.
+    if subprocess.run([sys.executable, '-W', 'ignore', '-c', (
+            'from setuptools import Distribution as D; '
+            'D().get_command_class("bdist_wheel")')],
+            stderr=subprocess.DEVNULL).returncode:
+        pytest.skip('no setuptools that makes wheels, as in make matrix')
     for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
         shutil.copy(str(ROOT / name), str(tmp_path))
     shutil.copytree(str(ROOT / 'sn_function'), str(tmp_path / 'sn_function'),

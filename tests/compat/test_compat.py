@@ -448,6 +448,23 @@ FAIL = '''
         assert name not in sys.modules
 '''
 
+# Has a function called in the middle of the import of Chainer, with what
+# executes the module that is imported there.
+IN_THE_MIDDLE = '''
+    import functools, sys
+    from importlib.machinery import PathFinder
+
+    def in_the_middle(around):
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name != 'chainer.functions.array':
+                    return None
+                spec = PathFinder.find_spec(name, path)
+                spec.loader.exec_module = functools.partial(
+                    around, spec.loader.exec_module)
+                return spec
+        sys.meta_path.insert(0, Finder())
+'''
 TRAIN = '''
     def train():
         import chainer
@@ -528,27 +545,18 @@ class TestAfterAFailedImport:
     @pytest.mark.parametrize('fails', [True, False])
     def test_of_chainer_in_another_thread(self, fails):
         # It is in the middle of the import when this one begins.
-        run(OLD_STACK, HIDE, TRAIN, MISSING['numpy.sctypes'] if fails else '',
-            '''
+        run(OLD_STACK, HIDE, TRAIN, IN_THE_MIDDLE,
+            MISSING['numpy.sctypes'] if fails else '', '''
             import importlib, threading, time
-            from importlib.machinery import PathFinder
             started = threading.Event()
-            class Slow:
-                def find_spec(self, name, path=None, target=None):
-                    if name != 'chainer.functions.array':
-                        return None
-                    spec = PathFinder.find_spec(name, path)
-                    execute = spec.loader.exec_module
-                    def execute_slowly(module):
-                        started.set()
-                        for _ in range(1000):
-                            if 'sn_function.bake' not in sys.modules:
-                                time.sleep(.01)
-                        time.sleep(.2)
-                        execute(module)
-                    spec.loader.exec_module = execute_slowly
-                    return spec
-            sys.meta_path.insert(0, Slow())
+            def around(execute, module):
+                started.set()
+                for _ in range(1000):
+                    if 'sn_function.bake' not in sys.modules:
+                        time.sleep(.01)
+                time.sleep(.2)
+                execute(module)
+            in_the_middle(around)
             done = []
             def other():
                 try:
@@ -604,20 +612,11 @@ class TestAfterAFailedImport:
 
     def test_in_the_middle_of_an_import(self):
         # A module of another package may import both.
-        run(OLD_STACK, TRAIN, '''
-            from importlib.machinery import PathFinder
-            class Both:
-                def find_spec(self, name, path=None, target=None):
-                    if name != 'chainer.functions.array':
-                        return None
-                    spec = PathFinder.find_spec(name, path)
-                    execute = spec.loader.exec_module
-                    def execute_both(module):
-                        import sn_function
-                        execute(module)
-                    spec.loader.exec_module = execute_both
-                    return spec
-            sys.meta_path.insert(0, Both())
+        run(OLD_STACK, TRAIN, IN_THE_MIDDLE, '''
+            def around(execute, module):
+                import sn_function
+                execute(module)
+            in_the_middle(around)
             import chainer
             from sn_function import _compat
             assert _compat.applied == ()

@@ -12,9 +12,8 @@ imported: beside it, the tests of that are run, and those of the functions and
 of the hook.
 
 ``--extremes`` runs the oldest cell and the newest one.  Of the slow tests it
-takes those of the import and of the doctor, which versions decide, and it
-leaves out those of the tools and of the packaging, which need a setuptools;
-the others are run with the versions of the day by ``make test-all``.
+takes those of the import and of the doctor, which versions decide; the others
+are run with the versions of the day by ``make test-all``.
 
 Results are kept, so that interpreters may be run one by one.  Once there is a
 result of each cell, and all are green, their table goes into
@@ -53,10 +52,7 @@ WITHOUT_KERNELS = (
     '-m', 'not gpu',
     '--ignore', 'tests/cuda_on_host/test_cuda_on_host.py',
     '--ignore', 'tests/test_tools/test_mutants.py')
-OF_EXTREMES = (
-    *WITHOUT_KERNELS, '--ignore', 'tests/test_tools',
-    '--ignore', 'tests/test_project.py',
-    '-k', 'not slow or compat or doctor')
+OF_EXTREMES = (*WITHOUT_KERNELS, '-k', 'not slow or compat or doctor')
 OF_THE_IMPORT = ('-m', 'not gpu', *(
     f'tests/{name}.py' for name in (
         'compat/test_compat', 'test_doctor', 'test_docs', 'test_functions',
